@@ -1,0 +1,28 @@
+"""Which implementations are there, and why not."""
+
+from __future__ import annotations
+
+import torch
+
+from convmae_kernels.ops.library import WHY_NOT_COMPILED
+
+
+def info() -> dict[str, str]:
+    """What runs the ops on this machine: one entry per implementation, "yes ..." or "no: why".
+
+    Returns:
+        A dictionary with the keys `torch`, `threads`, `reference`, `cpu`, `cuda`, `triton`.
+        `python -m convmae_kernels` prints it.
+    """
+    if WHY_NOT_COMPILED is None:
+        cpu = f"yes, {torch.ops.convmae.cpu_capability()}"
+    else:
+        cpu = f"no: {WHY_NOT_COMPILED}"
+    return {
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "reference": "yes, plain PyTorch on any device",
+        "cpu": cpu,
+        "cuda": "no: this version has no GPU kernels yet",
+        "triton": "no: this version has no GPU kernels yet",
+    }

@@ -1,0 +1,7 @@
+"""One module per op: schema, fake, derivative formulas, public function."""
+
+from convmae_kernels.ops.gather_visible import gather_visible
+from convmae_kernels.ops.masked_conv2d import masked_conv2d
+from convmae_kernels.ops.scatter_visible import scatter_visible
+
+__all__ = ["gather_visible", "masked_conv2d", "scatter_visible"]

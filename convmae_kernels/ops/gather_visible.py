@@ -1,0 +1,75 @@
+"""Dense feature maps to packed features of the visible blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convmae_kernels.block_mask import BLOCK_SIZES, BlockMask
+from convmae_kernels.ops import reference
+from convmae_kernels.ops.checks import check_tensor
+from convmae_kernels.ops.library import LIB, Impl, select
+
+LIB.define(
+    "gather_visible(Tensor images, Tensor block_index, SymInt gh, SymInt gw) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIB.impl("gather_visible", reference.gather_visible, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("convmae::gather_visible", lib=LIB)
+def _fake(images, block_index, gh, gw):
+    side = images.shape[2] // gh
+    return images.new_empty(block_index.shape[0], side * side, images.shape[1])
+
+
+def _setup_context(ctx, inputs, output):
+    images, block_index, ctx.gh, ctx.gw = inputs
+    ctx.batch = images.shape[0]
+    ctx.save_for_backward(block_index)
+
+
+def _backward(ctx, grad):
+    (block_index,) = ctx.saved_tensors
+    grad_images = torch.ops.convmae.scatter_visible(
+        grad, block_index, ctx.batch, ctx.gh, ctx.gw, 0.0
+    )
+    return grad_images, None, None, None
+
+
+torch.library.register_autograd(
+    "convmae::gather_visible", _backward, setup_context=_setup_context, lib=LIB
+)
+
+
+def gather_visible(images: Tensor, mask: BlockMask, *, impl: Impl = "auto") -> Tensor:
+    """The visible blocks of feature maps: `[B, C, H, W] -> [T, s*s, C]`, `s = H // gh`.
+
+    Args:
+        images: float32, bfloat16, float16 or float64 `[B, C, gh*s, gw*s]`, any strides, `s` one of
+            1, 2, 4, 8, 16, 32. Hidden positions are not read.
+        mask: the visible blocks, for `B` images.
+        impl: which implementation runs; "auto" is the fastest that is there.
+
+    Returns:
+        Packed features `[T, s*s, C]`, contiguous, in the dtype of `images`. Differentiable; the
+        gradient of a hidden position is 0.
+
+    Raises:
+        TypeError: `images` is not a tensor of one of the dtypes, or `mask` is not a `BlockMask`.
+        ValueError: rank, device, batch size or image size do not fit the mask.
+        RuntimeError: `impl` was named and cannot run.
+    """
+    check_tensor("images", images, 4, "[B, C, H, W]", mask)
+    gh, gw = mask.grid
+    batch, _, height, width = images.shape
+    if batch != mask.batch_size:
+        raise ValueError(f"images has batch size {batch}, but the mask is for {mask.batch_size}")
+    side = height // gh
+    if (height, width) != (gh * side, gw * side) or side not in BLOCK_SIZES:
+        raise ValueError(
+            f"images of {height} x {width} do not divide into a grid of {gh} x {gw} square blocks "
+            f"of side {', '.join(map(str, BLOCK_SIZES))}"
+        )
+    run = select(impl, torch.ops.convmae.gather_visible, reference.gather_visible, images)
+    return run(images, mask.block_index, gh, gw)

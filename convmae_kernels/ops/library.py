@@ -1,0 +1,77 @@
+"""The op library `convmae`: where schemas are defined, and which kernels serve them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Impl = Literal["auto", "reference", "cpu", "cuda", "triton"]
+
+LIB = torch.library.Library("convmae", "DEF")
+
+LIBRARY_FILE = Path(__file__).resolve().parents[1] / "_C.so"
+
+
+def load_extension() -> str | None:
+    """Loads the compiled kernels over the reference ones; returns why not, or None if loaded."""
+    if not LIBRARY_FILE.exists():
+        return "the compiled library is not installed (no compiler when it was installed?)"
+    try:
+        torch.ops.load_library(str(LIBRARY_FILE))
+    except OSError as error:
+        return f"the compiled library could not be loaded: {error}"
+    return None
+
+
+LIB.define("cpu_capability() -> str")
+
+WHY_NOT_COMPILED = load_extension()
+
+
+def why_not(impl: Impl, x: Tensor) -> str | None:
+    """Why `impl` cannot run on `x`; None if it can."""
+    if impl in ("auto", "reference"):
+        return None
+    if impl == "cpu":
+        if x.device.type != "cpu":
+            return f"the tensor is on {x.device}, not on the CPU"
+        return WHY_NOT_COMPILED
+    if impl in ("cuda", "triton"):
+        return "this version has no GPU kernels yet; use impl='reference' or 'auto'"
+    return "it is not one of 'auto', 'reference', 'cpu', 'cuda', 'triton'"
+
+
+def select(impl: Impl, op: Callable, reference: Callable, x: Tensor) -> Callable:
+    """The callable that runs an op: the registered op, or its reference.
+
+    The reference is plain PyTorch, so it serves `torch.func` transforms and forward-mode
+    differentiation too, which registered ops do not support.
+
+    Raises:
+        RuntimeError: `impl` was asked for by name and cannot run.
+    """
+    reason = why_not(impl, x)
+    if reason is not None:
+        raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
+    if impl == "reference" or _transforms_active():
+        return reference
+    return op
+
+
+def _transforms_active() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts floating tensors to the autocast dtype of `x`'s device where autocast is on."""
+    tensors = (x, *others)
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)

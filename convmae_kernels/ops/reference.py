@@ -1,0 +1,92 @@
+"""What every op means, in plain PyTorch: the oracle of the tests and the any-device fallback.
+
+Differentiable by autograd, `torch.func` and forward-mode alike. Half types accumulate in float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from convmae_kernels.block_mask import from_zorder, to_zorder
+
+
+def gather_visible(images: Tensor, block_index: Tensor, gh: int, gw: int) -> Tensor:
+    """`[B, C, gh*s, gw*s] -> [T, s*s, C]`: the visible blocks, their positions in Z-order."""
+    batch, channels, height, width = images.shape
+    tiles = images.reshape(batch, channels, gh, height // gh, gw, width // gw)
+    tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # [B*gh*gw, C, s, s]
+    return to_zorder(tiles.index_select(0, block_index)).transpose(1, 2).contiguous()
+
+
+def scatter_visible(
+    x: Tensor, block_index: Tensor, batch: int, gh: int, gw: int, fill: float
+) -> Tensor:
+    """`[T, s*s, C] -> [B, C, gh*s, gw*s]` (channels-last): hidden positions hold `fill`."""
+    _, positions, channels = x.shape
+    side = math.isqrt(positions)
+    tiles = x.new_full((batch * gh * gw, positions, channels), fill)
+    tiles = tiles.index_copy(0, block_index, x)
+    tiles = from_zorder(tiles.transpose(1, 2)).view(batch, gh, gw, channels, side, side)
+    dense = tiles.permute(0, 1, 4, 2, 5, 3).reshape(batch, gh * side, gw * side, channels)
+    return dense.permute(0, 3, 1, 2)
+
+
+def _windows(x: Tensor, neighbours: Tensor) -> Tensor:
+    """`[T, s*s, C] -> [T, n*s, n*s, C]`: each block and its `n*n` neighbours, hidden ones zero."""
+    blocks, positions, channels = x.shape
+    side, n = math.isqrt(positions), math.isqrt(neighbours.shape[1])
+    tiles = from_zorder(x.transpose(1, 2)).permute(0, 2, 3, 1)  # [T, s, s, C]
+    tiles = torch.cat([tiles, tiles.new_zeros(1, side, side, channels)])
+    index = neighbours.long()
+    index = torch.where(index < 0, blocks, index)
+    windows = tiles[index].view(blocks, n, n, side, side, channels)
+    return windows.transpose(2, 3).reshape(blocks, n * side, n * side, channels)
+
+
+def _taps(side: int, neighbours: Tensor, kernel: tuple[int, int], dilation: list[int]):
+    """The `(row, column, window rows, window columns)` of every tap of the kernel."""
+    centre = math.isqrt(neighbours.shape[1]) // 2 * side
+    for i in range(kernel[0]):
+        top = centre + (i - kernel[0] // 2) * dilation[0]
+        for j in range(kernel[1]):
+            left = centre + (j - kernel[1] // 2) * dilation[1]
+            yield i, j, slice(top, top + side), slice(left, left + side)
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def masked_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, dilation: list[int]
+) -> Tensor:
+    """Depthwise: `y[p, c] = bias[c] + sum of weight[c, 0, d] * x[p + d, c]` over visible `p + d`.
+
+    `x` is `[T, s*s, C]`, `weight` `[C, 1, kh, kw]`, `neighbours` from `BlockMask.neighbours`.
+    """
+    side, dtype = math.isqrt(x.shape[1]), _accumulation_dtype(x.dtype)
+    windows, weight = _windows(x.to(dtype), neighbours), weight.to(dtype)
+    y = x.new_zeros(x.shape[0], side, side, x.shape[2], dtype=dtype)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    for i, j, rows, columns in _taps(side, neighbours, weight.shape[2:], dilation):
+        y = y + weight[:, 0, i, j] * windows[:, rows, columns]
+    return to_zorder(y.permute(0, 3, 1, 2)).transpose(1, 2).contiguous().to(x.dtype)
+
+
+def masked_conv2d_weight_grad(
+    grad: Tensor, x: Tensor, neighbours: Tensor, kernel: list[int], dilation: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `masked_conv2d` in its weight `[C, 1, kh, kw]` and its bias `[C]`."""
+    side, dtype = math.isqrt(x.shape[1]), _accumulation_dtype(x.dtype)
+    windows = _windows(x.to(dtype), neighbours)
+    grad = from_zorder(grad.to(dtype).transpose(1, 2)).permute(0, 2, 3, 1)  # [T, s, s, C]
+    taps = [
+        (grad * windows[:, rows, columns]).sum((0, 1, 2))
+        for _, _, rows, columns in _taps(side, neighbours, (kernel[0], kernel[1]), dilation)
+    ]
+    grad_weight = torch.stack(taps, dim=1).view(-1, 1, kernel[0], kernel[1])
+    return grad_weight.to(x.dtype), grad.sum((0, 1, 2)).to(x.dtype)

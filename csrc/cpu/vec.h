@@ -1,0 +1,220 @@
+// Vectors of the accumulation type, as wide as the instruction set this file is compiled for.
+// Everything is in an anonymous namespace: the kernels are compiled once for each instruction set,
+// and a function shared by the linker between them would run on the wrong machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace convmae {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccOf<T>::type;
+
+template <class E, int Bytes>
+struct VecOf {
+  typedef E type __attribute__((vector_size(Bytes)));
+};
+
+// N lanes of the accumulation type; one lane is the plain type, for what is left of a row.
+template <class A, int N>
+struct Lanes {
+  using type = typename VecOf<A, N* int(sizeof(A))>::type;
+};
+template <class A>
+struct Lanes<A, 1> {
+  using type = A;
+};
+template <class A, int N>
+using Vec = typename Lanes<A, N>::type;
+
+template <class A>
+constexpr int kLanes = kVecBytes / int(sizeof(A));
+
+// -- one value --------------------------------------------------------------------------------
+
+inline float to_acc(float x) { return x; }
+inline double to_acc(double x) { return x; }
+inline float to_acc(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float to_acc(Half x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {  // infinity, NaN
+    bits = sign | 0x7f800000u | (magnitude & 0x3ff) << 13;
+  } else if (magnitude >= 0x400) {
+    bits = sign | ((magnitude << 13) + (112u << 23));
+  } else {  // subnormal: a multiple of 2^-24
+    const float value = float(magnitude) * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &value, 4);
+    bits |= sign;
+  }
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline void from_acc(float x, float* out) { *out = x; }
+inline void from_acc(double x, double* out) { *out = x; }
+inline void from_acc(float x, BFloat16* out) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  out->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void from_acc(float x, Half* out) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  bits &= 0x7fffffff;
+  uint32_t half;
+  if (bits > 0x7f800000) {
+    half = 0x7e00;
+  } else if (bits >= 0x47800000) {  // 2^16 and more
+    half = 0x7c00;
+  } else if (bits >= 0x38800000) {  // normal; a carry into the exponent is right, up to infinity
+    half = (bits - (112u << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
+  } else {  // subnormal: the float adder rounds to a multiple of 2^-24
+    float value;
+    std::memcpy(&value, &bits, 4);
+    value += 0.5f;
+    std::memcpy(&half, &value, 4);
+    half -= 0x3f000000;
+  }
+  out->bits = uint16_t(sign | half);
+}
+
+// -- a vector ---------------------------------------------------------------------------------
+
+template <int N, class T>
+inline Vec<Acc<T>, N> load(const T* p) {
+  Vec<Acc<T>, N> x;
+  if constexpr (N == 1) {
+    x = to_acc(*p);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    typename VecOf<uint16_t, 2 * N>::type narrow;
+    std::memcpy(&narrow, p, sizeof(narrow));
+    const auto bits = __builtin_convertvector(narrow, typename VecOf<uint32_t, 4 * N>::type) << 16;
+    std::memcpy(&x, &bits, sizeof(x));
+  } else if constexpr (std::is_same_v<T, Half>) {
+#if defined(__AVX512F__)
+    const __m512 wide = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    std::memcpy(&x, &wide, sizeof(x));
+#elif defined(__F16C__)
+    const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    std::memcpy(&x, &wide, sizeof(x));
+#else
+    for (int i = 0; i < N; ++i) x[i] = to_acc(p[i]);
+#endif
+  } else {
+    std::memcpy(&x, p, sizeof(x));
+  }
+  return x;
+}
+
+template <int N, class T>
+inline void store(T* p, Vec<Acc<T>, N> x) {
+  if constexpr (N == 1) {
+    from_acc(x, p);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    using Bits = typename VecOf<uint32_t, 4 * N>::type;
+    Bits bits;
+    std::memcpy(&bits, &x, sizeof(x));
+    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Bits chosen = x == x ? rounded : Bits{} + 0x7fc0;
+    const auto narrow = __builtin_convertvector(chosen, typename VecOf<uint16_t, 2 * N>::type);
+    std::memcpy(p, &narrow, sizeof(narrow));
+  } else if constexpr (std::is_same_v<T, Half>) {
+#if defined(__AVX512F__)
+    __m512 wide;
+    std::memcpy(&wide, &x, sizeof(x));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    __m256 wide;
+    std::memcpy(&wide, &x, sizeof(x));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < N; ++i) from_acc(x[i], p + i);
+#endif
+  } else {
+    std::memcpy(p, &x, sizeof(x));
+  }
+}
+
+// -- loops ------------------------------------------------------------------------------------
+
+template <int I>
+struct Index {
+  static constexpr int value = I;
+  constexpr operator int() const { return I; }
+};
+
+// f(Index<0>), ..., f(Index<N - 1>), unrolled, so that what they index can live in registers.
+template <int N, int I = 0, class F>
+__attribute__((always_inline)) inline void unroll(F&& f) {
+  if constexpr (I < N) {
+    f(Index<I>{});
+    unroll<N, I + 1>(f);
+  }
+}
+
+// `kVectors` vectors of `kWidth` lanes of A each.
+template <class A, int Width, int Vectors>
+struct Step {
+  static constexpr int kWidth = Width, kVectors = Vectors, kChannels = Width * Vectors;
+};
+
+// Calls f(step, channel, column) until every channel is covered, `Vectors` vectors at a time, then
+// one. What is left is covered by one vector that overlaps the one before it, or, where there are
+// fewer channels than lanes, one by one. `column` is `channel`, but for the overlapping vector it
+// is the next free one: a sum over several calls must be kept by column, so that none is added
+// twice.
+template <class A, int Vectors, class F>
+inline void for_channels(int64_t channels, F&& f) {
+  constexpr int n = kLanes<A>;
+  int64_t c = 0;
+  for (; c + n * Vectors <= channels; c += n * Vectors) f(Step<A, n, Vectors>{}, c, c);
+  for (; c + n <= channels; c += n) f(Step<A, n, 1>{}, c, c);
+  if (c < channels && c > 0) {
+    f(Step<A, n, 1>{}, channels - n, c);
+  } else {
+    for (; c < channels; ++c) f(Step<A, 1, 1>{}, c, c);
+  }
+}
+
+}  // namespace
+}  // namespace convmae

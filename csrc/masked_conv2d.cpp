@@ -1,0 +1,183 @@
+// Depthwise convolution of packed features: checks, allocation, registration.
+#include "masked_conv2d.h"
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common.h"
+
+namespace convmae {
+namespace {
+
+const MaskedConv2dKernels& kernels() {
+#if defined(__x86_64__)
+  switch (cpu_isa()) {
+    case Isa::Avx512: return cpu::avx512::masked_conv2d;
+    case Isa::Avx2: return cpu::avx2::masked_conv2d;
+    case Isa::Baseline: break;
+  }
+#endif
+  return cpu::baseline::masked_conv2d;
+}
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16: return DType::BFloat16;
+    case ScalarType::Half: return DType::Half;
+    case ScalarType::Double: return DType::Double;
+    default: return DType::Float;
+  }
+}
+
+ScalarType accumulation_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The places of a block and its halo, for MaskedConv2dParams::window.
+std::vector<Place> make_window(const MaskedConv2dParams& p, int radius) {
+  std::vector<Place> window;
+  window.reserve(size_t(p.window_rows()) * p.window_columns());
+  for (int row = -p.halo_rows(); row < p.side + p.halo_rows(); ++row) {
+    for (int column = -p.halo_columns(); column < p.side + p.halo_columns(); ++column) {
+      window.push_back(place(row, column, p.side, radius));
+    }
+  }
+  return window;
+}
+
+// Fills in what forward and weight gradient share. `x` and `neighbours` must be contiguous.
+std::vector<Place> fill_params(MaskedConv2dParams& p, const Tensor& x, const Tensor& neighbours,
+                               int64_t kernel_rows, int64_t kernel_columns,
+                               const std::vector<int64_t>& dilation) {
+  check_cpu(x, "x");
+  check_cpu(neighbours, "neighbours");
+  check_floating(x, "x");
+  STD_TORCH_CHECK(x.dim() == 3, "x must be [T, s*s, C]");
+  STD_TORCH_CHECK(neighbours.dim() == 2 && neighbours.size(0) == x.size(0) &&
+                      neighbours.scalar_type() == ScalarType::Int,
+                  "neighbours must be int32 [T, (2 * radius + 1) ** 2]");
+  STD_TORCH_CHECK(dilation.size() == 2 && dilation[0] >= 1 && dilation[1] >= 1,
+                  "dilation must be two positive integers");
+  STD_TORCH_CHECK(kernel_rows % 2 == 1 && kernel_columns % 2 == 1, "kernel sides must be odd");
+  p.dtype = dtype_of(x);
+  p.blocks = x.size(0);
+  p.channels = x.size(2);
+  p.table_columns = neighbours.size(1);
+  p.side = int(std::lround(std::sqrt(double(x.size(1)))));
+  p.kernel_rows = int(kernel_rows);
+  p.kernel_columns = int(kernel_columns);
+  p.dilation_rows = int(dilation[0]);
+  p.dilation_columns = int(dilation[1]);
+  STD_TORCH_CHECK(p.side >= 1 && p.side <= 32 && (p.side & (p.side - 1)) == 0 &&
+                      int64_t(p.side) * p.side == x.size(1),
+                  "block sides are 1, 2, 4, 8, 16 or 32");
+  const int radius = (int(std::lround(std::sqrt(double(p.table_columns)))) - 1) / 2;
+  STD_TORCH_CHECK(int64_t(2 * radius + 1) * (2 * radius + 1) == p.table_columns &&
+                      int64_t(radius) * p.side >= std::max(p.halo_rows(), p.halo_columns()),
+                  "neighbours does not reach as far as the kernel");
+  p.x = x.const_data_ptr();
+  p.neighbours = neighbours.const_data_ptr<int32_t>();
+  std::vector<Place> window = make_window(p, radius);
+  p.window = window.data();
+  return window;
+}
+
+Tensor masked_conv2d(const Tensor& x_, const Tensor& weight, std::optional<Tensor> bias,
+                     const Tensor& neighbours_, std::vector<int64_t> dilation) {
+  const Tensor x = torch::stable::contiguous(x_);
+  const Tensor neighbours = torch::stable::contiguous(neighbours_);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == x.size(2) && weight.size(1) == 1,
+                  "weight must be [C, 1, kh, kw]");
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight must have the dtype of x");
+  MaskedConv2dForward p;
+  const std::vector<Place> window =
+      fill_params(p, x, neighbours, weight.size(2), weight.size(3), dilation);
+
+  const ScalarType acc = accumulation_type(x);
+  const int64_t taps = int64_t(p.kernel_rows) * p.kernel_columns;
+  Tensor table = torch::stable::new_empty(x, {1 + taps, p.channels}, acc);
+  Tensor bias_row = torch::stable::narrow(table, 0, 0, 1);
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == p.channels, "bias must be [C]");
+    torch::stable::copy_(bias_row, *bias);
+  } else {
+    torch::stable::fill_(bias_row, 0.0);
+  }
+  Tensor tap_rows = torch::stable::narrow(table, 0, 1, taps);
+  torch::stable::copy_(
+      tap_rows, torch::stable::transpose(torch::stable::reshape(weight, {p.channels, taps}), 0, 1));
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  p.weight = table.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  torch::stable::parallel_for(
+      0, p.blocks, grain(x.size(1) * p.channels),
+      [&](int64_t begin, int64_t end) { kernels().forward(p, begin, end); });
+  return y;
+}
+
+// The blocks are cut into parts whose number depends on their own number alone, and the parts are
+// added up in order: the same bits whatever the number of threads.
+constexpr int64_t kBlocksPerPart = 16, kMaxParts = 64;
+
+template <class A>
+void add_parts(const A* partial, int64_t parts, int64_t size, A* sum) {
+  torch::stable::parallel_for(0, size, kGrainElements, [&](int64_t begin, int64_t end) {
+    std::fill(sum + begin, sum + end, A(0));
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t i = begin; i < end; ++i) sum[i] += partial[part * size + i];
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> masked_conv2d_weight_grad(const Tensor& grad_, const Tensor& x_,
+                                                     const Tensor& neighbours_,
+                                                     std::vector<int64_t> kernel,
+                                                     std::vector<int64_t> dilation) {
+  const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
+  const Tensor neighbours = torch::stable::contiguous(neighbours_);
+  STD_TORCH_CHECK(kernel.size() == 2, "kernel must be two odd integers");
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == 3 &&
+                      grad.size(0) == x.size(0) && grad.size(1) == x.size(1) &&
+                      grad.size(2) == x.size(2),
+                  "grad must have the shape and dtype of x");
+  MaskedConv2dWeightGrad p;
+  const std::vector<Place> window = fill_params(p, x, neighbours, kernel[0], kernel[1], dilation);
+  p.grad = grad.const_data_ptr();
+
+  const ScalarType acc = accumulation_type(x);
+  const int64_t taps = kernel[0] * kernel[1], size = (1 + taps) * p.channels;
+  const int64_t parts =
+      std::clamp<int64_t>((p.blocks + kBlocksPerPart - 1) / kBlocksPerPart, 1, kMaxParts);
+  Tensor partial = torch::stable::new_empty(x, {parts, size}, acc);
+  Tensor sum = torch::stable::new_empty(x, {1 + taps, p.channels}, acc);
+  char* const data = static_cast<char*>(partial.mutable_data_ptr());
+  const int64_t bytes = size * int64_t(partial.element_size());
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      kernels().weight_grad(p, data + part * bytes, part * p.blocks / parts,
+                            (part + 1) * p.blocks / parts);
+    }
+  });
+  if (acc == ScalarType::Double) {
+    add_parts(partial.const_data_ptr<double>(), parts, size, sum.mutable_data_ptr<double>());
+  } else {
+    add_parts(partial.const_data_ptr<float>(), parts, size, sum.mutable_data_ptr<float>());
+  }
+  Tensor rounded = torch::stable::to(sum, x.scalar_type());
+  const Tensor by_channel = torch::stable::contiguous(
+      torch::stable::transpose(torch::stable::narrow(rounded, 0, 1, taps), 0, 1));
+  const Tensor bias = torch::stable::clone(
+      torch::stable::reshape(torch::stable::narrow(rounded, 0, 0, 1), {p.channels}));
+  return {torch::stable::reshape(by_channel, {p.channels, 1, kernel[0], kernel[1]}), bias};
+}
+
+}  // namespace
+}  // namespace convmae
+
+STABLE_TORCH_LIBRARY_IMPL(convmae, CPU, m) {
+  m.impl("masked_conv2d", TORCH_BOX(&convmae::masked_conv2d));
+  m.impl("masked_conv2d_weight_grad", TORCH_BOX(&convmae::masked_conv2d_weight_grad));
+}

@@ -1,0 +1,113 @@
+"""Builds the compiled kernels, `convmae_kernels/_C.so`, with ninja; all metadata is in pyproject.toml.
+
+The library uses LibTorch's stable ABI and no Python C API: one build serves every torch >= 2.11 and
+every Python. Without a compiler the package installs all the same, with the reference ops, unless
+CONVMAE_REQUIRE_EXT=1 makes that an error.
+"""
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the oldest torch that the library runs on
+ISA_FLAGS = {
+    "baseline": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    # GCC takes the deliberately undefined operands of its own AVX-512 headers for mistakes.
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -Wno-uninitialized",
+}
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def find_torch():
+    """The folder of the installed torch, or None; seen from an isolated build too."""
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(spec.origin).parent] if spec and spec.origin else []
+    folders += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
+    return next((folder for folder in folders if (folder / "include").is_dir()), None)
+
+
+def ninja_file(torch, build, library):
+    """The text of build.ninja: every source, the per-instruction-set ones once for each."""
+    flags = (
+        "-O2 -std=c++20 -ffp-contract=fast -fPIC -fvisibility=hidden -Wall -Wextra "
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -I{ROOT / 'csrc'} -isystem {torch / 'include'}"
+    )
+    link = f"-shared -L{torch / 'lib'} -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu"
+    lines = [
+        f"cxx = {os.environ.get('CXX', 'c++')}",
+        f"flags = {flags} {os.environ.get('CXXFLAGS', '')}",
+        "rule compile",
+        "  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx $in -o $out {link} {os.environ.get('LDFLAGS', '')}",
+    ]
+    objects = []
+
+    def compile_source(source, name, isa=""):
+        objects.append(build / f"{name}.o")
+        lines.append(f"build {objects[-1]}: compile {source}\n  isa = {isa}")
+
+    for source in sorted((ROOT / "csrc").glob("*.cpp")):
+        compile_source(source, source.stem)
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        if "CONVMAE_ISA" not in source.read_text():
+            compile_source(source, f"cpu_{source.stem}")
+            continue
+        for isa in ISA_FLAGS if X86 else ("baseline",):
+            compile_source(source, f"{isa}_{source.stem}", f"-DCONVMAE_ISA={isa} {ISA_FLAGS[isa]}")
+    lines.append(f"build {library}: link {' '.join(map(str, objects))}")
+    return "\n".join(lines) + "\n"
+
+
+class BuildKernels(build_ext):
+    """Compiles with ninja in build/ninja, which survives, so that a second build is incremental."""
+
+    def run(self):
+        try:
+            self.compile()
+        except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
+            if os.environ.get("CONVMAE_REQUIRE_EXT") == "1":
+                raise
+            print(
+                f"WARNING: convmae_kernels installs WITHOUT its compiled CPU kernels ({error}). "
+                "It works, with slower reference ops in plain PyTorch. "
+                "For the fast ones install a C++20 compiler and install again.",
+                file=sys.stderr,
+            )
+
+    def compile(self):
+        torch = find_torch()
+        if torch is None:
+            raise RuntimeError("torch is not installed")
+        if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+            raise RuntimeError(f"no C++ compiler: {os.environ.get('CXX', 'c++')} not found")
+        if shutil.which("ninja") is None:
+            raise RuntimeError("ninja not found")
+        build = ROOT / "build" / "ninja"
+        build.mkdir(parents=True, exist_ok=True)
+        library = build / "_C.so"
+        (build / "build.ninja").write_text(ninja_file(torch, build, library))
+        subprocess.run(["ninja", "-C", str(build)], check=True)
+        package = ROOT if self.inplace else Path(self.build_lib)
+        (package / "convmae_kernels").mkdir(parents=True, exist_ok=True)
+        shutil.copy2(library, package / "convmae_kernels" / "_C.so")
+
+
+setup(
+    ext_modules=[Extension("convmae_kernels._C", sources=[])],
+    cmdclass={"build_ext": BuildKernels},
+    # Headers and libraries of any torch >= 2.11 do: the one that is installed, if there is one.
+    setup_requires=[] if find_torch() else ["torch>=2.11"],
+)
