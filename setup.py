@@ -1,4 +1,4 @@
-"""Builds the compiled kernels, `convmae_kernels/_C.so`, with ninja; all metadata is in pyproject.toml.
+"""Builds the compiled kernels, `convmae_kernels/_C.so`, with ninja; metadata is in pyproject.toml.
 
 The library uses LibTorch's stable ABI and no Python C API: one build serves every torch >= 2.11 and
 every Python. Without a compiler the package installs all the same, with the reference ops, unless
@@ -15,6 +15,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -23,7 +24,7 @@ ISA_FLAGS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c",
     # GCC takes the deliberately undefined operands of its own AVX-512 headers for mistakes.
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -Wno-uninitialized",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -Wno-uninitialized",
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -40,7 +41,8 @@ def ninja_file(torch, build, library):
     """The text of build.ninja: every source, the per-instruction-set ones once for each."""
     flags = (
         "-O2 -std=c++20 -ffp-contract=fast -fPIC -fvisibility=hidden -Wall -Wextra "
-        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -I{ROOT / 'csrc'} -isystem {torch / 'include'}"
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} "
+        f"-I{ROOT / 'csrc'} -isystem {torch / 'include'}"
     )
     link = f"-shared -L{torch / 'lib'} -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu"
     lines = [
@@ -102,12 +104,21 @@ class BuildKernels(build_ext):
         subprocess.run(["ninja", "-C", str(build)], check=True)
         package = ROOT if self.inplace else Path(self.build_lib)
         (package / "convmae_kernels").mkdir(parents=True, exist_ok=True)
-        shutil.copy2(library, package / "convmae_kernels" / "_C.so")
+        target = package / "convmae_kernels" / "_C.so"
+        shutil.copy2(library, target.with_suffix(".new"))
+        os.replace(target.with_suffix(".new"), target)  # a process may have the old one loaded
+
+
+class Wheel(bdist_wheel):
+    """Tagged for any Python: the library has no Python in it."""
+
+    def get_tag(self):
+        return ("py3", "none", super().get_tag()[2])
 
 
 setup(
     ext_modules=[Extension("convmae_kernels._C", sources=[])],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
     # Headers and libraries of any torch >= 2.11 do: the one that is installed, if there is one.
     setup_requires=[] if find_torch() else ["torch>=2.11"],
 )

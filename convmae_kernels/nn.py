@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from convmae_kernels.block_mask import BlockMask
 from convmae_kernels.ops import gather_visible, masked_conv2d, scatter_visible
+
+if TYPE_CHECKING:
+    from convmae_kernels.block_mask import BlockMask
 
 
 class MaskedConv2d(torch.nn.Conv2d):
@@ -76,7 +80,6 @@ class MaskedConv2d(torch.nn.Conv2d):
         dense = x.dim() == 4
         if dense:
             x = gather_visible(x, mask)
-        x = masked_conv2d(
-            x, self.weight, self.bias, mask, self.stride, self.dilation, self.groups
-        )
+        stride, dilation = (self.stride[0], self.stride[1]), (self.dilation[0], self.dilation[1])
+        x = masked_conv2d(x, self.weight, self.bias, mask, stride, dilation, self.groups)
         return scatter_visible(x, mask) if dense else x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from convmae_kernels.block_mask import BlockMask
 from convmae_kernels.ops import gather_visible, reference, scatter_visible
 from convmae_kernels.ops.checks import DTYPES
 from convmae_kernels.ops.library import Impl, why_not
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 __all__ = [
     "DTYPES",
@@ -136,15 +139,13 @@ def oracle(
         -(-d * (k // 2) // round(x.shape[1] ** 0.5)) for d, k in zip(pair, weight.shape[2:])
     )
     bias = None if bias is None else bias.double()
-    return reference.masked_conv2d(
-        x.double(), weight.double(), bias, mask.neighbours(radius), pair
-    )
+    return reference.masked_conv2d(x.double(), weight.double(), bias, mask.neighbours(radius), pair)
 
 
 def value_and_grads(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
 ) -> list[Tensor]:
-    """`[function(*inputs), *vjp]`: the output and the gradient of every input, given the output's."""
+    """`[function(*inputs), *vjp]`: the output and, given its gradient, that of every input."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     y = function(*leaves)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]

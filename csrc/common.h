@@ -44,13 +44,14 @@ inline Isa cpu_isa() {
   static const Isa isa = [] {
 #if defined(__x86_64__)
     const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
-    const bool any = asked == nullptr || std::strcmp(asked, "avx512") == 0;
-    const bool avx2 = any || std::strcmp(asked, "avx2") == 0;
-    if (any && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    const bool baseline = asked != nullptr && std::strcmp(asked, "default") == 0;
+    const bool at_most_avx2 = asked != nullptr && std::strcmp(asked, "avx2") == 0;
+    if (!baseline && !at_most_avx2 && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")) {
       return Isa::Avx512;
     }
-    if (avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+    if (!baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __builtin_cpu_supports("f16c")) {
       return Isa::Avx2;
     }

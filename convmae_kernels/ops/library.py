@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Impl = Literal["auto", "reference", "cpu", "cuda", "triton"]
 
@@ -20,7 +23,7 @@ LIBRARY_FILE = Path(__file__).resolve().parents[1] / "_C.so"
 def load_extension() -> str | None:
     """Loads the compiled kernels over the reference ones; returns why not, or None if loaded."""
     if not LIBRARY_FILE.exists():
-        return "the compiled library is not installed (no compiler when it was installed?)"
+        return "the compiled library was not built when the package was installed"
     try:
         torch.ops.load_library(str(LIBRARY_FILE))
     except OSError as error:
@@ -31,6 +34,13 @@ def load_extension() -> str | None:
 LIB.define("cpu_capability() -> str")
 
 WHY_NOT_COMPILED = load_extension()
+if WHY_NOT_COMPILED is not None:
+    warnings.warn(
+        f"convmae_kernels runs its slow reference ops: {WHY_NOT_COMPILED}. For the fast ones "
+        "install a C++20 compiler and install the package again.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def why_not(impl: Impl, x: Tensor) -> str | None:
@@ -67,11 +77,8 @@ def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts floating tensors to the autocast dtype of `x`'s device where autocast is on."""
-    tensors = (x, *others)
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that an op on `x` works in: autocast's where that is on, but float64 stays."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from convmae_kernels.block_mask import BlockMask
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.checks import check_packed
-from convmae_kernels.ops.library import LIB, Impl, autocast, select
+from convmae_kernels.ops.library import LIB, Impl, autocast_dtype, select
+
+if TYPE_CHECKING:
+    from convmae_kernels.block_mask import BlockMask
 
 MAX_KERNEL = 15
 
@@ -104,7 +108,7 @@ def masked_conv2d(
     *,
     impl: Impl = "auto",
 ) -> Tensor:
-    """`gather(conv2d(scatter(x), weight, bias, padding="same"))`, computed at visible positions only.
+    """`gather(conv2d(scatter(x), weight, bias, padding="same"))`, only at visible positions.
 
     At each visible position `p`: `y[p] = bias + sum of weight[d] * x[p + d]` over the taps `d` for
     which `p + d` is visible. Hidden positions and positions outside the image count as zero.
@@ -134,12 +138,13 @@ def masked_conv2d(
     """
     side = check_packed("x", x, mask)
     dilation = _pair("dilation", dilation)
-    x, weight, bias = autocast(x, weight, bias)
     _check_weight(x, weight, bias, groups)
     if _pair("stride", stride) != (1, 1):
         raise NotImplementedError(f"masked_conv2d has stride 1 only in this version, got {stride}")
     halo = max(d * (k // 2) for d, k in zip(dilation, weight.shape[2:]))
     neighbours = mask.neighbours(-(-halo // side))
+    dtype = autocast_dtype(x)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     run = select(impl, torch.ops.convmae.masked_conv2d, reference.masked_conv2d, x)
     return run(x, weight, bias, neighbours, dilation)
 
@@ -156,7 +161,8 @@ def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor is not None and tensor.dtype != x.dtype:
+        casts = torch.is_autocast_enabled(x.device.type)
+        if tensor is not None and tensor.dtype != x.dtype and not casts:
             raise TypeError(f"{name} is {tensor.dtype}, but x is {x.dtype}; they must be the same")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")

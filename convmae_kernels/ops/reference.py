@@ -6,11 +6,15 @@ Differentiable by autograd, `torch.func` and forward-mode alike. Half types accu
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from convmae_kernels.block_mask import from_zorder, to_zorder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def gather_visible(images: Tensor, block_index: Tensor, gh: int, gw: int) -> Tensor:
@@ -46,7 +50,7 @@ def _windows(x: Tensor, neighbours: Tensor) -> Tensor:
     return windows.transpose(2, 3).reshape(blocks, n * side, n * side, channels)
 
 
-def _taps(side: int, neighbours: Tensor, kernel: tuple[int, int], dilation: list[int]):
+def _taps(side: int, neighbours: Tensor, kernel: Sequence[int], dilation: Sequence[int]):
     """The `(row, column, window rows, window columns)` of every tap of the kernel."""
     centre = math.isqrt(neighbours.shape[1]) // 2 * side
     for i in range(kernel[0]):
@@ -86,7 +90,7 @@ def masked_conv2d_weight_grad(
     grad = from_zorder(grad.to(dtype).transpose(1, 2)).permute(0, 2, 3, 1)  # [T, s, s, C]
     taps = [
         (grad * windows[:, rows, columns]).sum((0, 1, 2))
-        for _, _, rows, columns in _taps(side, neighbours, (kernel[0], kernel[1]), dilation)
+        for _, _, rows, columns in _taps(side, neighbours, kernel, dilation)
     ]
     grad_weight = torch.stack(taps, dim=1).view(-1, 1, kernel[0], kernel[1])
     return grad_weight.to(x.dtype), grad.sum((0, 1, 2)).to(x.dtype)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from convmae_kernels.block_mask import BlockMask
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.checks import check_packed
 from convmae_kernels.ops.library import LIB, Impl, select
+
+if TYPE_CHECKING:
+    from convmae_kernels.block_mask import BlockMask
 
 LIB.define(
     "scatter_visible(Tensor x, Tensor block_index, SymInt batch, SymInt gh, SymInt gw, float fill)"
