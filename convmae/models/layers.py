@@ -1,0 +1,281 @@
+"""The layers of ConvMAE: on packed features `[T, s*s, C]` and on tokens `[N, K, D]`.
+
+Parameters have the names and shapes of the official code (1x1 convolutions are 4-D weights), so the
+convolution modules here only hold parameters: on packed features they are matrix products.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convmae.models.tokens import take_tokens
+from convmae_kernels.nn import MaskedConv2d
+
+if TYPE_CHECKING:
+    from convmae_kernels import BlockMask
+
+CONV_EPS = 1e-5  # of the LayerNorms of patch embeddings and convolution blocks
+TOKEN_EPS = 1e-6  # of all others
+
+
+def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
+    """`cat(sin(w * f), cos(w * f), sin(h * f), cos(h * f))`, `f_k = 10000 ** (-k / (dim / 4))`.
+
+    The fixed two-dimensional position embedding of MAE; `(h, w)` is the row and column of a patch.
+
+    Args:
+        dim: width of the embedding, a multiple of 4.
+        grid: `(gh, gw)` patches.
+
+    Returns:
+        float32 `[1, gh * gw, dim]` on the CPU, in raster order, computed in float64.
+
+    Raises:
+        ValueError: `dim` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"the width of a sin-cos embedding must be a multiple of 4, got {dim}")
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
+    rows, columns = (torch.arange(n, dtype=torch.float64, device="cpu") for n in grid)
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    angles = [position.reshape(-1, 1) * frequency for position in (column, row)]
+    parts = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
+    return torch.cat(parts, dim=1).float().unsqueeze(0)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
+    """`softmax(q @ k.T / sqrt(d)) @ v`.
+
+    On a CPU in bfloat16 or float16 it is computed as written, with `q` scaled first (so that
+    float16 does not overflow): `scaled_dot_product_attention` is several times slower there.
+
+    Args:
+        q: `[N, heads, Q, d]`.
+        k: `[N, heads, K, d]`.
+        v: `[N, heads, K, d]`.
+        key_padding: bool `[N, K]`, True at keys that take no part; None if all do.
+
+    Returns:
+        `[N, heads, Q, d]` in the dtype of `q`; the softmax accumulates in float32 at least.
+    """
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        if key_padding is not None:
+            scores = scores.masked_fill(key_padding[:, None, None, :], -torch.inf)
+        return scores.softmax(dim=-1) @ v
+    keys = None if key_padding is None else ~key_padding[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+
+
+def packed_conv2d(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """`conv2d` whose stride is its kernel, on packed features: a reshape and a matrix product.
+
+    Args:
+        x: `[T, P, C_in]`, the `P` positions of each block in Z-order.
+        conv: `k x k` convolution with stride `k`; `k` a power of two, `k * k` dividing `P`.
+
+    Returns:
+        `[T, P / k**2, C_out]`.
+    """
+    blocks, positions, channels = x.shape
+    group = conv.kernel_size[0] ** 2
+    x = x.reshape(blocks, positions // group, group * channels)
+    return F.linear(x, zorder_weight(conv.weight), conv.bias)
+
+
+def zorder_weight(weight: Tensor) -> Tensor:
+    """`to_zorder(weight).transpose(1, 2).flatten(1)`: `[O, I, k, k] -> [O, k*k * I]`, in one copy.
+
+    Written out because its gradient, too, then copies whole rows of channels: several times faster.
+    """
+    side = weight.shape[2]
+    if side == 1:
+        return weight.flatten(1)
+    bits = side.bit_length() - 1
+    halves = (2,) * bits
+    bit_by_bit = weight.permute(0, 2, 3, 1).unflatten(2, halves).unflatten(1, halves)
+    order = [1 + axis * bits + bit for bit in range(bits) for axis in (0, 1)]
+    return bit_by_bit.permute(0, *order, -1).flatten(1)
+
+
+class DropPath(nn.Module):
+    """`x * bernoulli(1 - rate) / (1 - rate)`, one draw for each image, in training only.
+
+    Args:
+        rate: share of images whose `x` is dropped, in `[0, 1)`.
+    """
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor, mask: BlockMask | None = None) -> Tensor:
+        """Tokens `[N, K, D]`; or packed features `[T, P, C]` and their mask."""
+        if self.rate == 0.0 or not self.training:
+            return x
+        images = x.shape[0] if mask is None else mask.batch_size
+        scale = x.new_empty(images).bernoulli_(1 - self.rate) / (1 - self.rate)
+        if mask is not None:
+            scale = scale[mask.block_index // (mask.grid[0] * mask.grid[1])]
+        return x * scale.view(-1, 1, 1)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class PatchEmbed(nn.Module):
+    """`gelu(layer_norm(conv2d(x, stride=kernel)))` on packed features.
+
+    Args:
+        in_dim: channels of the input.
+        dim: channels of the output.
+        patch_size: kernel and stride.
+    """
+
+    def __init__(self, in_dim: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, dim, patch_size, patch_size)
+        self.norm = nn.LayerNorm(dim, eps=CONV_EPS)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T, P, in_dim] -> [T, P / patch_size**2, dim]`."""
+        return self.act(self.norm(packed_conv2d(x, self.proj)))
+
+
+class ConvMlp(nn.Module):
+    """`conv1x1(gelu(conv1x1(x)))` on packed features."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden, 1)
+        self.act = nn.GELU()
+        self.fc2 = nn.Conv2d(hidden, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T, P, dim] -> [T, P, dim]`."""
+        return packed_conv2d(self.act(packed_conv2d(x, self.fc1)), self.fc2)
+
+
+class ConvBlock(nn.Module):
+    """`x += conv1x1(masked_conv5x5(conv1x1(norm(x)))); x += mlp(norm(x))` on packed features.
+
+    Args:
+        dim: channels.
+        mlp_ratio: hidden channels of the MLP / `dim`.
+        drop_path: rate of `DropPath` on both branches.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=CONV_EPS)
+        self.conv1 = nn.Conv2d(dim, dim, 1)
+        self.conv2 = nn.Conv2d(dim, dim, 1)
+        self.attn = MaskedConv2d(dim, dim, 5, padding=2, groups=dim)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=CONV_EPS)
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, mask: BlockMask) -> Tensor:
+        """`[T, P, dim] -> [T, P, dim]`."""
+        y = packed_conv2d(self.norm1(x), self.conv1)
+        y = packed_conv2d(self.attn(y, mask), self.conv2)
+        x = x + self.drop_path(y, mask)
+        return x + self.drop_path(self.mlp(self.norm2(x)), mask)
+
+
+class Attention(nn.Module):
+    """`proj(attention(q, k, v))` with several heads and `q, k, v = qkv(x)`."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self, x: Tensor, key_padding: Tensor | None = None, queries: Tensor | None = None
+    ) -> Tensor:
+        """Tokens attend to all tokens `x` `[N, K, dim]` that are not padding.
+
+        Args:
+            x: `[N, K, dim]`, the keys and values.
+            key_padding: as in `attention`.
+            queries: `[N, Q, dim]`, the tokens that attend; `x` itself if None.
+
+        Returns:
+            `[N, Q, dim]`.
+        """
+        if queries is None:
+            q, k, v = self._heads(self.qkv(x))
+        else:
+            dim = x.shape[2]
+            query_weight, weight = self.qkv.weight.split([dim, 2 * dim])
+            query_bias, bias = self.qkv.bias.split([dim, 2 * dim])
+            (q,) = self._heads(F.linear(queries, query_weight, query_bias))
+            k, v = self._heads(F.linear(x, weight, bias))
+        y = attention(q, k, v, key_padding)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`[N, K, n * dim]` to `n` times `[N, heads, K, dim / heads]`."""
+        x = x.unflatten(2, (-1, self.num_heads, self.qkv.in_features // self.num_heads))
+        return x.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Mlp(nn.Module):
+    """`linear(gelu(linear(x)))`."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., dim] -> [..., dim]`."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """`x += attn(norm(x)); x += mlp(norm(x))`, a transformer block.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: heads of the attention; they divide `dim`.
+        mlp_ratio: hidden width of the MLP / `dim`.
+        drop_path: rate of `DropPath` on both branches.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=TOKEN_EPS)
+        self.attn = Attention(dim, num_heads)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=TOKEN_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self, x: Tensor, key_padding: Tensor | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """All tokens of `x`, or only those that are asked for.
+
+        Args:
+            x: `[N, K, dim]`.
+            key_padding: bool `[N, K]`, True at tokens that nothing attends to; None for none.
+            index: int64 `[N, Q]`, the tokens to compute; None for all.
+
+        Returns:
+            `[N, K, dim]`, or `[N, Q, dim]` with `index`.
+        """
+        y = self.norm1(x)
+        if index is None:
+            y = self.attn(y, key_padding)
+        else:
+            y, x = self.attn(y, key_padding, take_tokens(y, index)), take_tokens(x, index)
+        x = x + self.drop_path(y)
+        return x + self.drop_path(self.mlp(self.norm2(x)))

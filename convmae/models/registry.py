@@ -1,0 +1,105 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+from typing import Any
+
+from convmae.models.convmae import ConvMAE
+from convmae.models.convvit import ConvViT
+
+# Base is the official size. Official code has no other: small is that of moreh-dev/FastConvMAE,
+# large that of MCG-NJU/MixFormer, huge that of a public denoising fork ("dconvmae"); so do not
+# expect released large or huge weights to fit. Tiny is ours, for CPUs.
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "embed_dim": (64, 128, 256),
+        "depth": (2, 2, 4),
+        "num_heads": 4,
+        "mlp_ratio": (4, 4, 4),
+    },
+    "small": {
+        "embed_dim": (128, 256, 384),
+        "depth": (2, 2, 11),
+        "num_heads": 6,
+        "mlp_ratio": (4, 4, 4),
+    },
+    "base": {
+        "embed_dim": (256, 384, 768),
+        "depth": (2, 2, 11),
+        "num_heads": 12,
+        "mlp_ratio": (4, 4, 4),
+    },
+    "large": {
+        "embed_dim": (384, 768, 1024),
+        "depth": (2, 2, 20),
+        "num_heads": 16,
+        "mlp_ratio": (4, 4, 4),
+    },
+    "huge": {
+        "embed_dim": (768, 1024, 1280),
+        "depth": (2, 2, 31),
+        "num_heads": 16,
+        "mlp_ratio": (8, 8, 4),
+    },
+}
+DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
+TINY_DECODER = {"decoder_embed_dim": 192, "decoder_depth": 2, "decoder_num_heads": 6}
+
+ALIASES = {
+    "convmae_convvit_base_patch16": "convmae_base",
+    "convmae_convvit_base_patch16_dec512d8b": "convmae_base",
+    "convvit_base_patch16": "convvit_base",
+}
+
+
+def _models() -> dict[str, tuple[type[ConvMAE] | type[ConvViT], dict[str, Any]]]:
+    models: dict[str, tuple[type[ConvMAE] | type[ConvViT], dict[str, Any]]] = {}
+    for size, config in SIZES.items():
+        decoder = TINY_DECODER if size == "tiny" else DECODER
+        models[f"convmae_{size}"] = ConvMAE, config | decoder
+        models[f"convvit_{size}"] = ConvViT, config
+    return models
+
+
+MODELS = _models()
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that `create_model` knows and that match a shell pattern, sorted; no aliases.
+
+    Args:
+        pattern: for example `"convmae_*"`.
+    """
+    return sorted(fnmatch.filter(MODELS, pattern))
+
+
+def create_model(name: str, **overrides: Any) -> ConvMAE | ConvViT:
+    """`ConvMAE(**sizes_of_name, **overrides)`, or `ConvViT(...)`, with fresh parameters.
+
+    Args:
+        name: `convmae_{tiny,small,base,large,huge}` to pretrain, `convvit_{...}` to classify; or
+            the official `convmae_convvit_base_patch16`, the same with `_dec512d8b`, or
+            `convvit_base_patch16`. Base is the official size, tiny is ours; small, large and huge
+            are sizes of third-party code, as there are no official ones.
+        **overrides: any argument of `ConvMAE` or `ConvViT`, such as `img_size=(128, 256)`.
+
+    Raises:
+        ValueError: there is no such model, or a size does not fit.
+        TypeError: the model has no such argument.
+    """
+    full_name = ALIASES.get(name, name)
+    if full_name not in MODELS:
+        close = difflib.get_close_matches(str(name), [*MODELS, *ALIASES])
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(MODELS)}"
+        raise ValueError(f"there is no model {name!r}; {hint}")
+    model, config = MODELS[full_name]
+    known = list(inspect.signature(model).parameters)
+    for key in overrides:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise TypeError(f"{name} has no argument {key!r}; {hint}It takes {', '.join(known)}")
+    return model(**(config | overrides))

@@ -1,0 +1,210 @@
+"""What ConvMAE and its classifier share: patch embeddings, blocks of the three stages, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from convmae.models.layers import Block, ConvBlock, PatchEmbed
+from convmae_kernels import BlockMask, gather_visible
+
+PATCH_SIZE = 16
+
+
+class Trunk(nn.Module):
+    """Patch embeddings, position embedding and blocks of the three stages.
+
+    Stages 1 and 2 are convolution blocks on 4x4 and 2x2 positions of each visible 16x16-pixel
+    patch, stage 3 is transformer blocks on one token of each.
+
+    Args:
+        img_size: height and width of the images, one number for squares; multiples of 16.
+        in_chans: channels of the images.
+        embed_dim: channels of the three stages.
+        depth: blocks of the three stages.
+        num_heads: attention heads of stage 3; they divide `embed_dim[2]`.
+        mlp_ratio: hidden / outer channels of the MLPs of the three stages.
+        drop_path_rate: rate of the last block; it rises linearly from 0 at the first.
+        fusion: with the convolutions that bring the outputs of stages 1 and 2 to those of stage 3.
+
+    Raises:
+        ValueError: a size does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int],
+        in_chans: int,
+        embed_dim: Sequence[int],
+        depth: Sequence[int],
+        num_heads: int,
+        mlp_ratio: Sequence[float],
+        drop_path_rate: float = 0.0,
+        fusion: bool = False,
+    ) -> None:
+        super().__init__()
+        self.patch_size = PATCH_SIZE
+        self.in_chans = check_positive("in_chans", in_chans)
+        self.img_size = _check_img_size(img_size)
+        self.grid = (self.img_size[0] // PATCH_SIZE, self.img_size[1] // PATCH_SIZE)
+        dims = [check_positive("embed_dim", dim) for dim in _three("embed_dim", embed_dim)]
+        depths = [check_positive("depth", n) for n in _three("depth", depth)]
+        ratios = _three("mlp_ratio", mlp_ratio)
+        check_heads("embed_dim[2]", dims[2], "num_heads", num_heads)
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
+
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches, dims[2]))
+        self.patch_embed1 = PatchEmbed(in_chans, dims[0], 4)
+        self.patch_embed2 = PatchEmbed(dims[0], dims[1], 2)
+        self.patch_embed3 = PatchEmbed(dims[1], dims[2], 2)
+        self.patch_embed4 = nn.Linear(dims[2], dims[2])
+        if fusion:
+            self.stage1_output_decode = nn.Conv2d(dims[0], dims[2], 4, 4)
+            self.stage2_output_decode = nn.Conv2d(dims[1], dims[2], 2, 2)
+        blocks, last = sum(depths), max(sum(depths) - 1, 1)
+        rates = iter([drop_path_rate * i / last for i in range(blocks)])
+        self.blocks1 = nn.ModuleList(
+            ConvBlock(dims[0], ratios[0], next(rates)) for _ in range(depths[0])
+        )
+        self.blocks2 = nn.ModuleList(
+            ConvBlock(dims[1], ratios[1], next(rates)) for _ in range(depths[1])
+        )
+        self.blocks3 = nn.ModuleList(
+            Block(dims[2], num_heads, ratios[2], next(rates)) for _ in range(depths[2])
+        )
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image, `L = gh * gw`."""
+        return self.grid[0] * self.grid[1]
+
+    def stage1(self, images: Tensor, mask: BlockMask) -> Tensor:
+        """Images `[N, C, H, W]` to `[T, 16, embed_dim[0]]`, visible patches only."""
+        x = self.patch_embed1(gather_visible(images, mask))  # [T, 256, C] -> [T, 16, D1]
+        for block in self.blocks1:
+            x = block(x, mask)
+        return x
+
+    def stage2(self, x: Tensor, mask: BlockMask) -> Tensor:
+        """`[T, 16, embed_dim[0]] -> [T, 4, embed_dim[1]]`."""
+        x = self.patch_embed2(x)
+        for block in self.blocks2:
+            x = block(x, mask)
+        return x
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """`[T, 4, embed_dim[1]] -> [T, embed_dim[2]]`, without the position embedding."""
+        return self.patch_embed4(self.patch_embed3(x).flatten(1))
+
+    # -- checks -----------------------------------------------------------------------------------
+
+    def check_images(self, images: Tensor) -> None:
+        """The images fit the model.
+
+        Raises:
+            TypeError: not a floating tensor, or not in the model's dtype (outside autocast).
+            ValueError: rank, batch, channels, size or device do not fit.
+        """
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images must be a floating tensor of normalised pixels, got {images.dtype}"
+            )
+        if images.dim() != 4:
+            raise ValueError(
+                f"images must be [N, C, H, W], got {images.dim()} dimensions: {list(images.shape)}"
+            )
+        if images.shape[0] == 0:
+            raise ValueError(f"images must hold at least one image, got {list(images.shape)}")
+        if images.shape[1] != self.in_chans:
+            raise ValueError(
+                f"images have {images.shape[1]} channels, but the model takes {self.in_chans} "
+                "(in_chans)"
+            )
+        height, width = images.shape[2:]
+        if (height, width) != self.img_size:
+            raise ValueError(
+                f"images are {height} x {width}, but the model takes {self.img_size[0]} x "
+                f"{self.img_size[1]} (img_size)"
+            )
+        if images.device != self.pos_embed.device:
+            raise ValueError(
+                f"images are on {images.device}, but the model is on {self.pos_embed.device}"
+            )
+        mixed = torch.is_autocast_enabled(images.device.type) and images.dtype != torch.float64
+        if images.dtype != self.pos_embed.dtype and not mixed:
+            raise TypeError(f"images are {images.dtype}, but the model is {self.pos_embed.dtype}")
+
+    def check_mask(self, images: Tensor, mask: BlockMask) -> None:
+        """The mask fits the images, and shows something of every image.
+
+        That every image has a visible block is checked on the host: for free where all images have
+        the same number, else by reading the counts back.
+
+        Raises:
+            TypeError: not a `BlockMask`.
+            ValueError: grid, batch size or device do not fit, or an image has no visible block.
+        """
+        if not isinstance(mask, BlockMask):
+            raise TypeError(f"mask must be a convmae_kernels.BlockMask, got {type(mask).__name__}")
+        if mask.grid != self.grid:
+            raise ValueError(
+                f"mask has a grid of {mask.grid[0]} x {mask.grid[1]} blocks, but images of "
+                f"{self.img_size[0]} x {self.img_size[1]} have {self.grid[0]} x {self.grid[1]} "
+                f"patches of {PATCH_SIZE} x {PATCH_SIZE} pixels"
+            )
+        if mask.batch_size != images.shape[0]:
+            raise ValueError(
+                f"mask is for a batch of {mask.batch_size}, but images has {images.shape[0]}"
+            )
+        if mask.device != images.device:
+            raise ValueError(f"mask is on {mask.device}, but images are on {images.device}")
+        fewest = mask.visible_per_image
+        if fewest is None:
+            fewest = int(mask.visible.flatten(1).sum(1).min())
+        if fewest == 0:
+            raise ValueError(
+                "mask must leave at least one visible block in every image, got an image with "
+                f"0 of {self.num_patches} (a lower mask_ratio keeps more)"
+            )
+
+
+def check_positive(name: str, value: int) -> int:
+    """`value` if it is a positive whole number.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    return value
+
+
+def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
+    """The heads divide the width.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if dim % check_positive(heads_name, heads):
+        raise ValueError(f"{dim_name} = {dim} must be a multiple of {heads_name} = {heads}")
+
+
+def _three(name: str, values: Sequence) -> list:
+    if not isinstance(values, Sequence) or len(values) != 3:
+        raise ValueError(f"{name} must have one value for each of the 3 stages, got {values!r}")
+    return list(values)
+
+
+def _check_img_size(img_size: int | Sequence[int]) -> tuple[int, int]:
+    pair = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(pair) != 2 or any(n < 1 or n % PATCH_SIZE for n in pair):
+        raise ValueError(
+            f"img_size must be a positive multiple of {PATCH_SIZE}, or (height, width) of such, "
+            f"got {img_size!r}"
+        )
+    return pair
