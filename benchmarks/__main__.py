@@ -1,0 +1,135 @@
+"""`python -m benchmarks`: measures cases, prints a table, and writes JSON if asked."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks import cases, models, report
+from benchmarks.limits import environment, measure_rates
+from benchmarks.runner import DisagreementError, Row, make_rows, measure
+from benchmarks.setting import Setting
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPE_HELP = "autocast for models; if absent both, or float32 alone with --summary, to be quick"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Speed and memory of packed operators and models against dense ones.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--case", nargs="+", default=[], metavar="PATTERN", help="names or globs; all if absent")
+    add("--list", action="store_true", help="print the cases and stop")
+    add("--json", metavar="FILE", help="write the results here as JSON")
+    add("--summary", action="store_true", help="say at the end what skipping saved in the step")
+    add("--dtype", nargs="+", choices=DTYPES, help=DTYPE_HELP)
+    add("--model", default=Setting.model, help="whose sizes and steps to measure")
+    add("--batch_size", "--batch-size", type=int, default=Setting.batch_size, help="images")
+    add("--img_size", "--img-size", type=int, default=Setting.img_size, help="side in pixels")
+    add("--mask_ratio", "--mask-ratio", type=float, default=Setting.mask_ratio, help="hidden share")
+    add("--repeats", type=int, default=20, help="rounds at most")
+    add("--budget", type=float, default=6.0, help="seconds for a case, if three rounds fit")
+    add("--threads", type=int, default=None, help="CPU threads; PyTorch's choice if absent")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
+    add("--no-compile", "--no_compile", action="store_true", help="no compiled dense operators")
+    add("--compile-models", "--compile_models", action="store_true", help="compiled models too")
+    return parser
+
+
+def _setting(args: argparse.Namespace) -> Setting:
+    """Raises: ValueError: a choice that cannot be measured."""
+    if args.repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {args.repeats}")
+    if args.budget < 0:
+        raise ValueError(f"budget must not be negative, got {args.budget}")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"threads must be at least 1, got {args.threads}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but PyTorch finds no CUDA device")
+    models.parameters(args.model)
+    return Setting(
+        model=args.model,
+        batch_size=args.batch_size,
+        img_size=args.img_size,
+        mask_ratio=args.mask_ratio,
+        device=torch.device(args.device),
+        compile=not args.no_compile,
+        compile_models=args.compile_models,
+    )
+
+
+def run(
+    chosen: Sequence[cases.Case],
+    setting: Setting,
+    dtypes: Sequence[torch.dtype],
+    *,
+    repeats: int,
+    budget: float,
+) -> report.Results:
+    """Measures the machine's limits, then every case in every dtype.
+
+    Raises:
+        DisagreementError: the contenders of a case computed different things.
+    """
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in matrix products
+    rates = measure_rates(setting.device, dtypes)
+    rows: list[Row] = []
+    notes: dict[str, None] = {}
+    for case in chosen:
+        for dtype in dtypes:
+            print(f"measuring {case.name} in {str(dtype)[6:]} ...", file=sys.stderr, flush=True)
+            comparison = case.build(setting, dtype)
+            times = measure(comparison, dtype, repeats=repeats, budget=budget)
+            rows += make_rows(case.name, comparison, times, rates, dtype)
+            notes |= dict.fromkeys(comparison.notes)
+            del comparison
+            if setting.compile or setting.compile_models:
+                torch.compiler.reset()
+            gc.collect()
+    facts = asdict(setting) | {"device": str(setting.device)}
+    gemm = {str(dtype)[6:]: rate for dtype, rate in rates.gemm.items()}
+    return report.Results(environment(setting.device), facts, rates.copy, gemm, rows, list(notes))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        chosen = cases.select(args.case)
+        if args.list:
+            print("\n".join(f"{case.name:36} {case.about}" for case in chosen))
+            return
+        setting = _setting(args)
+        if args.summary and "step" not in [case.name for case in chosen]:
+            raise ValueError("--summary needs the case 'step'; add it to --case")
+    except ValueError as error:
+        parser.error(str(error))
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    names = args.dtype or (["float32"] if args.summary else list(DTYPES))
+    dtypes = [DTYPES[name] for name in names]
+    try:
+        results = run(chosen, setting, dtypes, repeats=args.repeats, budget=args.budget)
+    except DisagreementError as error:
+        sys.exit(f"the contenders do not compute the same: {error}")
+    if args.json:
+        report.save(results, args.json)
+    print(report.header(results), report.table(results), sep="\n\n")
+    if args.summary:
+        print("", report.summary(results), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""Every case of the benchmark: the packed way of doing something, against the dense way.
+
+A case is a function `(setting, dtype) -> Comparison` under `@register`; the first line of its
+docstring is what `--list` says. The dense opponents of the operators are plain PyTorch in
+channels-last, eager and compiled; that of the models is `DenseConvMAE` with the same parameters.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+
+import convmae_kernels as ck
+from benchmarks import memory, models, work
+from benchmarks.limits import clock_for
+from benchmarks.runner import Comparison, Contender
+from convmae_kernels import BlockMask
+
+if TYPE_CHECKING:
+    from benchmarks.setting import Setting
+
+Build = Callable[..., Comparison]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A name, one line about what is measured, and the function that builds it."""
+
+    name: str
+    about: str
+    build: Build
+
+
+CASES: dict[str, Case] = {}
+
+
+def register(name: str, **options: object) -> Callable[[Build], Build]:
+    """Registers a case under `name`, described by its docstring's first line.
+
+    Keyword arguments are handed to the function. Decorators stack, one case each, lowest first.
+
+    Raises:
+        ValueError: there is a case of that name already.
+    """
+
+    def add(build: Build) -> Build:
+        if name in CASES:
+            raise ValueError(f"there are two cases of the name {name!r}")
+        about = (build.__doc__ or "").strip().splitlines()[0]
+        CASES[name] = Case(name, about, partial(build, **options))
+        return build
+
+    return add
+
+
+def select(patterns: Sequence[str]) -> list[Case]:
+    """The cases whose name, or a leading part of it, matches one of the patterns; all if none.
+
+    Raises:
+        ValueError: a pattern matches no case.
+    """
+    chosen: set[str] = set()
+    for pattern in patterns or ["*"]:
+        found = [
+            name
+            for name in CASES
+            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + "/*")
+        ]
+        if not found:
+            raise ValueError(f"no case matches {pattern!r}; there are {', '.join(sorted(CASES))}")
+        chosen.update(found)
+    return [case for name, case in CASES.items() if name in chosen]
+
+
+# -- operators ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of computing an operator, and of its gradients if there is a `grad`.
+
+    Attributes:
+        forward: takes `inputs`.
+        inputs: tensors.
+        pack: the dense maps among the results to packed features, to compare them.
+        grad: the gradient of the result, or None for the forward pass alone.
+    """
+
+    forward: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    pack: Callable[[Tensor], Tensor]
+    grad: Tensor | None = None
+
+    def run(self) -> tuple[Tensor, ...]:
+        """The result, and the gradients of the inputs."""
+        y = self.forward(*self.inputs)
+        if self.grad is None:
+            return (y,)
+        return (y, *torch.autograd.grad(y, self.inputs, self.grad))
+
+    def result(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Result and first input's gradient packed, the parameters' gradients as they are."""
+        return [self.pack(t) for t in outputs[:2]] + list(outputs[2:])
+
+    def contender(self, name: str) -> Contender:
+        """This way, to be measured."""
+        return Contender(name, self.run, self.result)
+
+
+def _compare(setting: Setting, counted: work.Work, packed: Way, dense: Way) -> Comparison:
+    contenders, notes = [packed.contender("packed"), dense.contender("dense")], []
+    if setting.compile:
+        reason = why_no_compile(setting.device)
+        if reason is None:
+            compiled = replace(dense, forward=torch.compile(dense.forward, dynamic=False))
+            contenders.append(compiled.contender("dense compiled"))
+        else:
+            notes.append(f"dense compiled: left out, {reason}")
+    return Comparison(contenders, counted, clock_for(setting.device), notes=notes)
+
+
+def why_no_compile(device: torch.device) -> str | None:
+    """Why `torch.compile` cannot work here; None if it can."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        return "torch.compile needs a C++ compiler, and there is none"
+    return None
+
+
+def _feature_map(
+    setting: Setting, dtype: torch.dtype, stage: int
+) -> tuple[Tensor, BlockMask, int, int]:
+    """Dense features of a stage in channels-last, mask, block side and channels; stage 0: pixels.
+
+    Pixels are NCHW-contiguous, as a data loader makes them.
+    """
+    mask = setting.block_mask()
+    side = (16, 4, 2)[stage]
+    channels = 3 if stage == 0 else models.widths(setting.model)[stage - 1]
+    gh, gw = mask.grid
+    x = setting.randn(setting.batch_size, channels, gh * side, gw * side).to(dtype)
+    if stage > 0:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x, mask, side, channels
+
+
+def plain_gather(x: Tensor, index: tuple[Tensor, ...], side: int) -> Tensor:
+    """`[B, C, gh*s, gw*s] -> [T, s, s, C]` by PyTorch's indexing, which copies what is visible."""
+    tiles = x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 3, 5, 1)
+    return tiles[index]
+
+
+def plain_scatter(x: Tensor, index: tuple[Tensor, ...], shape: Sequence[int]) -> Tensor:
+    """`[T, s, s, C] -> [B, C, H, W]` channels-last by PyTorch's indexing, into zeros."""
+    b, c, h, w = shape
+    side = x.shape[1]
+    y = x.new_zeros(b, h // side, side, w // side, side, c)
+    y.transpose(2, 3)[index] = x
+    return y.view(b, h, w, c).permute(0, 3, 1, 2)
+
+
+def _raster(x: Tensor) -> Tensor:
+    """`[T, s*s, C]` in Z-order to `[T, s, s, C]`."""
+    return ck.from_zorder(x.transpose(1, 2)).permute(0, 2, 3, 1).contiguous()
+
+
+def _zorder(x: Tensor) -> Tensor:
+    """`[T, s, s, C]` to `[T, s*s, C]` in Z-order."""
+    return ck.to_zorder(x.permute(0, 3, 1, 2)).transpose(1, 2)
+
+
+@register("gather/stage2", stage=2)
+@register("gather/stage1", stage=1)
+@register("gather/images", stage=0)
+def gather(setting: Setting, dtype: torch.dtype, stage: int) -> Comparison:
+    """Visible blocks of pixels or features to packed features, against PyTorch's indexing."""
+    x, mask, side, channels = _feature_map(setting, dtype, stage)
+    index = mask.visible.nonzero().unbind(1)
+    packed = Way(lambda x: ck.gather_visible(x, mask), (x,), lambda y: y)
+    dense = Way(lambda x: plain_gather(x, index, side), (x,), _zorder)
+    return _compare(setting, work.gather_work(mask, side, channels, dtype), packed, dense)
+
+
+@register("scatter/stage2", stage=2)
+@register("scatter/stage1", stage=1)
+def scatter(setting: Setting, dtype: torch.dtype, stage: int) -> Comparison:
+    """Packed features to a dense map, against PyTorch's indexing into zeros."""
+    x, mask, side, channels = _feature_map(setting, dtype, stage)
+    index = mask.visible.nonzero().unbind(1)
+    rows = ck.gather_visible(x, mask)
+    packed = Way(lambda rows: ck.scatter_visible(rows, mask), (rows,), lambda y: y)
+    dense = Way(lambda t: plain_scatter(t, index, x.shape), (_raster(rows),), lambda y: y)
+    return _compare(setting, work.scatter_work(mask, side, channels, dtype), packed, dense)
+
+
+@register("depthwise/stage2/forward_backward", stage=2, backward=True)
+@register("depthwise/stage2/forward", stage=2, backward=False)
+@register("depthwise/stage1/forward_backward", stage=1, backward=True)
+@register("depthwise/stage1/forward", stage=1, backward=False)
+def depthwise(setting: Setting, dtype: torch.dtype, stage: int, backward: bool) -> Comparison:
+    """Depthwise 5x5 of packed features, against `conv2d` of the map with hidden positions zero.
+
+    Multiplying by the mask is not timed; backward has the gradients of input, weight and bias.
+    """
+    x, mask, side, channels = _feature_map(setting, dtype, stage)
+    visible = mask.to_dense(side)
+    grad = setting.randn(*x.shape, seed=2).to(x)
+    x, grad = ((t * visible).contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    weight = setting.randn(channels, 1, work.KERNEL, work.KERNEL).to(dtype) / work.KERNEL
+    bias = setting.randn(channels).to(dtype)
+
+    def packed_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ck.masked_conv2d(x, weight, bias, mask, groups=channels)
+
+    def dense_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return conv2d(x, weight, bias, padding=work.KERNEL // 2, groups=channels)
+
+    def inputs(features: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.detach().clone().requires_grad_(backward) for t in (features, weight, bias))
+
+    pack = partial(ck.gather_visible, mask=mask)
+    packed = Way(packed_forward, inputs(pack(x)), lambda y: y, pack(grad) if backward else None)
+    dense = Way(dense_forward, inputs(x), pack, grad if backward else None)
+    counted = work.depthwise_work(mask, side, channels, dtype, backward)
+    return _compare(setting, counted, packed, dense)
+
+
+# -- models ---------------------------------------------------------------------------------------
+
+
+def _model_contenders(setting: Setting) -> tuple[list[tuple[str, str, bool]], list[str]]:
+    """`(name, contender, compiled)` of every contender, and what was left out."""
+    eager = [("packed", "packed", False), ("dense", "dense", False)]
+    if not setting.compile_models:
+        return eager, ["compiled models: left out, ask for them with --compile-models"]
+    reason = why_no_compile(setting.device)
+    if reason is not None:
+        return eager, [f"compiled models: left out, {reason}"]
+    return [*eager, ("packed compiled", "packed", True), ("dense compiled", "dense", True)], []
+
+
+@register("stages12")
+def stages12(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """Stages 1 and 2 and the fusion convolutions, forward and backward, against the dense model."""
+    mask, pixels = setting.block_mask(), models.images(setting)
+    names, notes = _model_contenders(setting)
+    contenders = []
+    for name, kind, compiled in names:
+        model = models.build(setting, kind)
+        run = models.stages_pass(model, setting, dtype, mask, compiled)
+        grads = models.stages_grads(model, setting, dtype, mask)
+        result = partial(_stages_result, model, mask if kind == "dense" else None)
+        contenders.append(Contender(name, partial(run, pixels, grads), result))
+    known = models.parameters(setting.model)
+    parameters = {key: p for key, p in known.items() if key.split(".")[0] in work.STAGES12}
+    visible_pixels = mask.num_visible * pixels[0].numel() // math.prod(mask.grid)
+    counted = work.training_work(parameters, mask, visible_pixels, optimizer=False)
+    return Comparison(contenders, counted, clock_for(setting.device), notes=notes)
+
+
+def _stages_result(
+    model: nn.Module, mask: BlockMask | None, outputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """The outputs packed (with a `mask` they are dense), and the norms of the gradients."""
+    packed = outputs if mask is None else [models.pack(y, mask) for y in outputs]
+    return [*packed, models.gradient_norms(model)]
+
+
+@register("step")
+def step(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """A whole training step (forward, backward, AdamW), against the dense model's."""
+    pixels, noise = models.images(setting), setting.noise()
+    names, notes = _model_contenders(setting)
+    contenders = []
+    for name, kind, compiled in names:
+        model = models.build(setting, kind)
+        run = partial(models.training_step(model, setting, dtype, compiled), pixels, noise)
+        contenders.append(Contender(name, run, partial(_step_result, model)))
+    parameters = models.parameters(setting.model)
+    counted = work.training_work(parameters, setting.block_mask(), pixels.numel(), optimizer=True)
+    return Comparison(contenders, counted, clock_for(setting.device), notes=notes)
+
+
+def _step_result(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    return [loss, models.gradient_norms(model)]
+
+
+@cache
+def _idle(setting: Setting) -> int:
+    """MiB of a process that takes no step; no matter in which dtype."""
+    peak = memory.measure_peak(setting, torch.float32, "packed", steps=False)
+    return round(peak.bytes / 2**20)
+
+
+@register("memory")
+def peak_memory(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """Peak memory of a fresh process taking training steps, against the dense model's.
+
+    The limit is the parameters with their gradients and AdamW's two moments, in float32.
+    """
+
+    def read(run: Callable[[], Any]) -> tuple[float, Any]:
+        peak = run()
+        return peak.bytes / 2**20, peak
+
+    contenders = [
+        Contender(
+            kind,
+            partial(memory.measure_peak, setting, dtype, kind),
+            lambda peak: [torch.tensor(peak.loss)],
+        )
+        for kind in ("packed", "dense")
+    ]
+    trainable = sum(p.numel() for p in models.parameters(setting.model).values() if p.requires_grad)
+    notes = [f"memory: a process that builds the model and takes no step has {_idle(setting)} MiB"]
+    counted = work.Work(4 * 4 * trainable)
+    return Comparison(
+        contenders, counted, read, unit="MiB", max_rounds=1, warm_up=False, notes=notes
+    )

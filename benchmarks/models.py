@@ -1,0 +1,145 @@
+"""Training steps of the packed and of the dense model, with the same parameters."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+import convmae
+from convmae.models import ConvMAE, DenseConvMAE
+from convmae_kernels import BlockMask, gather_visible, scatter_visible
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from benchmarks.setting import Setting
+
+LEARNING_RATE = 1.5e-4
+
+
+@cache
+def parameters(name: str) -> dict[str, nn.Parameter]:
+    """The parameters of a pretraining model by name, without their numbers (on "meta").
+
+    Raises:
+        ValueError: `convmae.create_model` has no such model, or it is not one for pretraining.
+    """
+    with torch.device("meta"):
+        model = convmae.create_model(name)
+    if not isinstance(model, convmae.ConvMAE):
+        raise ValueError(
+            f"{name} is a {type(model).__name__}, but the benchmark needs a model to pretrain: "
+            f"{', '.join(convmae.list_models('convmae_*'))}"
+        )
+    return dict(model.named_parameters())
+
+
+def widths(name: str) -> tuple[int, ...]:
+    """Channels of the three stages of a model."""
+    known = parameters(name)
+    return tuple(known[f"patch_embed{stage}.proj.weight"].shape[0] for stage in (1, 2, 3))
+
+
+def build(setting: Setting, contender: str) -> ConvMAE:
+    """The model of a contender, "packed" or "dense"; both have the same parameters."""
+    torch.manual_seed(0)
+    model = convmae.create_model(setting.model, img_size=setting.img_size, norm_pix_loss=True)
+    assert isinstance(model, ConvMAE)  # `parameters` has seen to it
+    if contender == "dense":
+        dense = DenseConvMAE(**model.config)
+        dense.load_state_dict(model.state_dict())
+        model = dense
+    return model.to(setting.device)
+
+
+def autocast(setting: Setting, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to a dtype; none for float32."""
+    return torch.autocast(setting.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def images(setting: Setting, batch_size: int | None = None) -> Tensor:
+    """Noise in the shape of a batch of pictures."""
+    return setting.randn(batch_size or setting.batch_size, 3, setting.img_size, setting.img_size)
+
+
+def training_step(
+    model: nn.Module, setting: Setting, dtype: torch.dtype, compiled: bool = False
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function `(images, noise) -> loss` that makes the mask and does one whole step.
+
+    Forward under autocast if `dtype` is not float32, backward, AdamW (fused).
+    """
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    optimizer = torch.optim.AdamW(
+        (p for p in model.parameters() if p.requires_grad), LEARNING_RATE, fused=True
+    )
+
+    def step(pixels: Tensor, noise: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        with autocast(setting, dtype):
+            loss = forward(pixels, mask_ratio=setting.mask_ratio, noise=noise).loss
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def stages_pass(
+    model: ConvMAE, setting: Setting, dtype: torch.dtype, mask: BlockMask, compiled: bool = False
+) -> Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, ...]]:
+    """A function `(images, grads) -> outputs`: `forward_stages` forward and backward.
+
+    `grads` are the gradients of the outputs, in their dtypes.
+    """
+    forward = model.forward_stages
+    if compiled:
+        forward = torch.compile(forward, dynamic=False)
+
+    def run(pixels: Tensor, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        model.zero_grad()
+        with autocast(setting, dtype):
+            outputs = forward(pixels, mask)
+        torch.autograd.backward(outputs, grads)
+        return tuple(y.detach() for y in outputs)
+
+    return run
+
+
+def stages_grads(
+    model: ConvMAE, setting: Setting, dtype: torch.dtype, mask: BlockMask
+) -> list[Tensor]:
+    """Gradients of the outputs of `forward_stages`: noise at visible positions, else zero."""
+    one = BlockMask.from_visible(mask.visible[:1])
+    with autocast(setting, dtype), torch.no_grad():
+        outputs = model.forward_stages(images(setting, 1), one)
+    _, channels, width = widths(setting.model)
+    shapes = [(4, channels), (width,), (width,)]
+    grads = []
+    for seed, (shape, y) in enumerate(zip(shapes, outputs, strict=True), start=3):
+        grad = setting.randn(mask.num_visible, *shape, seed=seed).to(y.dtype)
+        grads.append(unpack(grad, mask) if isinstance(model, DenseConvMAE) else grad)
+    return grads
+
+
+def unpack(x: Tensor, mask: BlockMask) -> Tensor:
+    """`[T, 4, C] -> [N, C, 2*gh, 2*gw]` or `[T, D] -> [N, L, D]`, zero at hidden positions."""
+    if x.dim() == 3:
+        return scatter_visible(x, mask)
+    dense = x.new_zeros(mask.num_blocks, x.shape[1])
+    return dense.index_copy(0, mask.block_index, x).view(mask.batch_size, -1, x.shape[1])
+
+
+def pack(x: Tensor, mask: BlockMask) -> Tensor:
+    """The inverse of `unpack`."""
+    if x.dim() == 4:
+        return gather_visible(x, mask)
+    return x.flatten(0, 1).index_select(0, mask.block_index)
+
+
+def gradient_norms(model: nn.Module) -> Tensor:
+    """The norm of every parameter's gradient, float32 `[number of parameters with one]`."""
+    return torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])

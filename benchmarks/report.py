@@ -1,0 +1,212 @@
+"""Results as a terminal table, as JSON, as the README's table and in words.
+
+`python -m benchmarks.report results.json` prints the README's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.runner import BASELINE, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Results:
+    """One run of the benchmark.
+
+    Attributes:
+        environment: what it ran on; see `limits.environment`.
+        setting: model, batch size, image size, mask ratio, device.
+        copy: measured copy bandwidth in bytes/s.
+        gemm: measured matrix product rate in FLOP/s, by dtype.
+        rows: the figures.
+        notes: what was left out, and why.
+    """
+
+    environment: dict[str, Any]
+    setting: dict[str, Any]
+    copy: float
+    gemm: dict[str, float]
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+
+
+def save(results: Results, path: str | Path) -> None:
+    """Writes results as JSON."""
+    text = json.dumps({"format": FORMAT, **asdict(results)}, indent=1, allow_nan=False)
+    Path(path).write_text(text + "\n")
+
+
+def load(path: str | Path) -> Results:
+    """Reads what `save` wrote.
+
+    Raises:
+        ValueError: the file does not hold results of this version.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise ValueError(f"{path} does not hold benchmark results of format {FORMAT}")
+    names = {f.name for f in fields(Results)}
+    if set(content) != names:
+        raise ValueError(f"{path} holds {sorted(content)}, expected {sorted(names)}")
+    content["rows"] = [Row(**row) for row in content["rows"]]
+    return Results(**content)
+
+
+# -- text -----------------------------------------------------------------------------------------
+
+
+def quantity(value: float, unit: str) -> str:
+    """A number with a prefix: `quantity(25.7e6, "B")` is `"25.7 MB"`."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _align(lines: Sequence[Sequence[str]], left: int) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def _threads(environment: dict[str, Any]) -> str:
+    number = environment["threads"]
+    return f"{number} thread{'s' if number != 1 else ''}"
+
+
+def header(results: Results) -> str:
+    """What was measured on what, and the machine's limits."""
+    env, s = results.environment, results.setting
+    gemm = ", ".join(f"{quantity(rate, 'FLOP/s')} {dtype}" for dtype, rate in results.gemm.items())
+    gpu = f"{env['gpu']}, " if "gpu" in env else ""
+    return (
+        f"{gpu}{env['cpu']}, {env['cores']} cores, {_threads(env)}, {env['capability']}, "
+        f"torch {env['torch']}, compiled kernels: {env['kernels']}; {env['date']}\n"
+        f"{s['model']}, batch {s['batch_size']}, {s['img_size']} x {s['img_size']} pixels, "
+        f"{s['mask_ratio']:.0%} hidden\n"
+        f"limits measured in this run: copy {quantity(results.copy, 'B/s')}, matrix product {gemm}"
+    )
+
+
+def table(results: Results) -> str:
+    """Every row, for a terminal."""
+    lines = [
+        ["case", "dtype", "contender", "median", "spread", "vs dense", "by round", "rounds"]
+        + ["must move", "must compute", "limit", "of limit"]
+    ]
+    for row in results.rows:
+        lines.append(
+            [
+                row.case,
+                row.dtype,
+                row.contender,
+                f"{_number(row.median)} {row.unit}",
+                f"{row.spread:.0%}" if row.rounds > 1 else "-",
+                f"{row.ratio:.2f}x",
+                f"{row.round_ratio:.2f}x",
+                str(row.rounds),
+                quantity(row.bytes, "B"),
+                quantity(row.flops, "FLOP") if row.flops else "-",
+                f"{_number(row.limit)} {row.unit}",
+                f"{row.fraction:.0%}",
+            ]
+        )
+    legend = (
+        "median and spread (interquartile range / median) of interleaved rounds; vs dense: ratio "
+        "of the medians, by round: median of the ratios;\nlimit: bytes that must move / copy "
+        "bandwidth or FLOPs / matrix product rate, visible work only; memory: peak of a process, "
+        "limit its parameters' state"
+    )
+    return "\n".join([*_align(lines, left=3), legend, *(f"note: {n}" for n in results.notes)])
+
+
+def _groups(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row.case, row.dtype), {})[row.contender] = row
+    return groups
+
+
+def markdown(results: Results) -> str:
+    """The README's table: a line for each case and dtype, and what it was measured on."""
+    compiled = f"{BASELINE} compiled"
+    lines = [
+        "| case | dtype | packed | dense | dense, compiled | against dense | of the limit |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for (case, dtype), group in _groups(results.rows).items():
+        packed, dense = group["packed"], group[BASELINE]
+        other = f"{_number(group[compiled].median)}" if compiled in group else "–"
+        lines.append(
+            f"| {case} | {dtype} | {_number(packed.median)} {packed.unit} | "
+            f"{_number(dense.median)} | {other} | **{packed.ratio:.2f}x** | "
+            f"{packed.fraction:.0%} |"
+        )
+    return "\n".join([*lines, "", header(results)])
+
+
+def summary(results: Results) -> str:
+    """What skipping saved in the step, in plain sentences, one for each dtype.
+
+    Raises:
+        ValueError: the step was not measured.
+    """
+    s, env = results.setting, results.environment
+    sentences = []
+    for (case, dtype), group in _groups(results.rows).items():
+        if case != "step":
+            continue
+        packed, dense = group["packed"].median, group[BASELINE].median
+        rate = [s["batch_size"] / (1e-3 * ms) for ms in (packed, dense)]
+        verdict = (
+            f"{dense / packed:.2f} times as fast, {1 - packed / dense:.0%} of the time saved"
+            if packed < dense
+            else f"{dense / packed:.2f} times as fast: skipping does not pay at this size here"
+        )
+        sentences.append(
+            f"Measured now on this machine ({_threads(env)}): one training step of "
+            f"{s['model']} on {s['batch_size']} images of {s['img_size']} x {s['img_size']} "
+            f"pixels, {s['mask_ratio']:.0%} hidden, in {dtype} takes {_number(dense)} ms "
+            f"({rate[1]:.1f} images/s) when the hidden positions are computed too, and "
+            f"{_number(packed)} ms ({rate[0]:.1f} images/s) when they are skipped: {verdict}."
+        )
+    if not sentences:
+        raise ValueError("a summary needs the case 'step', which was not measured")
+    return "\n".join(sentences)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the README's table of a JSON file of results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=main.__doc__)
+    parser.add_argument("results", help="what `python -m benchmarks --json FILE` wrote")
+    args = parser.parse_args(arguments)
+    try:
+        print(markdown(load(args.results)))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Measures the contenders of a comparison in turn, and makes rows of figures of their times."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from benchmarks.limits import Clock, Rates
+    from benchmarks.work import Work
+
+BASELINE = "dense"
+MIN_ROUNDS = 3
+# Largest relative error `|a - b| / |b|` between a contender's result and the baseline's.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+class DisagreementError(RuntimeError):
+    """Two contenders of a comparison computed different things."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of doing the work.
+
+    Attributes:
+        name: "dense" for the baseline.
+        run: does the work once.
+        result: what `run` returned, in a form in which all contenders can be compared.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    result: Callable[[Any], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several ways of doing the same work, one of them the baseline.
+
+    Attributes:
+        contenders: in the order in which they are measured and printed.
+        work: what must be moved and computed, whoever does it.
+        clock: runs a function and gives its measure, in `unit`, and its result.
+        unit: "ms" or "MiB".
+        max_rounds: more rounds than this would say nothing new; None if they would.
+        warm_up: the first round is thrown away.
+        notes: what was left out, and why.
+    """
+
+    contenders: list[Contender]
+    work: Work
+    clock: Clock
+    unit: str = "ms"
+    max_rounds: int | None = None
+    warm_up: bool = True
+    notes: list[str] = field(default_factory=list)
+
+    def limit(self, rates: Rates, dtype: torch.dtype) -> float:
+        """The least possible measure, in `unit`."""
+        if self.unit == "MiB":
+            return self.work.bytes / 2**20
+        return 1e3 * self.work.limit_seconds(rates, dtype)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one contender.
+
+    Attributes:
+        case, dtype, contender, unit: what was measured, and in what.
+        median: of all rounds.
+        spread: interquartile range / median.
+        ratio: the baseline's median / this median; above 1 is better than the baseline.
+        round_ratio: the median over rounds of the baseline's measure / this one's in that round.
+        rounds: how often it was measured.
+        bytes, flops: what must be moved and computed; see `Work`.
+        limit: the least possible measure, from `bytes`, `flops` and the machine's measured rates.
+        fraction: limit / median.
+    """
+
+    case: str
+    dtype: str
+    contender: str
+    unit: str
+    median: float
+    spread: float
+    ratio: float
+    round_ratio: float
+    rounds: int
+    bytes: int
+    flops: int
+    limit: float
+    fraction: float
+
+
+def measure(
+    comparison: Comparison, dtype: torch.dtype, *, repeats: int, budget: float
+) -> dict[str, list[float]]:
+    """Measures the contenders in turn: A B C, A B C, ...
+
+    The results of the first round, which is not counted, must agree.
+
+    Args:
+        comparison: what to measure.
+        dtype: sets the tolerance of the agreement.
+        repeats: rounds at most.
+        budget: seconds after which no further round is begun, once there are three.
+
+    Returns:
+        The measures of each contender, one for each round.
+
+    Raises:
+        DisagreementError: a contender's result differs from the baseline's.
+    """
+    first = {c.name: comparison.clock(c.run) for c in comparison.contenders}
+    check_agreement(
+        {c.name: c.result(first[c.name][1]) for c in comparison.contenders}, TOLERANCE[dtype]
+    )
+    times: dict[str, list[float]] = {
+        name: [] if comparison.warm_up else [value] for name, (value, _) in first.items()
+    }
+    del first
+    repeats = min(repeats, comparison.max_rounds or repeats)
+    rounds = len(times[BASELINE])
+    start = time.perf_counter()
+    while rounds < repeats and (rounds < MIN_ROUNDS or time.perf_counter() - start < budget):
+        for contender in comparison.contenders:
+            times[contender.name].append(comparison.clock(contender.run)[0])
+        rounds += 1
+    return times
+
+
+def check_agreement(results: Mapping[str, Sequence[Tensor]], tolerance: float) -> None:
+    """Every contender's tensors are the baseline's, up to a relative error of `tolerance`.
+
+    Raises:
+        DisagreementError: they are not; the message names the contender and the error.
+    """
+    for name, tensors in results.items():
+        expected = results[BASELINE]
+        if len(tensors) != len(expected):
+            raise DisagreementError(
+                f"{name!r} gives {len(tensors)} tensors, {BASELINE!r} {len(expected)}"
+            )
+        for i, (a, b) in enumerate(zip(tensors, expected, strict=True)):
+            if a.shape != b.shape:
+                raise DisagreementError(
+                    f"tensor {i} of {name!r} is {list(a.shape)}, of {BASELINE!r} {list(b.shape)}"
+                )
+            a, b = a.detach().double(), b.detach().double()
+            error = float((a - b).norm() / b.norm().clamp_min(1e-30))
+            if not error <= tolerance:
+                raise DisagreementError(
+                    f"tensor {i} of {name!r} has a relative error of {error:.2e} against "
+                    f"{BASELINE!r}; at most {tolerance:.0e} was expected"
+                )
+
+
+def spread(values: Sequence[float]) -> float:
+    """Interquartile range / median; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def make_rows(
+    case: str,
+    comparison: Comparison,
+    times: Mapping[str, Sequence[float]],
+    rates: Rates,
+    dtype: torch.dtype,
+) -> list[Row]:
+    """The figures of every contender of a comparison."""
+    limit = comparison.limit(rates, dtype)
+    baseline = times[BASELINE]
+    rows = []
+    for name, values in times.items():
+        median = statistics.median(values)
+        rows.append(
+            Row(
+                case=case,
+                dtype=str(dtype).removeprefix("torch."),
+                contender=name,
+                unit=comparison.unit,
+                median=median,
+                spread=spread(values),
+                ratio=statistics.median(baseline) / median,
+                round_ratio=statistics.median(b / v for b, v in zip(baseline, values, strict=True)),
+                rounds=len(values),
+                bytes=comparison.work.bytes,
+                flops=comparison.work.flops,
+                limit=limit,
+                fraction=limit / median,
+            )
+        )
+    return rows

@@ -1,0 +1,382 @@
+"""The benchmarks count, compare and report rightly. No test looks at how long anything takes."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import __main__ as command
+from benchmarks import cases, limits, models, report, runner, work
+from benchmarks.setting import Setting
+from convmae_kernels import BlockMask
+
+TINY = Setting(model="convmae_tiny", batch_size=2, img_size=64, compile=False)
+RATES = limits.Rates(copy=1e9, gemm={torch.float32: 1e10, torch.bfloat16: 1e10})
+
+
+def one_visible(batch_size: int = 2) -> BlockMask:
+    visible = torch.zeros(batch_size, 2, 2, dtype=torch.bool)
+    visible[:, 0, 1] = True
+    return BlockMask.from_visible(visible)
+
+
+# -- counts ---------------------------------------------------------------------------------------
+
+
+def test_bytes_of_operators_by_hand():
+    mask = one_visible()
+    packed = 2 * 16 * 8 * 4  # 2 blocks, 4x4 positions, 8 channels, 4 bytes
+    assert work.gather_work(mask, 4, 8, torch.float32) == work.Work(2 * packed)
+    assert work.scatter_work(mask, 4, 8, torch.float32) == work.Work(packed + 4 * packed)
+    forward = work.depthwise_work(mask, 4, 8, torch.float32, backward=False)
+    both = work.depthwise_work(mask, 4, 8, torch.float32, backward=True)
+    # In a row of 4 positions 4 + 2 * 3 + 2 * 2 = 14 pairs are at most 2 apart.
+    assert forward == work.Work(2 * packed, 2 * 2 * 14**2 * 8)
+    assert both == work.Work(5 * packed, 3 * forward.flops)
+    assert work.gather_work(mask, 4, 8, torch.bfloat16).bytes == packed
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_visible_taps_one_by_one(side):
+    mask = BlockMask.random(2, (3, 4), 0.6)
+    dense = mask.to_dense(side)[:, 0].tolist()
+    count = 0
+    for image in dense:
+        at = [(i, j) for i, row in enumerate(image) for j, seen in enumerate(row) if seen]
+        count += sum(abs(a - c) <= 2 and abs(b - d) <= 2 for a, b in at for c, d in at)
+    assert work.visible_taps(mask, side) == count
+
+
+def test_limit_is_the_longer_of_moving_and_computing():
+    assert work.Work(2 * 10**9).limit_seconds(RATES, torch.float32) == 2.0
+    assert work.Work(10**9, 10**12).limit_seconds(RATES, torch.float32) == 1.0
+    assert work.Work(10**9, 10**12, 10**11).limit_seconds(RATES, torch.float32) == 10.0
+
+
+def base_macs(**options):
+    shapes = {name: p.shape for name, p in models.parameters("convmae_base").items()}
+    mask = BlockMask.random(1, (14, 14), 0.75, torch.Generator().manual_seed(0))
+    return work.forward_macs(shapes, mask, **options)
+
+
+def test_macs_of_the_official_dense_model():
+    macs = base_macs(skip_hidden=False, loss_only=False)
+    assert macs.total() == 17_218_220_544
+    assert macs["blocks1"] + macs["blocks1.depthwise"] == 4_150_558_720
+    assert macs["blocks2"] + macs["blocks2.depthwise"] == 2_327_162_880
+    assert macs["blocks3"] == 3_855_548_928
+
+
+def test_macs_of_visible_work():
+    macs = base_macs(loss_only=False)
+    useful1, useful2 = macs.pop("blocks1.depthwise"), macs.pop("blocks2.depthwise")
+    every1, every2 = 2 * 784 * 25 * 256, 2 * 196 * 25 * 384  # hidden taps of visible positions too
+    assert macs.total() + every1 + every2 == 11_203_874_304
+    assert macs == {
+        "patch_embed1": 9_633_792,
+        "blocks1": 1_037_639_680 - every1,
+        "stage1_output_decode": 154_140_672,
+        "patch_embed2": 77_070_336,
+        "blocks2": 581_790_720 - every2,
+        "stage2_output_decode": 57_802_752,
+        "patch_embed3": 57_802_752,
+        "patch_embed4": 28_901_376,
+        "blocks3": 3_855_548_928,
+        "decoder_embed": 19_267_584,
+        "decoder_blocks": 5_247_205_376,
+        "decoder_pred": 77_070_336,
+    }
+    assert every1 // 2 < useful1 < every1 and every2 // 4 < useful2 < every2
+
+
+def test_macs_that_the_loss_needs():
+    every, needed = base_macs(loss_only=False), base_macs()
+    visible, width = 49, 512  # of the last block: queries, projection, MLP and attention
+    saved = visible * (1 + 1 + 8) * width**2 + 2 * visible * 196 * width
+    assert every["decoder_blocks"] - needed["decoder_blocks"] == saved
+    assert needed["decoder_pred"] == 57_802_752
+    assert every.total() - needed.total() == saved + 77_070_336 - 57_802_752
+
+
+def test_matmul_flops_are_those_that_the_model_executes():
+    model = models.build(TINY, "packed")
+    known = models.parameters(TINY.model)
+    counted = work.training_work(known, TINY.block_mask(), 0, optimizer=True)
+    with FlopCounterMode(display=False) as counter:  # bfloat16 attention is plain products
+        with models.autocast(TINY, torch.bfloat16):
+            loss = model(models.images(TINY), noise=TINY.noise()).loss
+        loss.backward()
+    assert counted.matmul_flops == counter.get_total_flops()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counted.bytes == 4 * 10 * trainable
+
+
+# -- the runner -----------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A contender whose measures are given, and that writes down when it runs."""
+
+    def __init__(self, name, measures, log, value=1.0):
+        self.name, self.measures, self.log, self.value = name, list(measures), log, value
+
+    def run(self):
+        self.log.append(self.name)
+        return self.measures.pop(0)
+
+    def contender(self):
+        return runner.Contender(self.name, self.run, lambda _: [torch.tensor([self.value])])
+
+
+def scripted(packed, dense, value=1.0, **options):
+    log = []
+    contenders = [
+        Scripted("packed", packed, log, value).contender(),
+        Scripted("dense", dense, log).contender(),
+    ]
+
+    def clock(run):
+        measured = run()
+        return measured, measured
+
+    return runner.Comparison(contenders, work.Work(10**6, 7), clock, **options), log
+
+
+def test_rounds_are_interleaved_and_the_first_is_not_counted():
+    comparison, log = scripted([99, 1, 2, 3, 4], [99, 10, 30, 20, 40])
+    times = runner.measure(comparison, torch.float32, repeats=4, budget=1e9)
+    assert log == ["packed", "dense"] * 5
+    assert times == {"packed": [1, 2, 3, 4], "dense": [10, 30, 20, 40]}
+    packed, dense = runner.make_rows("a/case", comparison, times, RATES, torch.float32)
+    assert (packed.median, dense.median) == (2.5, 25)
+    assert (packed.ratio, dense.ratio) == (10, 1)
+    assert packed.round_ratio == 10 and packed.rounds == 4  # of 10, 15, 20 / 3 and 10
+    assert packed.spread == 1.5 / 2.5  # quartiles 1.75 and 3.25
+    assert packed.limit == 1.0  # ms: 1 MB at 1 GB/s
+    assert packed.fraction == 1.0 / 2.5
+    assert (packed.case, packed.dtype, packed.bytes, packed.flops) == (
+        "a/case",
+        "float32",
+        10**6,
+        7,
+    )
+
+
+def test_budget_ends_the_rounds_but_not_before_three(monkeypatch):
+    seconds = iter(range(100))
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: next(seconds))
+    for budget, rounds in ((0, 3), (3.5, 6)):  # the clock is read from the fourth round on
+        comparison, _ = scripted([1] * 50, [1] * 50)
+        times = runner.measure(comparison, torch.float32, repeats=40, budget=budget)
+        assert len(times["dense"]) == rounds
+
+
+def test_one_round_without_warm_up():
+    comparison, _ = scripted([5], [6], unit="MiB", max_rounds=1, warm_up=False)
+    times = runner.measure(comparison, torch.float32, repeats=9, budget=0)
+    assert times == {"packed": [5], "dense": [6]}
+    row = runner.make_rows("memory", comparison, times, RATES, torch.float32)[0]
+    assert (row.spread, row.rounds, row.limit) == (0.0, 1, 10**6 / 2**20)
+
+
+@pytest.mark.parametrize("value", [1.001, math.nan])
+def test_different_work_is_not_compared(value):
+    comparison, _ = scripted([1] * 9, [1] * 9, value=value)
+    with pytest.raises(runner.DisagreementError, match="'packed' has a relative error of"):
+        runner.measure(comparison, torch.float32, repeats=1, budget=0)
+
+
+def test_other_shapes_are_not_compared():
+    one, two = [torch.zeros(1)], [torch.zeros(2)]
+    with pytest.raises(runner.DisagreementError, match=r"is \[2\], of 'dense' \[1\]"):
+        runner.check_agreement({"packed": two, "dense": one}, 1.0)
+    with pytest.raises(runner.DisagreementError, match="gives 2 tensors, 'dense' 1"):
+        runner.check_agreement({"packed": one * 2, "dense": one}, 1.0)
+
+
+# -- every case -----------------------------------------------------------------------------------
+
+IN_BFLOAT16 = ("gather/images", "depthwise/stage1/forward_backward", "stages12", "step")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in cases.CASES]
+    + [(name, torch.bfloat16) for name in IN_BFLOAT16],
+)
+def test_case_compares_the_same_work(name, dtype):
+    """`measure` itself checks that packed and dense results agree."""
+    comparison = cases.CASES[name].build(TINY, dtype)
+    times = runner.measure(comparison, dtype, repeats=1, budget=0)
+    rows = runner.make_rows(name, comparison, times, RATES, dtype)
+    assert [row.contender for row in rows] == ["packed", "dense"]
+    for row in rows:
+        numbers = [v for v in vars(row).values() if not isinstance(v, str)]
+        assert all(math.isfinite(v) for v in numbers)
+        assert row.median > 0 and row.ratio > 0 and row.limit > 0 and row.bytes > 0
+
+
+@pytest.mark.skipif(
+    cases.why_no_compile(torch.device("cpu")) is not None, reason="no C++ compiler for compile"
+)
+def test_compiled_opponent():
+    setting = replace(TINY, compile=True)
+    comparison = cases.CASES["depthwise/stage2/forward"].build(setting, torch.float32)
+    times = runner.measure(comparison, torch.float32, repeats=1, budget=0)
+    assert list(times) == ["packed", "dense", "dense compiled"]
+
+
+def test_no_compiler_is_said(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    comparison = cases.CASES["scatter/stage2"].build(replace(TINY, compile=True), torch.float32)
+    assert [c.name for c in comparison.contenders] == ["packed", "dense"]
+    assert "needs a C++ compiler" in comparison.notes[0]
+
+
+def test_cases_are_chosen_by_name_part_or_glob():
+    def names(*patterns):
+        return [case.name for case in cases.select(patterns)]
+
+    assert names("step") == ["step"]
+    assert names("gather") == ["gather/images", "gather/stage1", "gather/stage2"]
+    assert names("*/stage1/*", "step") == [
+        "depthwise/stage1/forward",
+        "depthwise/stage1/forward_backward",
+        "step",
+    ]
+    assert names() == list(cases.CASES)
+    with pytest.raises(ValueError, match="no case matches 'stepp'; there are depthwise/stage1"):
+        cases.select(["stepp"])
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="two cases of the name 'step'"):
+        cases.register("step")(lambda setting, dtype: None)
+
+
+# -- limits and environment -----------------------------------------------------------------------
+
+
+def test_rates_and_environment():
+    device = torch.device("cpu")
+    assert limits.copy_bandwidth(device, 4096) > 0
+    assert limits.gemm_rate(device, torch.bfloat16, [(4, 4, 4), (8, 4, 2)]) > 0
+    facts = limits.environment(device)
+    assert facts["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
+    assert facts["cpu"] and facts["cores"] >= 1 and facts["date"].endswith("UTC")
+    json.dumps(facts)
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_rates(monkeypatch):
+    monkeypatch.setattr(command, "measure_rates", lambda device, dtypes: RATES)
+
+
+TINY_FLAGS = ["--model", "convmae_tiny", "--img_size", "64", "--batch-size", "2", "--no-compile"]
+
+
+def test_command_json_summary_and_markdown(quick_rates, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    flags = ["--case", "step", "gather/stage2", "--dtype", "float32", "--repeats", "1"]
+    command.main([*TINY_FLAGS, *flags, "--summary", "--json", str(path)])
+    printed = capsys.readouterr().out
+    assert "one training step of convmae_tiny on 2 images of 64 x 64 pixels, 75% hidden" in printed
+    assert "note: compiled models: left out, ask for them with --compile-models" in printed
+
+    results = report.load(path)
+    assert [(row.case, row.contender) for row in results.rows] == [
+        (case, contender) for case in ("gather/stage2", "step") for contender in ("packed", "dense")
+    ]
+    assert report.table(results) in printed
+    again = tmp_path / "again.json"
+    report.save(results, again)
+    assert report.load(again) == results
+
+    report.main([str(path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| case | dtype | packed |")
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| gather/stage2", "| step"]
+    assert all(line.count("|") == lines[0].count("|") for line in lines[:4])
+
+
+def results_of(packed, dense):
+    comparison, _ = scripted([], [])
+    times = {"packed": [packed], "dense": [dense]}
+    rows = runner.make_rows("step", comparison, times, RATES, torch.float32)
+    setting = {"model": "m", "batch_size": 8, "img_size": 64, "mask_ratio": 0.75, "device": "cpu"}
+    return report.Results({"threads": 1}, setting, 1e9, {"float32": 1e10}, rows)
+
+
+def test_summary_says_which_way_it_went():
+    faster = report.summary(results_of(100.0, 200.0))
+    assert "(1 thread)" in faster and "2.00 times as fast, 50% of the time saved" in faster
+    assert "takes 200 ms (40.0 images/s)" in faster and "100 ms (80.0 images/s)" in faster
+    assert "0.50 times as fast: skipping does not pay" in report.summary(results_of(200.0, 100.0))
+    with pytest.raises(ValueError, match="needs the case 'step'"):
+        report.summary(replace(results_of(1.0, 1.0), rows=[]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtypes"),
+    [
+        ([], [torch.float32, torch.bfloat16]),
+        (["--summary"], [torch.float32]),
+        (["--summary", "--dtype", "bfloat16"], [torch.bfloat16]),
+    ],
+)
+def test_dtypes_that_are_measured(flags, dtypes, monkeypatch):
+    asked = []
+
+    def run(chosen, setting, dtypes, **options):
+        asked.extend(dtypes)
+        raise runner.DisagreementError("enough")
+
+    monkeypatch.setattr(command, "run", run)
+    with pytest.raises(SystemExit, match="do not compute the same: enough"):
+        command.main([*TINY_FLAGS, *flags])
+    assert asked == dtypes
+
+
+def test_list_prints_every_case(capsys):
+    command.main(["--list"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(cases.CASES)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--case", "conv"], "no case matches 'conv'"),
+        (["--model", "convmae_tyni"], "no model 'convmae_tyni'"),
+        (["--model", "convvit_tiny"], "needs a model to pretrain: convmae_base"),
+        (["--img_size", "100"], "img_size must be a multiple of 16, got 100"),
+        (["--mask_ratio", "0"], "mask_ratio must leave some"),
+        (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--repeats", "0"], "repeats must be at least 1, got 0"),
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--budget", "-1"], "budget must not be negative, got -1"),
+        (["--case", "gather", "--summary"], "--summary needs the case 'step'"),
+        (["--dtype", "float16"], "invalid choice: 'float16'"),
+    ],
+)
+def test_bad_choices_are_named(flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        command.main(flags)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["not JSON", "[]", '{"format": 0}', '{"format": 1, "rows": []}'])
+def test_files_that_hold_no_results(text, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="results.json"):
+        report.load(path)
+    with pytest.raises(SystemExit):
+        report.main([str(path)])
+    assert "results.json" in capsys.readouterr().err
