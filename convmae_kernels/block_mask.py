@@ -272,12 +272,12 @@ def block_side(positions: int) -> int:
     Raises:
         ValueError: `positions` is not the square of one of `BLOCK_SIZES`.
     """
-    side = math.isqrt(positions)
-    if side * side != positions or side not in BLOCK_SIZES:
-        raise ValueError(
-            f"packed features are [T, s*s, C] with s one of {BLOCK_SIZES}, got s*s = {positions}"
-        )
-    return side
+    for side in BLOCK_SIZES:
+        if side * side == positions:
+            return side
+    raise ValueError(
+        f"packed features are [T, s*s, C] with s one of {BLOCK_SIZES}, got s*s = {positions}"
+    )
 
 
 def to_zorder(x: Tensor) -> Tensor:

@@ -74,8 +74,11 @@ class MaskedConv2d(torch.nn.Conv2d):
             TypeError, ValueError, NotImplementedError: see `masked_conv2d`.
         """
         if mask is None:
-            if x.dim() == 3 and self.in_channels != x.shape[0]:
-                raise ValueError(f"packed features {list(x.shape)} need their mask, got mask=None")
+            if x.dim() == 3:
+                raise ValueError(
+                    f"packed features {list(x.shape)} need their mask, got mask=None "
+                    "(an image without a batch needs unsqueeze(0))"
+                )
             return super().forward(x)
         dense = x.dim() == 4
         if dense:

@@ -60,6 +60,7 @@ MASKS = {
     "all": _visible("#### #### ####", "#### #### ####"),
     "row": _visible("##.#.#", "......", ".#####"),
     "column": _visible("# # . # #", ". . # # ."),
+    "corner": _visible("## .#"),
     "single_block": _visible("#", ".", "#"),
 }
 """The edge cases that every op must get right, as `visible` tensors."""

@@ -59,26 +59,35 @@ def why_not(impl: Impl, x: Tensor) -> str | None:
 def select(impl: Impl, op: Callable, reference: Callable, x: Tensor) -> Callable:
     """The callable that runs an op: the registered op, or its reference.
 
-    The reference is plain PyTorch, so it serves `torch.func` transforms and forward-mode
-    differentiation too, which registered ops do not support.
+    The reference is plain PyTorch, so "auto" takes it under `torch.func` transforms and
+    forward-mode differentiation too, which registered ops do not support.
 
     Raises:
         RuntimeError: `impl` was asked for by name and cannot run.
     """
+    transforms = _transforms_active()
     reason = why_not(impl, x)
+    if reason is None and transforms and impl not in ("auto", "reference"):
+        reason = (
+            "torch.func and forward-mode differentiation need the reference; use impl='auto' or "
+            "'reference'"
+        )
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
-    if impl == "reference" or _transforms_active():
-        return reference
-    return op
+    return reference if impl == "reference" or transforms else op
 
 
 def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def autocast_is_on(device_type: str) -> bool:
+    """`torch.is_autocast_enabled`, and False for devices that have no autocast."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that an op on `x` works in: autocast's where that is on, but float64 stays."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    if x.dtype == torch.float64 or not autocast_is_on(x.device.type):
         return x.dtype
     return torch.get_autocast_dtype(x.device.type)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.checks import check_packed
-from convmae_kernels.ops.library import LIB, Impl, autocast_dtype, select
+from convmae_kernels.ops.library import LIB, Impl, autocast_dtype, autocast_is_on, select
 
 if TYPE_CHECKING:
     from convmae_kernels.block_mask import BlockMask
@@ -159,12 +159,13 @@ def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
 def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
     channels = x.shape[2]
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and not isinstance(tensor, Tensor):
+        if name == "bias" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        casts = torch.is_autocast_enabled(x.device.type)
-        if tensor is not None and tensor.dtype != x.dtype and not casts:
+        if tensor.dtype != x.dtype and not autocast_is_on(x.device.type):
             raise TypeError(f"{name} is {tensor.dtype}, but x is {x.dtype}; they must be the same")
-        if tensor is not None and tensor.device != x.device:
+        if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
     if weight.dim() != 4:
         raise ValueError(f"weight must be [C_out, C_in / groups, kh, kw], got {list(weight.shape)}")

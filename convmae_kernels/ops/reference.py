@@ -35,7 +35,7 @@ def scatter_visible(
     tiles = tiles.index_copy(0, block_index, x)
     tiles = from_zorder(tiles.transpose(1, 2)).view(batch, gh, gw, channels, side, side)
     dense = tiles.permute(0, 1, 4, 2, 5, 3).reshape(batch, gh * side, gw * side, channels)
-    return dense.permute(0, 3, 1, 2)
+    return dense.contiguous().permute(0, 3, 1, 2)
 
 
 def _windows(x: Tensor, neighbours: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def _windows(x: Tensor, neighbours: Tensor) -> Tensor:
     tiles = torch.cat([tiles, tiles.new_zeros(1, side, side, channels)])
     index = neighbours.long()
     index = torch.where(index < 0, blocks, index)
-    windows = tiles[index].view(blocks, n, n, side, side, channels)
+    windows = tiles.index_select(0, index.flatten()).view(blocks, n, n, side, side, channels)
     return windows.transpose(2, 3).reshape(blocks, n * side, n * side, channels)
 
 

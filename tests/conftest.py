@@ -1,0 +1,49 @@
+"""Fixtures for all tests."""
+
+import os
+
+import pytest
+import torch
+
+WARNINGS_OF_OTHERS = (
+    r"ignore:There is a performance drop because we have not yet implemented the batching rule",
+    r"ignore:.*isinstance\(treespec, LeafSpec\).*:FutureWarning",
+    r"ignore:`torch.jit.script` is deprecated:FutureWarning",
+    r"ignore:`torch.jit.script` is deprecated:DeprecationWarning",
+)
+
+
+def pytest_configure(config):
+    for warning in WARNINGS_OF_OTHERS:
+        config.addinivalue_line("filterwarnings", warning)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same random numbers, alone or among others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_empty():
+    """Fills uninitialised tensors with NaN, those that compiled kernels allocate included.
+
+    In PyTorch's deterministic mode `aten::empty`, `empty_like`, `new_empty` and `empty_strided`
+    fill what they allocate, whether Python or C++ calls them.
+    """
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads():
+    """Restores the number of threads that a test changes; yields the function that sets it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

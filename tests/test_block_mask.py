@@ -1,0 +1,292 @@
+"""`BlockMask`, its neighbour table, and the Z-order of positions."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import convmae_kernels as ck
+from convmae_kernels.block_mask import BLOCK_SIZES, block_side
+from convmae_kernels.testing import MASKS, make_mask
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+
+def same(a, b):
+    """Two masks of the same content, the private table included."""
+    leaves = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    counts = a.visible_per_image == b.visible_per_image
+    return counts and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in leaves)
+
+
+# -- constructors -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("length", "ratio", "keep"),
+    [
+        (196, 0.75, 49),
+        (196, 0.6, 78),
+        (196, 0.0, 196),
+        (196, 0.999, 0),
+        (49, 0.75, 12),
+        (1, 0.5, 0),
+        (1, 0.0, 1),
+        (30, 0.9, 2),  # 30 * (1 - 0.9) is 2.9999999999999996
+        (10, 0.7, 3),  # 10 * (1 - 0.7) is 3.0000000000000004
+        (10, 0.9, 0),  # 10 * (1 - 0.9) is 0.9999999999999998: MAE's rule, to the letter
+    ],
+)
+def test_number_of_visible_blocks_is_that_of_mae(length, ratio, keep):
+    for mask in (
+        ck.BlockMask.random(3, (1, length), ratio),
+        ck.BlockMask.from_noise(torch.rand(3, length), (1, length), ratio),
+    ):
+        assert mask.visible.flatten(1).sum(1).tolist() == [keep] * 3
+        assert mask.visible_per_image == keep
+        assert mask.num_visible == 3 * keep
+        assert mask.density == pytest.approx(keep / length)
+
+
+def test_random_follows_the_generator():
+    a, b, other = (
+        ck.BlockMask.random(2, (14, 14), 0.75, torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+    )
+    assert same(a, b)
+    assert not torch.equal(a.visible, other.visible)
+    assert not torch.equal(a.visible[0], a.visible[1])
+    torch.manual_seed(5)
+    default = ck.BlockMask.random(2, (14, 14), mask_ratio=0.75)
+    torch.manual_seed(5)
+    assert same(default, ck.BlockMask.random(2, (14, 14), mask_ratio=0.75))
+
+
+def test_random_on_a_device():
+    assert ck.BlockMask.random(2, (3, 4), 0.5, device="meta").visible.device.type == "meta"
+    assert ck.BlockMask.full(2, (3, 4), device="meta").block_index.device.type == "meta"
+
+
+def test_from_noise_keeps_the_smallest_and_of_equals_the_first():
+    noise = torch.tensor([[0.3, 0.1, 0.2, 0.9, 0.8, 0.0], [0.5, 0.5, 0.1, 0.5, 0.5, 0.5]])
+    mask = ck.BlockMask.from_noise(noise, (2, 3), 0.5)
+    expected = [[[0, 1, 1], [0, 0, 1]], [[1, 1, 1], [0, 0, 0]]]
+    assert mask.visible.int().tolist() == expected
+    assert mask.block_index.tolist() == [1, 2, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_from_noise_with_many_ties(dtype):
+    noise = torch.randint(0, 3, (4, 196)).to(dtype)
+    mask = ck.BlockMask.from_noise(noise, (14, 14), 0.75)
+    for image, values in enumerate(noise.tolist()):
+        kept = sorted(range(196), key=lambda block: (values[block], block))[:49]
+        assert mask.visible[image].flatten().nonzero().flatten().tolist() == sorted(kept)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_from_visible(name):
+    mask = make_mask(name)
+    flat = [i for i, v in enumerate(MASKS[name].flatten().tolist()) if v]
+    counts = set(MASKS[name].flatten(1).sum(1).tolist())
+    assert torch.equal(mask.visible, MASKS[name])
+    assert mask.block_index.dtype == torch.int64
+    assert mask.block_index.tolist() == flat
+    assert mask.num_visible == len(flat)
+    assert mask.visible_per_image == (counts.pop() if len(counts) == 1 else None)
+
+
+def test_constructors_agree():
+    noise = torch.rand(3, 12)
+    mask = ck.BlockMask.from_noise(noise, (3, 4), 0.7)
+    assert same(mask, ck.BlockMask.from_visible(mask.visible))
+    assert same(ck.BlockMask.full(2, (3, 4)), make_mask("all"))
+
+
+def test_masks_do_not_share_memory_with_their_arguments():
+    visible, noise = MASKS["ragged"].clone(), torch.rand(2, 12)
+    mask, other = (
+        ck.BlockMask.from_visible(visible),
+        ck.BlockMask.from_noise(noise, (3, 4), 0.5),
+    )
+    before = copy.deepcopy(other)
+    visible.logical_not_()
+    noise.neg_()
+    assert same(mask, make_mask("ragged"))
+    assert same(other, before)
+
+
+def test_a_batch_of_no_images():
+    for mask in (
+        ck.BlockMask.random(0, (3, 4), 0.5),
+        ck.BlockMask.from_visible(torch.ones(0, 3, 4, dtype=torch.bool)),
+        ck.BlockMask.full(0, (3, 4)),
+    ):
+        assert (mask.batch_size, mask.num_blocks, mask.num_visible, mask.density) == (0, 0, 0, 0.0)
+        assert mask.neighbours().shape == (0, 9)
+
+
+# -- facts --------------------------------------------------------------------------------------
+
+
+def test_facts():
+    mask = make_mask("ragged")
+    assert mask.grid == (3, 4)
+    assert mask.batch_size == 4
+    assert mask.num_blocks == 48
+    assert mask.num_visible == 7 + 0 + 12 + 2
+    assert mask.density == 21 / 48
+    assert mask.device == torch.device("cpu")
+    assert all(isinstance(size, int) for size in (*mask.grid, mask.batch_size, mask.num_visible))
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize("name", MASKS)
+def test_neighbours_against_a_loop(name, radius):
+    mask = make_mask(name)
+    gh, gw = mask.grid
+    rows = {block: row for row, block in enumerate(mask.block_index.tolist())}
+    expected = []
+    for block in rows:
+        image, row, column = block // (gh * gw), block // gw % gh, block % gw
+        for i in range(row - radius, row + radius + 1):
+            for j in range(column - radius, column + radius + 1):
+                inside = 0 <= i < gh and 0 <= j < gw
+                expected.append(rows.get((image * gh + i) * gw + j, -1) if inside else -1)
+    table = mask.neighbours(radius)
+    assert table.dtype == torch.int32
+    assert table.is_contiguous()
+    assert table.shape == (mask.num_visible, (2 * radius + 1) ** 2)
+    assert table.flatten().tolist() == expected
+    middle = table[:, table.shape[1] // 2]
+    assert middle.tolist() == list(range(mask.num_visible))
+
+
+@pytest.mark.parametrize("side", BLOCK_SIZES)
+def test_to_dense(side):
+    mask = make_mask("ragged")
+    dense = mask.to_dense(side)
+    assert dense.shape == (4, 1, 3 * side, 4 * side)
+    assert dense.dtype == torch.bool
+    rows, columns = torch.arange(3 * side) // side, torch.arange(4 * side) // side
+    assert torch.equal(dense[:, 0], mask.visible[:, rows][:, :, columns])
+
+
+def test_to_another_device():
+    mask = make_mask("ragged").to("meta")
+    assert mask.device.type == "meta"
+    assert {leaf.device.type for leaf in pytree.tree_leaves(mask)} == {"meta"}
+    assert (mask.grid, mask.batch_size, mask.num_visible) == ((3, 4), 4, 21)
+    assert same(make_mask("ragged").to("cpu"), make_mask("ragged"))
+
+
+def test_print_draws_the_mask():
+    mask = make_mask("equal")
+    assert repr(mask) == (
+        "BlockMask(batch_size=2, grid=(3, 4), num_visible=8, density=0.333, device=cpu)"
+    )
+    assert str(mask).splitlines() == [repr(mask), "#..#  .##.", ".#..  ....", "..#.  #.#."]
+    assert len(str(ck.BlockMask.random(64, (14, 14), 0.75)).splitlines()) == 15
+
+
+def test_pytree_round_trip():
+    mask = make_mask("equal")
+    leaves, spec = pytree.tree_flatten({"mask": mask, "x": 1})
+    assert all(isinstance(leaf, torch.Tensor) for leaf in leaves[:-1])
+    again = pytree.tree_unflatten(leaves, spec)["mask"]
+    assert isinstance(again, ck.BlockMask)
+    assert same(again, mask)
+    assert torch.equal(again.neighbours(1), mask.neighbours(1))
+    assert pytree.tree_map(lambda leaf: leaf.to("meta"), mask).device.type == "meta"
+    paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(mask)[0]]
+    assert paths[:2] == [".visible", ".block_index"]
+    assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
+    ragged = pytree.tree_structure(make_mask("ragged"))
+    assert pytree.treespec_loads(pytree.treespec_dumps(ragged)) == ragged
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_copies(clone):
+    assert same(clone(make_mask("ragged")), make_mask("ragged"))
+
+
+# -- Z-order ------------------------------------------------------------------------------------
+
+
+def z_index(row, column):
+    """The bits of row and column alternated, the row's first."""
+    return sum((row >> bit & 1) << 2 * bit + 1 | (column >> bit & 1) << 2 * bit for bit in range(5))
+
+
+@pytest.mark.parametrize("side", BLOCK_SIZES)
+def test_zorder(side):
+    square = torch.arange(2 * side * side).view(2, side, side)
+    packed = ck.to_zorder(square)
+    assert packed.shape == (2, side * side)
+    for row in range(side):
+        for column in range(side):
+            assert packed[1, z_index(row, column)] == square[1, row, column]
+    assert torch.equal(ck.from_zorder(packed), square)
+    assert block_side(side * side) == side
+
+
+def test_zorder_of_a_square_of_two_is_its_raster_order():
+    square = torch.arange(64).view(8, 8)
+    groups = ck.to_zorder(square).view(16, 4)
+    assert groups[0].tolist() == [0, 1, 8, 9]
+    assert groups[1].tolist() == [2, 3, 10, 11]
+    assert groups[2].tolist() == [16, 17, 24, 25]
+
+
+# -- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.5, -0.1, float("nan")])
+def test_mask_ratio_outside_its_range(ratio):
+    with pytest.raises(ValueError, match=r"mask_ratio must be in \[0, 1\), got"):
+        ck.BlockMask.random(2, (3, 4), ratio)
+    with pytest.raises(ValueError, match=r"mask_ratio must be in \[0, 1\), got"):
+        ck.BlockMask.from_noise(torch.rand(2, 12), (3, 4), ratio)
+
+
+@pytest.mark.parametrize("grid", [(0, 4), (3, 0), (-1, 4)])
+def test_empty_grid(grid):
+    with pytest.raises(ValueError, match="grid must have at least one block"):
+        ck.BlockMask.random(2, grid, 0.5)
+    with pytest.raises(ValueError, match="grid must have at least one block"):
+        ck.BlockMask.full(2, grid)
+    if min(grid) >= 0:
+        with pytest.raises(ValueError, match="grid must have at least one block"):
+            ck.BlockMask.from_visible(torch.ones(2, *grid, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("grid", [14, (14,), (2, 2, 2)])
+def test_grid_is_a_pair(grid):
+    with pytest.raises(TypeError, match=r"grid must be \(gh, gw\), got"):
+        ck.BlockMask.random(2, grid, 0.5)
+
+
+def test_other_bad_arguments():
+    with pytest.raises(ValueError, match="batch_size must not be negative, got -1"):
+        ck.BlockMask.random(-1, (3, 4), 0.5)
+    with pytest.raises(TypeError, match="noise must be a floating tensor, got torch.int64"):
+        ck.BlockMask.from_noise(torch.ones(2, 12, dtype=torch.int64), (3, 4), 0.5)
+    with pytest.raises(TypeError, match="noise must be a floating tensor, got list"):
+        ck.BlockMask.from_noise([[0.5]], (1, 1), 0.5)
+    for shape in [(2, 11), (12,), (2, 3, 4)]:
+        with pytest.raises(ValueError, match=r"noise must be \[B, 12\] for a grid of 3 x 4, got"):
+            ck.BlockMask.from_noise(torch.rand(shape), (3, 4), 0.5)
+    with pytest.raises(TypeError, match="visible must be a bool tensor.*got torch.float32"):
+        ck.BlockMask.from_visible(torch.ones(2, 3, 4))
+    with pytest.raises(TypeError, match="visible must be a bool tensor.*got list"):
+        ck.BlockMask.from_visible([[[True]]])
+    with pytest.raises(ValueError, match=r"visible must be \[B, gh, gw\], got \[3, 4\]"):
+        ck.BlockMask.from_visible(torch.ones(3, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="radius must not be negative, got -1"):
+        make_mask("one").neighbours(-1)
+    for positions in (0, 3, 8, 9, 36, 4096):
+        with pytest.raises(ValueError, match=rf"got s\*s = {positions}"):
+            block_side(positions)

@@ -1,0 +1,212 @@
+"""Who may import whom, and that both packages work without what they can do without."""
+
+import ast
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from convmae_kernels.ops.library import LIBRARY_FILE, why_not
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS, MODELS = ROOT / "convmae_kernels", ROOT / "convmae"
+OPTIONAL = [
+    *("triton", "torchvision", "timm", "PIL", "tqdm", "tensorboard", "safetensors", "tyro"),
+    *("matplotlib", "skimage", "scipy", "yaml", "hypothesis", "pytest"),
+]
+BLOCKER = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {OPTIONAL!r}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+USE = """
+import torch, convmae_kernels as ck
+mask = ck.BlockMask.random(2, (3, 4), 0.5)
+conv = ck.nn.MaskedConv2d(3, 3, 5, groups=3)
+conv(torch.randn(2, 3, 12, 16, requires_grad=True), mask).sum().backward()
+assert conv.weight.grad.isfinite().all()
+print(ck.__file__)
+print(ck.info()["cpu"])
+"""
+
+
+def python(code, path=ROOT, *arguments):
+    """Runs code in a fresh interpreter; returns the lines that it printed."""
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    done = subprocess.run(
+        [sys.executable, *(arguments or ("-c", code))],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+# -- arrows -------------------------------------------------------------------------------------
+
+
+def module_name(file):
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(file):
+    """`(module, lazy)` of every import in a file; lazy: inside a function or for type checkers."""
+    tree = ast.parse(file.read_text())
+    lazy = set()
+    for node in ast.walk(tree):
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if typing_only or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lazy.update(map(id, ast.walk(node)))
+    package = module_name(file) if file.stem == "__init__" else module_name(file).rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(base, package)
+            # `from package import module` imports the module.
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from ((name, id(node) in lazy) for name in names)
+
+
+def within(name, *packages):
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def all_imports(package):
+    files = [f for f in sorted(package.rglob("*.py")) if "__pycache__" not in f.parts]
+    assert files, f"no Python files in {package}"
+    return [(module_name(file), *found) for file in files for found in imports(file)]
+
+
+def test_kernels_never_import_models():
+    wrong = [(a, b) for a, b, _ in all_imports(KERNELS) if within(b, "convmae")]
+    assert not wrong
+
+
+INSIDE = "convmae_kernels"
+MAY_IMPORT = {  # what each module of the package may import from the package
+    "block_mask": [],
+    "ops.reference": ["block_mask"],
+    "ops.checks": ["block_mask"],
+    "ops.library": ["triton"],
+    "ops": ["block_mask", "ops", "triton"],
+    "triton": ["block_mask", "triton"],
+    "packed": ["block_mask", "ops"],
+    "nn": ["block_mask", "ops", "packed"],
+    "info": ["ops"],
+    "testing": ["block_mask", "ops"],
+    "__main__": ["info"],
+}
+
+
+def test_arrows_inside_the_kernels():
+    wrong = []
+    for module, name, _ in all_imports(KERNELS):
+        if module == INSIDE or not within(name, INSIDE) or name == INSIDE:
+            continue
+        own = module.removeprefix(INSIDE + ".")
+        rule = max((r for r in MAY_IMPORT if within(own, r)), key=len, default=None)
+        assert rule is not None, f"{module}: no rule says what it may import"
+        # A name may be a module or something in it: the module it comes from has the rule.
+        if not within(name, *(f"{INSIDE}.{r}" for r in MAY_IMPORT[rule])) and name != module:
+            wrong.append((module, name))
+    wrong = [(a, b) for a, b in wrong if b != f"{INSIDE}.ops" or a != f"{INSIDE}.ops"]
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", [KERNELS, MODELS], ids=lambda p: p.name)
+def test_top_level_imports(package):
+    """What is needed to import the core of a package: the standard library, torch and numpy."""
+    core = {"torch", "numpy", "convmae_kernels", *sys.stdlib_module_names}
+    if package is MODELS:
+        core |= {"convmae"}
+    extras = ("convmae.data", "convmae.training", "convmae.cli", "convmae_kernels.triton")
+    wrong = [
+        (module, name)
+        for module, name, lazy in all_imports(package)
+        if not lazy and not within(module, *extras) and name.partition(".")[0] not in core
+    ]
+    assert not wrong
+
+
+# -- fresh interpreters -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", ["convmae_kernels", "convmae_kernels.testing", "convmae"])
+def test_import_with_torch_and_numpy_only(package):
+    lines = python(
+        f"{BLOCKER}\nimport {package}\n"
+        f"print([name for name in {OPTIONAL!r} if name in sys.modules])"
+    )
+    assert lines[-1] == "[]"
+
+
+def test_import_leaves_triton_and_the_compiler_alone():
+    heavy = ["triton", "torch._inductor", "torch.utils.cpp_extension", "torchvision", "convmae"]
+    lines = python(
+        "import sys, torch\nbefore = set(sys.modules)\nimport convmae_kernels\n"
+        f"print([name for name in {heavy!r} if name in set(sys.modules) - before])"
+    )
+    assert lines[-1] == "[]"
+
+
+def test_info_as_a_command():
+    lines = python("", ROOT, "-m", "convmae_kernels")
+    assert [line.split()[0] for line in lines] == [
+        *("torch", "threads", "reference", "cpu", "cuda", "triton")
+    ]
+    assert torch.__version__ in lines[0]
+
+
+# -- the compiled library -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy_without_library(tmp_path):
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(KERNELS, tmp_path / "convmae_kernels", ignore=ignore)
+    return tmp_path
+
+
+def test_without_the_compiled_library(copy_without_library):
+    file, cpu = python(USE, copy_without_library)[-2:]
+    assert Path(file).is_relative_to(copy_without_library)
+    assert cpu.startswith("no: the compiled library ")
+    asked = (
+        "import torch, convmae_kernels as ck\nmask = ck.BlockMask.full(1, (1, 1))\n"
+        "try: ck.gather_visible(torch.zeros(1, 1, 4, 4), mask, impl='cpu')\n"
+        "except RuntimeError as error: print(error)"
+    )
+    (message,) = python(asked, copy_without_library)
+    assert message == f"impl='cpu' cannot run: {cpu.removeprefix('no: ')}"
+
+
+def test_with_a_library_that_does_not_load(copy_without_library):
+    (copy_without_library / "convmae_kernels" / LIBRARY_FILE.name).write_bytes(b"not a library")
+    cpu = python(USE, copy_without_library)[-1]
+    assert cpu.startswith("no: the compiled library could not be loaded: ")
+
+
+@pytest.mark.skipif(
+    os.environ.get("CONVMAE_REQUIRE_EXT", "0") in ("", "0"),
+    reason="CONVMAE_REQUIRE_EXT=1 demands the compiled library",
+)
+def test_the_compiled_library_is_there():
+    assert why_not("cpu", torch.zeros(1)) is None
