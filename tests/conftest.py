@@ -18,6 +18,7 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", warning)
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of the processes tests start
 
 
 @pytest.fixture(autouse=True)

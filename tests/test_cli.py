@@ -24,7 +24,7 @@ TINY = ["--model", "convmae_tiny", "--input_size", "32", "--num_workers", "0", "
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "convmae", *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "convmae", *arguments], capture_output=True, text=True, timeout=300
     )
 
 
@@ -167,13 +167,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while time.monotonic() < until and not (
         (output / "log.txt").is_file() and os.path.getsize(output / "log.txt")
     ):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
     assert "Traceback" not in error
     assert "--resume auto" in out

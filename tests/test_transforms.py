@@ -339,3 +339,17 @@ def test_checkpointing_and_inference_mode():
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(net(images, mask), expected[0])
+
+
+@pytest.mark.skipif("cpu" not in implementations(), reason="the compiled library is not there")
+def test_a_named_kernel_refuses_transforms():
+    mask = make_mask("equal")
+    x = random_tensor((mask.num_visible, 4, CHANNELS))
+
+    def scatter(x):
+        return ck.scatter_visible(x, mask, impl="cpu")
+
+    with pytest.raises(RuntimeError, match="impl='cpu' cannot run: torch.func"):
+        torch.func.jvp(scatter, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="need the reference"):
+        scatter(forward_ad.make_dual(x, x))
