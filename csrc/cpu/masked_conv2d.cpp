@@ -104,6 +104,24 @@ inline void for_strips(int side, F&& f) {
   }
 }
 
+// Calls f(Index<x>) for the visible ones of the Strip + K - 1 positions that a strip reads of a
+// row. Strips begin at multiples of their length, so the strip itself is in one block, and what
+// lies before and after it is in one block each where that is no longer than a strip: one test for
+// each.
+template <int K, int Strip, class F>
+__attribute__((always_inline)) inline void for_visible(const bool* visible, F&& f) {
+  constexpr int halo = K / 2;
+  if constexpr (halo <= Strip) {
+    if (visible[0]) unroll<halo>(f);
+    if (visible[halo]) unroll<halo + Strip, halo>(f);
+    if (visible[halo + Strip]) unroll<Strip + K - 1, halo + Strip>(f);
+  } else {
+    unroll<Strip + K - 1>([&](auto x) {
+      if (visible[x]) f(x);
+    });
+  }
+}
+
 // The last channels, one by one, take the kernel for any shape: less to compile.
 template <class S>
 constexpr int kernel_for(int kernel) {
@@ -130,8 +148,7 @@ inline void convolve_strip(const MaskedConv2dForward& p, S, const bool* visible,
   weight += channels;
   if constexpr (K > 0) {
     for (int i = 0; i < K; ++i) {
-      unroll<Strip + K - 1>([&](auto x) {
-        if (!visible[x]) return;
+      for_visible<K, Strip>(visible, [&](auto x) {
         V value[S::kVectors];
         unroll<S::kVectors>([&](auto v) { value[v] = load<n>(tile + x * channels + v * n); });
         unroll<K>([&](auto j) {
@@ -233,8 +250,7 @@ inline void correlate_block(const MaskedConv2dWeightGrad& p, S, const bool* visi
       for_strips<Strip>(p.side, [&](int row, int column) {
         const A* g = grad + (row * p.side + column) * channels;
         const int64_t first = (row + i) * width + column;
-        unroll<Strip + K - 1>([&](auto x) {
-          if (!visible[first + x]) return;
+        for_visible<K, Strip>(visible + first, [&](auto x) {
           V value[S::kVectors];
           unroll<S::kVectors>(
               [&](auto v) { value[v] = load<n>(tile + (first + x) * channels + v * n); });
