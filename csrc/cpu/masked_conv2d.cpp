@@ -49,10 +49,12 @@ class Window {
     const int32_t* rows = p_.neighbours + block * p_.table_columns;
     const T* x = static_cast<const T*>(p_.x);
     const int64_t positions = int64_t(p_.side) * p_.side;
+    count_ = 0;
     for (int64_t i = 0; i < size_; ++i) {
       const int64_t row = rows[p_.window[i].neighbour];
       visible_.get()[i] = row >= 0;
-      at_.get()[i] = row < 0 ? nullptr : x + (row * positions + p_.window[i].rank) * p_.channels;
+      if (row < 0) continue;
+      at_.get()[count_++] = {i, x + (row * positions + p_.window[i].rank) * p_.channels};
     }
   }
 
@@ -60,11 +62,9 @@ class Window {
   // hidden positions are left alone.
   template <class S>
   void copy(S, int64_t c, Acc<T>* tile) const {
-    for (int64_t i = 0; i < size_; ++i) {
-      const T* x = at_.get()[i];
-      if (x == nullptr) continue;
-      __builtin_prefetch(x + c + S::kChannels);
-      copy_position<T>(S{}, x + c, tile + i * S::kChannels);
+    for (const Position *at = at_.get(), *end = at + count_; at < end; ++at) {
+      __builtin_prefetch(at->x + c + S::kChannels);
+      copy_position<T>(S{}, at->x + c, tile + at->place * S::kChannels);
     }
   }
 
@@ -72,10 +72,16 @@ class Window {
   int64_t size() const { return size_; }
 
  private:
+  struct Position {
+    int64_t place;  // in the window
+    const T* x;
+  };
+
   const MaskedConv2dParams& p_;
   const int64_t size_;
+  int64_t count_ = 0;
   Buffer<bool> visible_;
-  Buffer<const T*> at_;  // null where hidden
+  Buffer<Position> at_;  // the visible ones
 };
 
 // The offset of every position of a block, in raster order, in packed features.
