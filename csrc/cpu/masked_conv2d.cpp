@@ -1,10 +1,9 @@
 // CPU kernels of the depthwise convolution; compiled once for each instruction set, CONVMAE_ISA.
 //
-// A block is worked on a few channels at a time, one step of for_channels. The visible positions of
-// the block and its halo are first copied, in the accumulation type, to a small tile: the features
-// lie a power of two apart, so that in place they would push each other out of the cache. Then the
-// block is done in strips of up to four positions of a row. A position that is read serves every
-// output of the strip that it reaches, from registers; a hidden one costs a branch.
+// A block is done in strips of up to four positions of a row. Whether a strip sees a piece of a row
+// is asked once for all channels; what it sees is then added vector by vector, in loops without
+// branches whose turns do not wait for each other. Features are read where they lie, whole rows of
+// channels at a time: memory is slow at anything else.
 #include "masked_conv2d.h"
 
 #include <cstdlib>
@@ -31,57 +30,32 @@ class Buffer {
   T* data_;
 };
 
-// Moves the channels of one step to or from the accumulation type.
-template <class T, class S, class To>
-inline void copy_position(S, const T* from, To* to) {
-  unroll<S::kVectors>(
-      [&](auto v) { store<S::kWidth>(to + v * S::kWidth, load<S::kWidth>(from + v * S::kWidth)); });
-}
-
-// The features of every position of a block and its halo, in raster order.
+// Where every position of a block and its halo lies, in raster order; null where it is hidden.
 template <class T>
 class Window {
  public:
   explicit Window(const MaskedConv2dParams& p)
-      : p_(p), size_(int64_t(p.window_rows()) * p.window_columns()), visible_(size_), at_(size_) {}
+      : p_(p), size_(int64_t(p.window_rows()) * p.window_columns()), at_(size_) {}
 
   void move_to(int64_t block) {
     const int32_t* rows = p_.neighbours + block * p_.table_columns;
     const T* x = static_cast<const T*>(p_.x);
     const int64_t positions = int64_t(p_.side) * p_.side;
-    count_ = 0;
     for (int64_t i = 0; i < size_; ++i) {
       const int64_t row = rows[p_.window[i].neighbour];
-      visible_.get()[i] = row >= 0;
-      if (row < 0) continue;
-      at_.get()[count_++] = {i, x + (row * positions + p_.window[i].rank) * p_.channels};
+      at_.get()[i] = row < 0 ? nullptr : x + (row * positions + p_.window[i].rank) * p_.channels;
     }
   }
 
-  // Copies the channels of one step to tile [size][S::kChannels], and asks for those of the next;
-  // hidden positions are left alone.
-  template <class S>
-  void copy(S, int64_t c, Acc<T>* tile) const {
-    for (const Position *at = at_.get(), *end = at + count_; at < end; ++at) {
-      __builtin_prefetch(at->x + c + S::kChannels);
-      copy_position<T>(S{}, at->x + c, tile + at->place * S::kChannels);
-    }
+  // What the first tap of the block's position `i`, in raster order, meets.
+  const T* const* from(int64_t i) const {
+    return at_.get() + i / p_.side * p_.window_columns() + i % p_.side;
   }
-
-  const bool* visible() const { return visible_.get(); }
-  int64_t size() const { return size_; }
 
  private:
-  struct Position {
-    int64_t place;  // in the window
-    const T* x;
-  };
-
   const MaskedConv2dParams& p_;
   const int64_t size_;
-  int64_t count_ = 0;
-  Buffer<bool> visible_;
-  Buffer<Position> at_;  // the visible ones
+  Buffer<const T*> at_;
 };
 
 // The offset of every position of a block, in raster order, in packed features.
@@ -98,230 +72,195 @@ class Offsets {
   Buffer<int64_t> offsets_;
 };
 
-// The most channels of a step.
-template <class A, int Vectors>
-constexpr int kMaxChannels = kLanes<A> * Vectors;
-
-// Calls f(row, column) for the first position of every strip of a block.
-template <int Strip, class F>
-inline void for_strips(int side, F&& f) {
-  for (int row = 0; row < side; ++row) {
-    for (int column = 0; column < side; column += Strip) f(row, column);
+// Asks for features that will be wanted a few blocks later, as many as one block has.
+template <class T>
+inline void prefetch(const T* block, int64_t elements) {
+  constexpr int64_t ahead = 1 << 16, line = 64;  // bytes
+  const uintptr_t from = reinterpret_cast<uintptr_t>(block) + ahead;
+  for (int64_t i = 0; i < elements * int64_t(sizeof(T)); i += line) {
+    __builtin_prefetch(reinterpret_cast<const void*>(from + i), 0, 2);
   }
 }
 
-// Calls f(Index<x>) for the visible ones of the Strip + K - 1 positions that a strip reads of a
-// row. Strips begin at multiples of their length, so the strip itself is in one block, and what
-// lies before and after it is in one block each where that is no longer than a strip: one test for
-// each.
-template <int K, int Strip, class F>
-__attribute__((always_inline)) inline void for_visible(const bool* visible, F&& f) {
-  constexpr int halo = K / 2;
-  if constexpr (halo <= Strip) {
-    if (visible[0]) unroll<halo>(f);
-    if (visible[halo]) unroll<halo + Strip, halo>(f);
-    if (visible[halo + Strip]) unroll<Strip + K - 1, halo + Strip>(f);
-  } else {
-    unroll<Strip + K - 1>([&](auto x) {
-      if (visible[x]) f(x);
+// The Strip + K - 1 positions that a strip reads of a row, in segments that lie in one block each:
+// strips begin at multiples of their length. Segment S is [kBegin, kEnd); it meets the outputs
+// [kFirstOutput, kLastOutput) and the taps [kFirstTap, kLastTap).
+template <int K, int Strip>
+constexpr int kSegments = 2 * ((K / 2 + Strip - 1) / Strip) + 1;
+
+template <int K, int Strip, int S>
+struct Segment {
+  static constexpr int clamp(int x, int end) { return x < 0 ? 0 : x < end ? x : end; }
+  static constexpr int kStart = K / 2 + (S - kSegments<K, Strip> / 2) * Strip;
+  static constexpr int kBegin = clamp(kStart, Strip + K - 1);
+  static constexpr int kEnd = clamp(kStart + Strip, Strip + K - 1);
+  static constexpr int kFirstOutput = clamp(kBegin - K + 1, Strip),
+                       kLastOutput = clamp(kEnd, Strip);
+  static constexpr int kFirstTap = clamp(kBegin - Strip + 1, K), kLastTap = clamp(kEnd, K);
+};
+
+// Calls f(x, j, o) for the positions x of a segment, the taps j and the outputs o of the strip that
+// meet, x = o + j, all of them constants.
+template <int K, int Strip, int S, class F>
+__attribute__((always_inline)) inline void for_meetings(F&& f) {
+  using Seg = Segment<K, Strip, S>;
+  unroll<Seg::kEnd, Seg::kBegin>([&](auto x) {
+    unroll<Seg::kLastTap, Seg::kFirstTap>([&](auto j) {
+      constexpr int o = decltype(x)::value - decltype(j)::value;
+      if constexpr (o >= 0 && o < Strip) f(x, j, Index<o>{});
+    });
+  });
+}
+
+// Calls f(segment, kernel row, positions that the row reads) for what a strip sees; `x` is
+// Window::from of its first position.
+template <int K, int Strip, class T, class F>
+inline void for_visible(int64_t window_columns, const T* const* x, F&& f) {
+  for (int i = 0; i < K; ++i, x += window_columns) {
+    unroll<kSegments<K, Strip>>([&](auto s) {
+      if (x[Segment<K, Strip, decltype(s)::value>::kBegin] != nullptr) f(s, i, x);
     });
   }
 }
 
-// The last channels, one by one, take the kernel for any shape: less to compile.
-template <class S>
-constexpr int kernel_for(int kernel) {
-  return S::kWidth == 1 ? 0 : kernel;
+// Calls f(tap, position) for what one output sees with a kernel of any shape.
+template <class T, class F>
+inline void for_visible_taps(const MaskedConv2dParams& p, const T* const* x, F&& f) {
+  for (int i = 0; i < p.kernel_rows; ++i) {
+    const T* const* row = x + int64_t(i) * p.dilation_rows * p.window_columns();
+    for (int j = 0; j < p.kernel_columns; ++j) {
+      const T* at = row[j * p.dilation_columns];
+      if (at != nullptr) f(i * p.kernel_columns + j, at);
+    }
+  }
+}
+
+// sums += a * b, for a row of channels.
+template <class T, class U>
+inline void multiply_add(int64_t channels, const T* a, const U* b, Acc<T>* sums) {
+  for_vectors<Acc<T>>(channels, [&](auto n, int64_t c) {
+    store<n>(sums + c, load<n>(sums + c) + load<n>(a + c) * load<n>(b + c));
+  });
 }
 
 // -- forward ----------------------------------------------------------------------------------
 
-// One strip, the channels of one step. K is the side of a square kernel of dilation 1, or 0 for any
-// kernel. `visible` and `tile` point at the first tap of the strip's first output; `weight` holds
-// the bias and then the taps, [1 + taps][S::kChannels]; outputs are `out_stride` apart.
-template <class A, int K, int Strip, class S>
-inline void convolve_strip(const MaskedConv2dForward& p, S, const bool* visible, const A* tile,
-                           const A* weight, A* out, int64_t out_stride) {
-  using V = Vec<A, S::kWidth>;
-  constexpr int n = S::kWidth, channels = S::kChannels;
-  const int64_t width = p.window_columns();
-
-  V sum[Strip][S::kVectors];
-  unroll<S::kVectors>([&](auto v) {
-    const V bias = load<n>(weight + v * n);
-    unroll<Strip>([&](auto o) { sum[o][v] = bias; });
-  });
-  weight += channels;
-  if constexpr (K > 0) {
-    for (int i = 0; i < K; ++i) {
-      for_visible<K, Strip>(visible, [&](auto x) {
-        V value[S::kVectors];
-        unroll<S::kVectors>([&](auto v) { value[v] = load<n>(tile + x * channels + v * n); });
-        unroll<K>([&](auto j) {
-          constexpr int o = decltype(x)::value - decltype(j)::value;
-          if constexpr (o >= 0 && o < Strip) {
-            unroll<S::kVectors>(
-                [&](auto v) { sum[o][v] += value[v] * load<n>(weight + j * channels + v * n); });
-          }
-        });
-      });
-      visible += width;
-      tile += width * channels;
-      weight += K * channels;
-    }
-  } else {
-    for (int i = 0; i < p.kernel_rows; ++i) {
-      for (int j = 0; j < p.kernel_columns; ++j, weight += channels) {
-        const int64_t first = i * p.dilation_rows * width + j * p.dilation_columns;
-        V tap[S::kVectors];
-        unroll<S::kVectors>([&](auto v) { tap[v] = load<n>(weight + v * n); });
-        unroll<Strip>([&](auto o) {
-          if (!visible[first + o]) return;
-          const A* x = tile + (first + o) * channels;
-          unroll<S::kVectors>([&](auto v) { sum[o][v] += load<n>(x + v * n) * tap[v]; });
-        });
-      }
-    }
-  }
-  unroll<Strip>([&](auto o) {
-    unroll<S::kVectors>([&](auto v) { store<n>(out + o * out_stride + v * n, sum[o][v]); });
+// Adds what one segment of a row gives to a strip: x[Strip + K - 1], taps [K][channels], sums
+// [Strip][channels].
+template <class T, int K, int Strip, int S>
+inline void convolve_segment(int64_t channels, const T* const* x, const Acc<T>* taps,
+                             Acc<T>* sums) {
+  using Seg = Segment<K, Strip, S>;
+  const T* at[Strip + K - 1];
+  unroll<Seg::kEnd, Seg::kBegin>([&](auto i) { at[i] = x[i]; });
+  for_vectors<Acc<T>>(channels, [&](auto n, int64_t c) {
+    Vec<Acc<T>, n> sum[Strip], value[Strip + K - 1];
+    unroll<Seg::kLastOutput, Seg::kFirstOutput>(
+        [&](auto o) { sum[o] = load<n>(sums + o * channels + c); });
+    unroll<Seg::kEnd, Seg::kBegin>([&](auto i) { value[i] = load<n>(at[i] + c); });
+    for_meetings<K, Strip, S>(
+        [&](auto i, auto j, auto o) { sum[o] += value[i] * load<n>(taps + j * channels + c); });
+    unroll<Seg::kLastOutput, Seg::kFirstOutput>(
+        [&](auto o) { store<n>(sums + o * channels + c, sum[o]); });
   });
 }
 
+// K is the side of a square kernel of dilation 1, or 0 for any kernel (then Strip is 1).
 template <class T, int K, int Strip>
 void forward_blocks(const MaskedConv2dForward& p, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  constexpr int vectors = Strip == 4 ? 2 : 4;
-  const int64_t width = p.window_columns(), positions = int64_t(p.side) * p.side;
-  const int64_t rows = 1 + int64_t(p.kernel_rows) * p.kernel_columns;  // the bias, the taps
-  Buffer<A> weight(rows * (p.channels + kLanes<A>));  // [rows][channels of the step] of each step
-  for_channels<A, vectors>(p.channels, [&](auto step, int64_t c, int64_t column) {
-    for (int64_t row = 0; row < rows; ++row) {
-      copy_position<A>(step, static_cast<const A*>(p.weight) + row * p.channels + c,
-                       weight.get() + rows * column + row * step.kChannels);
-    }
-  });
+  const int64_t positions = int64_t(p.side) * p.side, channels = p.channels;
+  const A *const bias = static_cast<const A*>(p.weight), *const taps = bias + channels;
   Window<T> window(p);
   const Offsets offsets(p);
-  Buffer<A> tile(window.size() * kMaxChannels<A, vectors>);
-  // Outputs are written a whole block at a time, for the same reason as inputs are copied.
-  const int64_t done_stride = p.channels + 2 * kLanes<A>;
-  Buffer<A> done(positions * done_stride);
+  Buffer<A> sums(Strip * channels);
   for (int64_t block = begin; block < end; ++block) {
+    const int64_t start = block * positions * channels;
     window.move_to(block);
-    for_channels<A, vectors>(p.channels, [&](auto step, int64_t c, int64_t column) {
-      using S = decltype(step);
-      window.copy(step, c, tile.get());
-      for_strips<Strip>(p.side, [&](int row, int at) {
-        const int64_t first = row * width + at;
-        convolve_strip<A, kernel_for<S>(K), Strip>(
-            p, step, window.visible() + first, tile.get() + first * S::kChannels,
-            weight.get() + rows * column, done.get() + (row * p.side + at) * done_stride + c,
-            done_stride);
-      });
-    });
-    T* const y = static_cast<T*>(p.y) + block * positions * p.channels;
-    for (int64_t i = 0; i < positions; ++i) {
-      for_channels<A, vectors>(p.channels, [&](auto step, int64_t c, int64_t) {
-        copy_position<A>(step, done.get() + i * done_stride + c, y + offsets[i] + c);
-      });
+    prefetch(static_cast<const T*>(p.x) + start, positions * channels);
+    T* const y = static_cast<T*>(p.y) + start;
+    for (int64_t i = 0; i < positions; i += Strip) {
+      for (int o = 0; o < Strip; ++o) {
+        std::memcpy(sums.get() + o * channels, bias, channels * sizeof(A));
+      }
+      if constexpr (K > 0) {
+        for_visible<K, Strip>(p.window_columns(), window.from(i), [&](auto s, int row, auto x) {
+          convolve_segment<T, K, Strip, decltype(s)::value>(channels, x, taps + row * K * channels,
+                                                            sums.get());
+        });
+      } else {
+        for_visible_taps(p, window.from(i), [&](int64_t tap, const T* x) {
+          multiply_add(channels, x, taps + tap * channels, sums.get());
+        });
+      }
+      for (int o = 0; o < Strip; ++o) {
+        const A* sum = sums.get() + o * channels;
+        T* to = y + offsets[i + o];
+        for_vectors<A>(channels, [&](auto n, int64_t c) { store<n>(to + c, load<n>(sum + c)); });
+      }
     }
   }
 }
 
 // -- weight gradient --------------------------------------------------------------------------
 
-template <int N, class A>
-inline void add(A* sums, Vec<A, N> x) {
-  store<N>(sums, load<N>(sums) + x);
+// Adds what one segment of a row gives to the gradients of a kernel row: x[Strip + K - 1],
+// grad[Strip], sums [K][channels].
+template <class T, int K, int Strip, int S>
+inline void correlate_segment(int64_t channels, const T* const* x, const T* const* grad,
+                              Acc<T>* sums) {
+  using Seg = Segment<K, Strip, S>;
+  const T *at[Strip + K - 1], *g[Strip];
+  unroll<Seg::kEnd, Seg::kBegin>([&](auto i) { at[i] = x[i]; });
+  unroll<Seg::kLastOutput, Seg::kFirstOutput>([&](auto o) { g[o] = grad[o]; });
+  for_vectors<Acc<T>>(channels, [&](auto n, int64_t c) {
+    Vec<Acc<T>, n> sum[K], weight[Strip], value[Strip + K - 1];
+    unroll<Seg::kLastTap, Seg::kFirstTap>(
+        [&](auto j) { sum[j] = load<n>(sums + j * channels + c); });
+    unroll<Seg::kLastOutput, Seg::kFirstOutput>([&](auto o) { weight[o] = load<n>(g[o] + c); });
+    unroll<Seg::kEnd, Seg::kBegin>([&](auto i) { value[i] = load<n>(at[i] + c); });
+    for_meetings<K, Strip, S>([&](auto i, auto j, auto o) { sum[j] += value[i] * weight[o]; });
+    unroll<Seg::kLastTap, Seg::kFirstTap>(
+        [&](auto j) { store<n>(sums + j * channels + c, sum[j]); });
+  });
 }
 
-// Adds one block's share of the gradients to `sums`, [1 + taps][S::kChannels]: the bias, the taps.
-// `grad` is [side * side][S::kChannels] in raster order.
-template <class A, int K, int Strip, class S>
-inline void correlate_block(const MaskedConv2dWeightGrad& p, S, const bool* visible, const A* tile,
-                            const A* grad, A* sums) {
-  using V = Vec<A, S::kWidth>;
-  constexpr int n = S::kWidth, channels = S::kChannels;
-  const int64_t width = p.window_columns();
-  V bias[S::kVectors] = {};
-  for (int i = 0; i < p.side * p.side; ++i) {
-    unroll<S::kVectors>([&](auto v) { bias[v] += load<n>(grad + i * channels + v * n); });
-  }
-  unroll<S::kVectors>([&](auto v) { add<n>(sums + v * n, bias[v]); });
-  sums += channels;
-  if constexpr (K > 0) {
-    for (int i = 0; i < K; ++i, sums += K * channels) {
-      V sum[K][S::kVectors] = {};
-      for_strips<Strip>(p.side, [&](int row, int column) {
-        const A* g = grad + (row * p.side + column) * channels;
-        const int64_t first = (row + i) * width + column;
-        for_visible<K, Strip>(visible + first, [&](auto x) {
-          V value[S::kVectors];
-          unroll<S::kVectors>(
-              [&](auto v) { value[v] = load<n>(tile + (first + x) * channels + v * n); });
-          unroll<K>([&](auto j) {
-            constexpr int o = decltype(x)::value - decltype(j)::value;
-            if constexpr (o >= 0 && o < Strip) {
-              unroll<S::kVectors>(
-                  [&](auto v) { sum[j][v] += value[v] * load<n>(g + o * channels + v * n); });
-            }
-          });
-        });
-      });
-      unroll<K>([&](auto j) {
-        unroll<S::kVectors>([&](auto v) { add<n>(sums + j * channels + v * n, sum[j][v]); });
-      });
-    }
-  } else {
-    for (int i = 0; i < p.kernel_rows; ++i) {
-      for (int j = 0; j < p.kernel_columns; ++j, sums += channels) {
-        V sum[S::kVectors] = {};
-        for_strips<1>(p.side, [&](int row, int column) {
-          const int64_t x = (row + i * p.dilation_rows) * width + column + j * p.dilation_columns;
-          if (!visible[x]) return;
-          const A* g = grad + (row * p.side + column) * channels;
-          unroll<S::kVectors>(
-              [&](auto v) { sum[v] += load<n>(tile + x * channels + v * n) * load<n>(g + v * n); });
-        });
-        unroll<S::kVectors>([&](auto v) { add<n>(sums + v * n, sum[v]); });
-      }
-    }
-  }
-}
-
+// `partial` is [1 + taps][channels]: the bias, the taps.
 template <class T, int K, int Strip>
 void weight_grad_blocks(const MaskedConv2dWeightGrad& p, void* partial, int64_t begin,
                         int64_t end) {
   using A = Acc<T>;
-  constexpr int vectors = K == 7 ? 1 : 2;
-  const int64_t positions = int64_t(p.side) * p.side;
-  const int64_t rows = 1 + int64_t(p.kernel_rows) * p.kernel_columns;  // the bias, the taps
+  const int64_t positions = int64_t(p.side) * p.side, channels = p.channels;
+  A *const bias = static_cast<A*>(partial), *const taps = bias + channels;
+  std::memset(bias, 0, (1 + int64_t(p.kernel_rows) * p.kernel_columns) * channels * sizeof(A));
   Window<T> window(p);
   const Offsets offsets(p);
-  Buffer<A> tile(window.size() * kMaxChannels<A, vectors>);
-  Buffer<A> grad(positions * kMaxChannels<A, vectors>);
-  Buffer<A> sums(rows * (p.channels + kLanes<A>));  // [rows][channels of the step] of each step
   for (int64_t block = begin; block < end; ++block) {
+    const int64_t start = block * positions * channels;
     window.move_to(block);
-    const T* g = static_cast<const T*>(p.grad) + block * positions * p.channels;
-    for_channels<A, vectors>(p.channels, [&](auto step, int64_t c, int64_t column) {
-      using S = decltype(step);
-      window.copy(step, c, tile.get());
-      for (int64_t i = 0; i < positions; ++i) {
-        __builtin_prefetch(g + offsets[i] + c + S::kChannels);
-        copy_position<T>(step, g + offsets[i] + c, grad.get() + i * S::kChannels);
+    prefetch(static_cast<const T*>(p.x) + start, positions * channels);
+    const T* const first = static_cast<const T*>(p.grad) + start;
+    prefetch(first, positions * channels);
+    for (int64_t i = 0; i < positions; i += Strip) {
+      const T* grad[Strip];
+      unroll<Strip>([&](auto o) { grad[o] = first + offsets[i + o]; });
+      for_vectors<A>(channels, [&](auto n, int64_t c) {
+        auto sum = load<n>(bias + c);
+        unroll<Strip>([&](auto o) { sum += load<n>(grad[o] + c); });
+        store<n>(bias + c, sum);
+      });
+      if constexpr (K > 0) {
+        for_visible<K, Strip>(p.window_columns(), window.from(i), [&](auto s, int row, auto x) {
+          correlate_segment<T, K, Strip, decltype(s)::value>(channels, x, grad,
+                                                             taps + row * K * channels);
+        });
+      } else {
+        for_visible_taps(p, window.from(i), [&](int64_t tap, const T* x) {
+          multiply_add(channels, x, grad[0], taps + tap * channels);
+        });
       }
-      correlate_block<A, kernel_for<S>(K), Strip>(p, step, window.visible(), tile.get(), grad.get(),
-                                                  sums.get() + rows * column);
-    });
-  }
-  for_channels<A, vectors>(p.channels, [&](auto step, int64_t c, int64_t column) {
-    for (int64_t row = 0; row < rows; ++row) {
-      copy_position<A>(step, sums.get() + rows * column + row * step.kChannels,
-                       static_cast<A*>(partial) + row * p.channels + c);
     }
-  });
+  }
 }
 
 // -- the choice of a kernel -------------------------------------------------------------------
@@ -340,7 +279,7 @@ void with_shape(const MaskedConv2dParams& p, F&& f) {
         }
       }
     }
-    f(Index<0>{}, strip);
+    f(Index<0>{}, Index<1>{});
   };
   if (p.side >= 4) return with_kernel(Index<4>{});
   if (p.side == 2) return with_kernel(Index<2>{});

@@ -192,28 +192,12 @@ __attribute__((always_inline)) inline void unroll(F&& f) {
   }
 }
 
-// `kVectors` vectors of `kWidth` lanes of A each.
-template <class A, int Width, int Vectors>
-struct Step {
-  static constexpr int kWidth = Width, kVectors = Vectors, kChannels = Width * Vectors;
-};
-
-// Calls f(step, channel, column) until every channel is covered, `Vectors` vectors at a time, then
-// one. What is left is covered by one vector that overlaps the one before it, or, where there are
-// fewer channels than lanes, one by one. `column` is `channel`, but for the overlapping vector it
-// is the next free one: a sum over several calls must be kept by column, so that none is added
-// twice.
-template <class A, int Vectors, class F>
-inline void for_channels(int64_t channels, F&& f) {
-  constexpr int n = kLanes<A>;
+// Calls f(lanes, channel) until every channel is covered: whole vectors, then one by one.
+template <class A, class F>
+__attribute__((always_inline)) inline void for_vectors(int64_t channels, F&& f) {
   int64_t c = 0;
-  for (; c + n * Vectors <= channels; c += n * Vectors) f(Step<A, n, Vectors>{}, c, c);
-  for (; c + n <= channels; c += n) f(Step<A, n, 1>{}, c, c);
-  if (c < channels && c > 0) {
-    f(Step<A, n, 1>{}, channels - n, c);
-  } else {
-    for (; c < channels; ++c) f(Step<A, 1, 1>{}, c, c);
-  }
+  for (; c + kLanes<A> <= channels; c += kLanes<A>) f(Index<kLanes<A>>{}, c);
+  for (; c < channels; ++c) f(Index<1>{}, c);
 }
 
 }  // namespace
