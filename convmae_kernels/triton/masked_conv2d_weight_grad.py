@@ -21,10 +21,11 @@ MIN_POSITIONS_PER_PART, MAX_PARTS = 256, 256
 PART_LANES, ELEMENTS = 32, 32  # the tile of the second kernel
 
 CONFIGURATIONS = (
+    Configuration("square", {"TAPS": 16, "CHANNELS": 64}, num_warps=4),
     Configuration("few_taps", {"TAPS": 8, "CHANNELS": 64}, num_warps=4),
-    Configuration("some_taps", {"TAPS": 16, "CHANNELS": 64}, num_warps=4),
     Configuration("many_taps", {"TAPS": 32, "CHANNELS": 64}, num_warps=8),
-    Configuration("narrow", {"TAPS": 32, "CHANNELS": 16}, num_warps=4),
+    Configuration("wide", {"TAPS": 16, "CHANNELS": 128}, num_warps=8),
+    Configuration("narrow", {"TAPS": 16, "CHANNELS": 16}, num_warps=4),
 )
 
 

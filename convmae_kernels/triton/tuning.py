@@ -28,7 +28,7 @@ MIN_ELEMENTS = 1 << 18
 
 
 class Configuration(NamedTuple):
-    """The tile of one program of a kernel, by the names of the kernel's constants, and its warps."""
+    """The tile of one program, by the names of the kernel's constants, and its warps."""
 
     name: str
     tile: dict[str, int]
@@ -171,9 +171,9 @@ def run(
         return launch(configurations[0], *arguments)
     key = f"{op}, {problem}, {_device_name(x.device)}, triton {triton.__version__}"
     chosen = _remembered(key, configurations)
-    if chosen is None and x.numel() >= MIN_ELEMENTS:
-        if not torch.cuda.is_current_stream_capturing():
-            chosen = _tune(key, configurations, launch, arguments)
+    large = x.numel() >= MIN_ELEMENTS
+    if chosen is None and large and not torch.cuda.is_current_stream_capturing():
+        chosen = _tune(key, configurations, launch, arguments)
     return launch(chosen or configurations[0], *arguments)
 
 
@@ -187,7 +187,7 @@ def _remembered(key: str, configurations: Sequence[Configuration]) -> Configurat
     return next((c for c in configurations if c.name == name), None)
 
 
-def _tune(key, configurations, launch, arguments, time=gpu_time) -> Configuration | None:
+def _tune(key, configurations, launch, arguments) -> Configuration | None:
     """Finds and remembers the fastest configuration, on random numbers in place of the tensors'."""
     with _LOCK:
         chosen = _remembered(key, configurations)  # by another thread, meanwhile
@@ -195,7 +195,7 @@ def _tune(key, configurations, launch, arguments, time=gpu_time) -> Configuratio
             return chosen
         try:
             drawn = _random_arguments(arguments)
-            chosen = fastest(configurations, lambda c: launch(c, *drawn), time)
+            chosen = fastest(configurations, lambda c: launch(c, *drawn), gpu_time)
         except torch.OutOfMemoryError:
             return None
         CHOICES.set(key, chosen.name)
