@@ -109,6 +109,90 @@ def resources(kernel, folder):
     done = subprocess.run(
         [CUOBJDUMP, "-res-usage", file], capture_output=True, text=True, check=True
     )
-    found = re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", done.stdout + done.stderr)
-    assert found, done.stdout + done.stderr
-    return {name: int(value) for name, value in found}
+    found = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", done.stdout + done.stderr))
+    assert set(found) == {"REG", "STACK", "SHARED", "LOCAL"}, done.stdout + done.stderr
+    return {name: int(value) for name, value in found.items()}
+
+
+def compiled_convolutions(target, dtype, kernel, side_bits=2):
+    """Every configuration of the kernels that a convolution and its gradients run."""
+    for configuration in masked_conv2d.CONFIGURATIONS:
+        yield compiled_conv(target, dtype, configuration, kernel, side_bits)
+    for configuration in masked_conv2d_weight_grad.CONFIGURATIONS:
+        yield compiled_weight_grad(target, dtype, configuration, kernel, side_bits)
+    yield compiled_sum_parts(target, dtype, kernel)
+
+
+def assert_in_registers(kernel, folder):
+    used = resources(kernel, folder)
+    assert (used["STACK"], used["LOCAL"]) == (0, 0), f"{kernel.metadata.name} spills: {used}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_convolutions_stay_in_registers(architecture, kernel, tmp_path):
+    target = GPUTarget("cuda", architecture, 32)
+    for found in compiled_convolutions(target, "bf16", (kernel, kernel)):
+        assert_in_registers(found, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "fp64"])
+def test_other_dtypes_stay_in_registers(dtype, tmp_path):
+    for found in compiled_convolutions(GPUTarget("cuda", 90, 32), dtype, (5, 5)):
+        assert_in_registers(found, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "side_bits"), [((15, 15), 0), ((15, 15), 5), ((1, 1), 1), ((3, 9), 3)]
+)
+def test_other_kernels_and_sides(kernel, side_bits, tmp_path):
+    target = GPUTarget("cuda", 80, 32)
+    for module, compile_it in (
+        (masked_conv2d, compiled_conv),
+        (masked_conv2d_weight_grad, compiled_weight_grad),
+    ):
+        found = compile_it(target, "bf16", module.CONFIGURATIONS[0], kernel, side_bits)
+        assert_in_registers(found, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gather_and_scatter_stay_in_registers(architecture, tmp_path):
+    target = GPUTarget("cuda", architecture, 32)
+    for dtype in ("bf16", "fp32"):
+        for configuration in gather_visible.CONFIGURATIONS:
+            assert_in_registers(compiled_gather(target, dtype, configuration), tmp_path)
+        for configuration in scatter_visible.CONFIGURATIONS:
+            assert_in_registers(compiled_scatter(target, dtype, configuration), tmp_path)
+
+
+def test_a_kernel_that_spills_is_noticed(tmp_path):
+    huge = masked_conv2d.Configuration("huge", {"POSITIONS": 256, "CHANNELS": 256}, num_warps=1)
+    kernel = compiled_conv(GPUTarget("cuda", 90, 32), "bf16", huge, (3, 3))
+    with pytest.raises(AssertionError, match="masked_conv2d_kernel spills"):
+        assert_in_registers(kernel, tmp_path)
+
+
+def test_global_loads_are_16_bytes_wide():
+    target = GPUTarget("cuda", 90, 32)
+    for kernel in (
+        compiled_conv(target, "bf16", masked_conv2d.CONFIGURATIONS[0]),
+        compiled_weight_grad(target, "bf16", masked_conv2d_weight_grad.CONFIGURATIONS[0]),
+        compiled_scatter(target, "bf16", scatter_visible.CONFIGURATIONS[0]),
+    ):
+        assert "ld.global.v4.b32" in kernel.asm["ptx"]
+
+
+@pytest.mark.skipif("amd" not in triton.backends.backends, reason="this triton is NVIDIA's only")
+@pytest.mark.parametrize("architecture", ["gfx90a", "gfx942"])
+def test_for_amd(architecture):
+    target = GPUTarget("hip", architecture, 64)
+    kernels = [
+        compiled_gather(target, "bf16", gather_visible.CONFIGURATIONS[0]),
+        compiled_scatter(target, "bf16", scatter_visible.CONFIGURATIONS[0]),
+        compiled_conv(target, "bf16", masked_conv2d.CONFIGURATIONS[0]),
+        compiled_weight_grad(target, "bf16", masked_conv2d_weight_grad.CONFIGURATIONS[0]),
+        compiled_sum_parts(target, "bf16"),
+    ]
+    for kernel in kernels:
+        assert f'target-cpu"="{architecture}' in kernel.asm["llir"]
+        assert len(kernel.asm["hsaco"]) > 0

@@ -94,6 +94,7 @@ def cache_file() -> Path:
 
 CHOICES = Choices(cache_file)
 _LOCK = threading.Lock()
+_TOO_LARGE: set[str] = set()  # problems that the memory does not suffice to tune for
 
 
 def gpu_time(run: Callable[[], object]) -> float:
@@ -171,8 +172,8 @@ def run(
         return launch(configurations[0], *arguments)
     key = f"{op}, {problem}, {_device_name(x.device)}, triton {triton.__version__}"
     chosen = _remembered(key, configurations)
-    large = x.numel() >= MIN_ELEMENTS
-    if chosen is None and large and not torch.cuda.is_current_stream_capturing():
+    worthwhile = x.numel() >= MIN_ELEMENTS and key not in _TOO_LARGE
+    if chosen is None and worthwhile and not torch.cuda.is_current_stream_capturing():
         chosen = _tune(key, configurations, launch, arguments)
     return launch(chosen or configurations[0], *arguments)
 
@@ -197,6 +198,7 @@ def _tune(key, configurations, launch, arguments) -> Configuration | None:
             drawn = _random_arguments(arguments)
             chosen = fastest(configurations, lambda c: launch(c, *drawn), gpu_time)
         except torch.OutOfMemoryError:
+            _TOO_LARGE.add(key)
             return None
         CHOICES.set(key, chosen.name)
         return chosen
