@@ -13,8 +13,8 @@ from convmae_kernels.triton.zorder import compact, side_bits, spread
 
 CONFIGURATIONS = (
     Configuration("square", {"POSITIONS": 16, "CHANNELS": 64}, num_warps=4),
-    Configuration("wide", {"POSITIONS": 16, "CHANNELS": 128}, num_warps=8),
-    Configuration("large", {"POSITIONS": 32, "CHANNELS": 128}, num_warps=8),
+    Configuration("wide", {"POSITIONS": 8, "CHANNELS": 128}, num_warps=4),
+    Configuration("large", {"POSITIONS": 64, "CHANNELS": 64}, num_warps=8),
     Configuration("small", {"POSITIONS": 16, "CHANNELS": 32}, num_warps=2),
     Configuration("tall", {"POSITIONS": 128, "CHANNELS": 8}, num_warps=4),
 )
