@@ -166,8 +166,8 @@ def test_gather_and_scatter_stay_in_registers(architecture, tmp_path):
 
 
 def test_a_kernel_that_spills_is_noticed(tmp_path):
-    huge = masked_conv2d.Configuration("huge", {"POSITIONS": 256, "CHANNELS": 256}, num_warps=1)
-    kernel = compiled_conv(GPUTarget("cuda", 90, 32), "bf16", huge, (3, 3))
+    huge = masked_conv2d.Configuration("huge", {"POSITIONS": 32, "CHANNELS": 128}, num_warps=4)
+    kernel = compiled_conv(GPUTarget("cuda", 90, 32), "fp64", huge, (5, 5))
     with pytest.raises(AssertionError, match="masked_conv2d_kernel spills"):
         assert_in_registers(kernel, tmp_path)
 
