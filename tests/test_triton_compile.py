@@ -194,5 +194,5 @@ def test_for_amd(architecture):
         compiled_sum_parts(target, "bf16"),
     ]
     for kernel in kernels:
-        assert f'target-cpu"="{architecture}' in kernel.asm["llir"]
+        assert f"amdgcn-amd-amdhsa--{architecture}" in kernel.asm["amdgcn"]
         assert len(kernel.asm["hsaco"]) > 0
