@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from convmae_kernels.ops.library import WHY_NOT_COMPILED
+from convmae_kernels.ops.library import TRITON_INTERPRETS, WHY_NOT_COMPILED, WHY_NOT_TRITON
 
 
 def info() -> dict[str, str]:
@@ -24,5 +24,19 @@ def info() -> dict[str, str]:
         "reference": "yes, plain PyTorch on any device",
         "cpu": cpu,
         "cuda": "no: this version has no GPU kernels yet",
-        "triton": "no: this version has no GPU kernels yet",
+        "triton": _triton(),
     }
+
+
+def _triton() -> str:
+    if WHY_NOT_TRITON is not None:
+        return f"no: {WHY_NOT_TRITON}"
+    try:
+        import triton
+    except ImportError as error:
+        return f"no: triton is installed, but cannot be imported ({error})"
+    if TRITON_INTERPRETS:
+        return f"yes, {triton.__version__}, interpreted on the CPU"
+    if not torch.cuda.is_available():
+        return f"no: triton {triton.__version__} is installed, but PyTorch finds no GPU"
+    return f"yes, {triton.__version__}, on {torch.cuda.get_device_name()}"

@@ -5,6 +5,11 @@ import os
 import pytest
 import torch
 
+from convmae_kernels.ops.library import TRITON_INTERPRETS
+
+# Run by tests/test_triton_kernels.py, in a process in which Triton interprets its kernels.
+collect_ignore = [] if TRITON_INTERPRETS else ["triton_interpreted"]
+
 WARNINGS_OF_OTHERS = (
     r"ignore:There is a performance drop because we have not yet implemented the batching rule",
     r"ignore:.*isinstance\(treespec, LeafSpec\).*:FutureWarning",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convmae_kernels.ops.library import LIBRARY_FILE, why_not
+from convmae_kernels.ops.library import LIBRARY_FILE, WHY_NOT_TRITON, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS, MODELS = ROOT / "convmae_kernels", ROOT / "convmae"
@@ -19,6 +19,7 @@ OPTIONAL = [
     *("triton", "torchvision", "timm", "PIL", "tqdm", "tensorboard", "safetensors", "tyro"),
     *("matplotlib", "skimage", "scipy", "yaml", "hypothesis", "pytest"),
 ]
+OPS = ["gather_visible", "scatter_visible", "masked_conv2d", "masked_conv2d_weight_grad"]
 BLOCKER = f"""
 import sys
 
@@ -165,6 +166,59 @@ def test_import_leaves_triton_and_the_compiler_alone():
         f"print([name for name in {heavy!r} if name in set(sys.modules) - before])"
     )
     assert lines[-1] == "[]"
+
+
+ASK_FOR_TRITON = """
+mask = ck.BlockMask.full(1, (1, 1))
+try:
+    ck.gather_visible(torch.zeros(1, 1, 4, 4), mask, impl="triton")
+except RuntimeError as error:
+    print(error)
+print(ck.info()["triton"])
+"""
+
+
+@pytest.mark.parametrize("block", [BLOCKER, 'import sys\nsys.modules["triton"] = None\n'])
+def test_without_triton(block):
+    *_, message, info = python(block + USE + ASK_FOR_TRITON)
+    assert message.startswith("impl='triton' cannot run: triton is not installed; ")
+    assert info == "no: " + message.partition("cannot run: ")[2]
+
+
+@pytest.mark.skipif(WHY_NOT_TRITON is not None, reason="triton is not installed")
+def test_with_triton_and_without_a_gpu():
+    *_, message, info = python(
+        "import os\nos.environ['CUDA_VISIBLE_DEVICES'] = ''\n" + USE + ASK_FOR_TRITON
+    )
+    assert message == "impl='triton' cannot run: the tensor is on cpu, not on a GPU"
+    assert info.startswith("no: triton ")
+    assert info.endswith(" is installed, but PyTorch finds no GPU")
+
+
+def test_who_has_the_cuda_key():
+    """Triton where the compiled library has no CUDA kernel, and Triton alone in its own library."""
+    has = "torch._C._dispatch_has_kernel_for_dispatch_key"
+    lines = python(
+        f"import torch, convmae_kernels\nfor name in {OPS!r}:\n"
+        f"    print({has}('convmae::' + name, 'CUDA'), {has}('convmae_triton::' + name, 'CUDA'),\n"
+        f"          {has}('convmae_triton::' + name, 'CPU'))"
+    )
+    assert lines == [f"{WHY_NOT_TRITON is None} {WHY_NOT_TRITON is None} False"] * len(OPS)
+
+
+def test_a_compiled_cuda_kernel_is_not_replaced():
+    """What the compiled library registers is there before the ops are defined."""
+    lines = python(
+        "import torch\n"
+        "library = torch.library.Library('convmae', 'IMPL')\n"
+        "library.impl('gather_visible', lambda *arguments: 'compiled', 'CUDA')\n"
+        "import convmae_kernels\n"
+        "kernel = torch.library.get_kernel('convmae::gather_visible', 'CUDA')\n"
+        "keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)\n"
+        "try: kernel.call_boxed(keys, torch.zeros(1, 1, 1, 1), torch.zeros(1).long(), 1, 1)\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    assert lines == ["Unable to cast compiled to Tensor"]
 
 
 def test_info_as_a_command():

@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from convmae_kernels.block_mask import BLOCK_SIZES, BlockMask
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.checks import check_tensor
-from convmae_kernels.ops.library import LIB, Impl, select
+from convmae_kernels.ops.library import Impl, register, select
 
-LIB.define(
-    "gather_visible(Tensor images, Tensor block_index, SymInt gh, SymInt gw) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIB.impl("gather_visible", reference.gather_visible, "CompositeExplicitAutograd")
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-@torch.library.register_fake("convmae::gather_visible", lib=LIB)
 def _fake(images, block_index, gh, gw):
     side = images.shape[2] // gh
     return images.new_empty(block_index.shape[0], side * side, images.shape[1])
 
 
-def _setup_context(ctx, inputs, output):
-    images, block_index, ctx.gh, ctx.gw = inputs
-    ctx.batch = images.shape[0]
-    ctx.save_for_backward(block_index)
+def _derivatives(ops):
+    def setup_context(ctx, inputs, output):
+        images, block_index, ctx.gh, ctx.gw = inputs
+        ctx.batch = images.shape[0]
+        ctx.save_for_backward(block_index)
+
+    def backward(ctx, grad):
+        (block_index,) = ctx.saved_tensors
+        grad_images = ops.scatter_visible(grad, block_index, ctx.batch, ctx.gh, ctx.gw, 0.0)
+        return grad_images, None, None, None
+
+    return backward, setup_context
 
 
-def _backward(ctx, grad):
-    (block_index,) = ctx.saved_tensors
-    grad_images = torch.ops.convmae.scatter_visible(
-        grad, block_index, ctx.batch, ctx.gh, ctx.gw, 0.0
-    )
-    return grad_images, None, None, None
-
-
-torch.library.register_autograd(
-    "convmae::gather_visible", _backward, setup_context=_setup_context, lib=LIB
+register(
+    "gather_visible(Tensor images, Tensor block_index, SymInt gh, SymInt gw) -> Tensor",
+    reference.gather_visible,
+    _fake,
+    _derivatives,
 )
 
 
@@ -71,5 +69,5 @@ def gather_visible(images: Tensor, mask: BlockMask, *, impl: Impl = "auto") -> T
             f"images of {height} x {width} do not divide into a grid of {gh} x {gw} square blocks "
             f"of side {', '.join(map(str, BLOCK_SIZES))}"
         )
-    run = select(impl, torch.ops.convmae.gather_visible, reference.gather_visible, images)
+    run = select(impl, "gather_visible", reference.gather_visible, images)
     return run(images, mask.block_index, gh, gw)

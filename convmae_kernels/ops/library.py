@@ -1,7 +1,16 @@
-"""The op library `convmae`: where schemas are defined, and which kernels serve them."""
+"""The op libraries: where ops are defined and registered, and which kernels serve them.
+
+Every op is there twice, with the same schema, fake and derivative formulas: in `convmae` the
+dispatcher takes the best kernel of a device, in `convmae_triton` it is always Triton's, in the
+derivatives too.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +25,7 @@ if TYPE_CHECKING:
 Impl = Literal["auto", "reference", "cpu", "cuda", "triton"]
 
 LIB = torch.library.Library("convmae", "DEF")
+TRITON_LIB = torch.library.Library("convmae_triton", "DEF")
 
 LIBRARY_FILE = Path(__file__).resolve().parents[1] / "_C.so"
 
@@ -43,6 +53,72 @@ if WHY_NOT_COMPILED is not None:
     )
 
 
+def _find_triton() -> str | None:
+    """Why Triton's kernels cannot run anywhere, or None; does not import it."""
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):
+        found = False
+    if found:
+        return None
+    return "triton is not installed; PyTorch for GPUs brings it, or `pip install triton`"
+
+
+WHY_NOT_TRITON = _find_triton()
+# Triton's own switch: its kernels then run on the CPU, slowly, one program after the other.
+TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in (
+    "1",
+    "true",
+    "yes",
+    "on",
+    "y",
+)
+
+
+@functools.cache
+def _import_triton_kernel(name: str) -> Callable:
+    try:
+        module = importlib.import_module(f"convmae_kernels.triton.{name}")
+    except ImportError as error:
+        raise RuntimeError(
+            f"triton is installed, but cannot be imported ({error}); repair it, or use "
+            "impl='reference'"
+        ) from error
+    return getattr(module, name)
+
+
+def register(schema: str, reference: Callable, fake: Callable, derivatives: Callable) -> None:
+    """Defines an op in both libraries, and registers everything but the compiled kernels.
+
+    Args:
+        schema: `name(arguments) -> results`.
+        reference: the op in plain PyTorch: what runs in `convmae` where there is no kernel.
+        fake: its outputs without their values.
+        derivatives: given the ops of a library (`torch.ops.convmae`), returns the backward
+            formula, made of these ops, and the function that saves what it needs.
+    """
+    name = schema.partition("(")[0]
+    for library in (LIB, TRITON_LIB):
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        op = f"{library.ns}::{name}"
+        torch.library.register_fake(op, fake, lib=library)
+        backward, setup_context = derivatives(getattr(torch.ops, library.ns))
+        torch.library.register_autograd(op, backward, setup_context=setup_context, lib=library)
+    LIB.impl(name, reference, "CompositeExplicitAutograd")
+    if WHY_NOT_TRITON is not None:
+        return
+
+    def run_triton(*arguments):
+        with torch.cuda.device_of(arguments[0]):
+            return _import_triton_kernel(name)(*arguments)
+
+    TRITON_LIB.impl(name, run_triton, "CUDA")
+    if TRITON_INTERPRETS:
+        TRITON_LIB.impl(name, run_triton, "CPU")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"convmae::{name}", "CUDA"):
+        LIB.impl(name, run_triton, "CUDA")
+
+
 def why_not(impl: Impl, x: Tensor) -> str | None:
     """Why `impl` cannot run on `x`; None if it can."""
     if impl in ("auto", "reference"):
@@ -51,13 +127,17 @@ def why_not(impl: Impl, x: Tensor) -> str | None:
         if x.device.type != "cpu":
             return f"the tensor is on {x.device}, not on the CPU"
         return WHY_NOT_COMPILED
-    if impl in ("cuda", "triton"):
+    if impl == "cuda":
         return "this version has no GPU kernels yet; use impl='reference' or 'auto'"
+    if impl == "triton":
+        if WHY_NOT_TRITON is None and not (x.is_cuda or (TRITON_INTERPRETS and x.is_cpu)):
+            return f"the tensor is on {x.device}, not on a GPU"
+        return WHY_NOT_TRITON
     return "it is not one of 'auto', 'reference', 'cpu', 'cuda', 'triton'"
 
 
-def select(impl: Impl, op: Callable, reference: Callable, x: Tensor) -> Callable:
-    """The callable that runs an op: the registered op, or its reference.
+def select(impl: Impl, name: str, reference: Callable, x: Tensor) -> Callable:
+    """The callable that runs the op `name` on `x`: a registered op, or the reference.
 
     The reference is plain PyTorch, so "auto" takes it under `torch.func` transforms and
     forward-mode differentiation too, which registered ops do not support.
@@ -74,7 +154,9 @@ def select(impl: Impl, op: Callable, reference: Callable, x: Tensor) -> Callable
         )
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
-    return reference if impl == "reference" or transforms else op
+    if impl == "reference" or transforms:
+        return reference
+    return getattr(torch.ops.convmae_triton if impl == "triton" else torch.ops.convmae, name)
 
 
 def _transforms_active() -> bool:

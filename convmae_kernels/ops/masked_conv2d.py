@@ -4,40 +4,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.checks import check_packed
-from convmae_kernels.ops.library import LIB, Impl, autocast_dtype, autocast_is_on, select
+from convmae_kernels.ops.library import (
+    Impl,
+    autocast_dtype,
+    autocast_is_on,
+    register,
+    select,
+)
 
 if TYPE_CHECKING:
     from convmae_kernels.block_mask import BlockMask
 
 MAX_KERNEL = 15
 
-LIB.define(
-    "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor neighbours, SymInt[2] dilation)"
-    " -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIB.define(
-    "masked_conv2d_weight_grad(Tensor grad, Tensor x, Tensor neighbours, SymInt[2] kernel,"
-    " SymInt[2] dilation) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIB.impl("masked_conv2d", reference.masked_conv2d, "CompositeExplicitAutograd")
-LIB.impl(
-    "masked_conv2d_weight_grad", reference.masked_conv2d_weight_grad, "CompositeExplicitAutograd"
-)
 
-
-@torch.library.register_fake("convmae::masked_conv2d", lib=LIB)
 def _fake(x, weight, bias, neighbours, dilation):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("convmae::masked_conv2d_weight_grad", lib=LIB)
 def _fake_weight_grad(grad, x, neighbours, kernel, dilation):
     return x.new_empty(x.shape[2], 1, *kernel), x.new_empty(x.shape[2])
 
@@ -47,53 +35,56 @@ def _fake_weight_grad(grad, x, neighbours, kernel, dilation):
 # the gradients (u, v) of its two outputs, has conv(x, u, v) in g and conv(g, ~u) in x.
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, neighbours, ctx.dilation = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight, neighbours)
+def _derivatives(ops):
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, neighbours, ctx.dilation = inputs
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, neighbours)
+
+    def backward(ctx, grad):
+        x, weight, neighbours = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ops.masked_conv2d(grad, weight.flip(2, 3), None, neighbours, ctx.dilation)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grad_weight, grad_bias = ops.masked_conv2d_weight_grad(
+                grad, x, neighbours, weight.shape[2:], ctx.dilation
+            )
+        return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None
+
+    return backward, setup_context
 
 
-def _backward(ctx, grad):
-    x, weight, neighbours = ctx.saved_tensors
-    grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.convmae.masked_conv2d(
-            grad, weight.flip(2, 3), None, neighbours, ctx.dilation
-        )
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        grad_weight, grad_bias = torch.ops.convmae.masked_conv2d_weight_grad(
-            grad, x, neighbours, weight.shape[2:], ctx.dilation
-        )
-    return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None
+def _derivatives_weight_grad(ops):
+    def setup_context(ctx, inputs, output):
+        grad, x, neighbours, _, ctx.dilation = inputs
+        ctx.save_for_backward(grad, x, neighbours)
+
+    def backward(ctx, grad_weight, grad_bias):
+        grad, x, neighbours = ctx.saved_tensors
+        grad_grad = grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_grad = ops.masked_conv2d(x, grad_weight, grad_bias, neighbours, ctx.dilation)
+        if ctx.needs_input_grad[1]:
+            grad_x = ops.masked_conv2d(grad, grad_weight.flip(2, 3), None, neighbours, ctx.dilation)
+        return grad_grad, grad_x, None, None, None
+
+    return backward, setup_context
 
 
-def _setup_context_weight_grad(ctx, inputs, output):
-    grad, x, neighbours, _, ctx.dilation = inputs
-    ctx.save_for_backward(grad, x, neighbours)
-
-
-def _backward_weight_grad(ctx, grad_weight, grad_bias):
-    grad, x, neighbours = ctx.saved_tensors
-    grad_grad = grad_x = None
-    if ctx.needs_input_grad[0]:
-        grad_grad = torch.ops.convmae.masked_conv2d(
-            x, grad_weight, grad_bias, neighbours, ctx.dilation
-        )
-    if ctx.needs_input_grad[1]:
-        grad_x = torch.ops.convmae.masked_conv2d(
-            grad, grad_weight.flip(2, 3), None, neighbours, ctx.dilation
-        )
-    return grad_grad, grad_x, None, None, None
-
-
-torch.library.register_autograd(
-    "convmae::masked_conv2d", _backward, setup_context=_setup_context, lib=LIB
+register(
+    "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor neighbours, SymInt[2] dilation)"
+    " -> Tensor",
+    reference.masked_conv2d,
+    _fake,
+    _derivatives,
 )
-torch.library.register_autograd(
-    "convmae::masked_conv2d_weight_grad",
-    _backward_weight_grad,
-    setup_context=_setup_context_weight_grad,
-    lib=LIB,
+register(
+    "masked_conv2d_weight_grad(Tensor grad, Tensor x, Tensor neighbours, SymInt[2] kernel,"
+    " SymInt[2] dilation) -> (Tensor, Tensor)",
+    reference.masked_conv2d_weight_grad,
+    _fake_weight_grad,
+    _derivatives_weight_grad,
 )
 
 
@@ -145,7 +136,7 @@ def masked_conv2d(
     neighbours = mask.neighbours(-(-halo // side))
     dtype = autocast_dtype(x)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    run = select(impl, torch.ops.convmae.masked_conv2d, reference.masked_conv2d, x)
+    run = select(impl, "masked_conv2d", reference.masked_conv2d, x)
     return run(x, weight, bias, neighbours, dilation)
 
 

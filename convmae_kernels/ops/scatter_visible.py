@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
 
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.checks import check_packed
-from convmae_kernels.ops.library import LIB, Impl, select
+from convmae_kernels.ops.library import Impl, register, select
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from convmae_kernels.block_mask import BlockMask
 
-LIB.define(
-    "scatter_visible(Tensor x, Tensor block_index, SymInt batch, SymInt gh, SymInt gw, float fill)"
-    " -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIB.impl("scatter_visible", reference.scatter_visible, "CompositeExplicitAutograd")
 
-
-@torch.library.register_fake("convmae::scatter_visible", lib=LIB)
 def _fake(x, block_index, batch, gh, gw, fill):
-    side = reference.math.isqrt(x.shape[1])
+    side = math.isqrt(x.shape[1])
     return x.new_empty(batch, gh * side, gw * side, x.shape[2]).permute(0, 3, 1, 2)
 
 
-def _setup_context(ctx, inputs, output):
-    _, block_index, _, ctx.gh, ctx.gw, _ = inputs
-    ctx.save_for_backward(block_index)
+def _derivatives(ops):
+    def setup_context(ctx, inputs, output):
+        _, block_index, _, ctx.gh, ctx.gw, _ = inputs
+        ctx.save_for_backward(block_index)
+
+    def backward(ctx, grad):
+        (block_index,) = ctx.saved_tensors
+        grad_x = ops.gather_visible(grad, block_index, ctx.gh, ctx.gw)
+        return grad_x, None, None, None, None, None
+
+    return backward, setup_context
 
 
-def _backward(ctx, grad):
-    (block_index,) = ctx.saved_tensors
-    grad_x = torch.ops.convmae.gather_visible(grad, block_index, ctx.gh, ctx.gw)
-    return grad_x, None, None, None, None, None
-
-
-torch.library.register_autograd(
-    "convmae::scatter_visible", _backward, setup_context=_setup_context, lib=LIB
+register(
+    "scatter_visible(Tensor x, Tensor block_index, SymInt batch, SymInt gh, SymInt gw, float fill)"
+    " -> Tensor",
+    reference.scatter_visible,
+    _fake,
+    _derivatives,
 )
 
 
@@ -64,5 +62,5 @@ def scatter_visible(
         RuntimeError: `impl` was named and cannot run.
     """
     check_packed("x", x, mask)
-    run = select(impl, torch.ops.convmae.scatter_visible, reference.scatter_visible, x)
+    run = select(impl, "scatter_visible", reference.scatter_visible, x)
     return run(x, mask.block_index, mask.batch_size, *mask.grid, float(fill))

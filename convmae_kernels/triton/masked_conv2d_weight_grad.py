@@ -1,0 +1,195 @@
+"""`masked_conv2d_weight_grad` in Triton: sums of parts of the positions, then the sum of the parts.
+
+No sum depends on the configuration: the number of parts is the problem's, in a part each of
+`LANES` sums takes every `LANES`-th position in order, and lanes and parts are added up pairwise.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from convmae_kernels.triton import tuning
+from convmae_kernels.triton.accumulation import accumulator, pairwise_sum
+from convmae_kernels.triton.tuning import Configuration
+from convmae_kernels.triton.zorder import compact, side_bits, spread
+
+LANES = 4
+MIN_POSITIONS_PER_PART, MAX_PARTS = 256, 256
+PART_LANES, ELEMENTS = 32, 32  # the tile of the second kernel
+
+CONFIGURATIONS = (
+    Configuration("square", {"TAPS": 16, "CHANNELS": 64}, num_warps=4),
+    Configuration("few_taps", {"TAPS": 8, "CHANNELS": 64}, num_warps=4),
+    Configuration("many_taps", {"TAPS": 32, "CHANNELS": 64}, num_warps=8),
+    Configuration("wide", {"TAPS": 16, "CHANNELS": 128}, num_warps=8),
+    Configuration("narrow", {"TAPS": 16, "CHANNELS": 16}, num_warps=4),
+)
+
+
+@triton.jit(do_not_specialize=["positions", "positions_per_part"])
+def sum_positions_kernel(
+    grad_ptr,  # [T, s*s, C]
+    x_ptr,  # [T, s*s, C]
+    neighbours_ptr,  # int32 [T, (2 * RADIUS + 1) ** 2]
+    parts_ptr,  # [parts, kh * kw + 1, C]
+    positions,  # T * s*s
+    positions_per_part,
+    channels,
+    dilation_rows,
+    dilation_columns,
+    KERNEL_ROWS: tl.constexpr,
+    KERNEL_COLUMNS: tl.constexpr,
+    RADIUS: tl.constexpr,
+    SIDE_BITS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    LANES: tl.constexpr,
+    TAPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    ALL_TAPS: tl.constexpr = KERNEL_ROWS * KERNEL_COLUMNS
+    SIDE: tl.constexpr = 1 << SIDE_BITS
+    TABLE_SIDE: tl.constexpr = 2 * RADIUS + 1
+    tap_tiles, channel_tiles = tl.cdiv(ALL_TAPS + 1, TAPS), tl.cdiv(channels, CHANNELS)
+    pid = tl.program_id(0)
+    tap = (pid % tap_tiles) * TAPS + tl.arange(0, TAPS)
+    channel = (pid // tap_tiles % channel_tiles) * CHANNELS + tl.arange(0, CHANNELS)
+    part = (pid // tap_tiles // channel_tiles).to(tl.int64)
+    real = channel < channels
+    down = (tap // KERNEL_COLUMNS - KERNEL_ROWS // 2) * dilation_rows + RADIUS * SIDE
+    right = (tap % KERNEL_COLUMNS - KERNEL_COLUMNS // 2) * dilation_columns + RADIUS * SIDE
+
+    sums = tl.zeros([TAPS, LANES, CHANNELS], ACCUMULATOR)
+    first = part * positions_per_part
+    last = tl.minimum(first + positions_per_part, positions)
+    for start in range(first, last, LANES):
+        position = start + tl.arange(0, LANES)
+        inside = position < last
+        grad = tl.load(
+            grad_ptr + position[:, None] * channels + channel[None, :],
+            mask=inside[:, None] & real[None, :],
+            other=0,
+        )
+        rank = (position & (SIDE * SIDE - 1)).to(tl.int32)
+        row = compact(rank >> 1, SIDE_BITS)[None, :] + down[:, None]  # [TAPS, LANES]
+        column = compact(rank, SIDE_BITS)[None, :] + right[:, None]
+        table_ptr = neighbours_ptr + (position >> (2 * SIDE_BITS)) * (TABLE_SIDE * TABLE_SIDE)
+        block = tl.load(
+            table_ptr[None, :] + (row >> SIDE_BITS) * TABLE_SIDE + (column >> SIDE_BITS),
+            mask=inside[None, :] & (tap < ALL_TAPS)[:, None],
+            other=-1,
+        )
+        source = block.to(tl.int64) << (2 * SIDE_BITS)
+        source += spread(row & (SIDE - 1), SIDE_BITS) << 1
+        source += spread(column & (SIDE - 1), SIDE_BITS)
+        x = tl.load(
+            x_ptr + source[:, :, None] * channels + channel[None, None, :],
+            mask=(block >= 0)[:, :, None] & real[None, None, :],
+            other=0,
+        ).to(ACCUMULATOR)
+        x = tl.where((tap == ALL_TAPS)[:, None, None], 1.0, x)  # the last tap is the bias
+        sums = tl.fma(x, grad.to(ACCUMULATOR)[None, :, :], sums)
+    tl.store(
+        parts_ptr + (part * (ALL_TAPS + 1) + tap[:, None]) * channels + channel[None, :],
+        pairwise_sum(sums, TAPS, LANES, CHANNELS),
+        mask=(tap <= ALL_TAPS)[:, None] & real[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["parts"])
+def sum_parts_kernel(
+    parts_ptr,  # [parts, ALL_TAPS + 1, C]
+    weight_ptr,  # [C, ALL_TAPS]
+    bias_ptr,  # [C]
+    parts,
+    channels,
+    ALL_TAPS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    PART_LANES: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    elements = (ALL_TAPS + 1) * channels
+    element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
+    sums = tl.zeros([PART_LANES, ELEMENTS], ACCUMULATOR)
+    for start in range(0, parts, PART_LANES):
+        part = start + tl.arange(0, PART_LANES)
+        sums += tl.load(
+            parts_ptr + part.to(tl.int64)[:, None] * elements + element[None, :],
+            mask=(part < parts)[:, None] & (element < elements)[None, :],
+            other=0,
+        )
+    total = tl.reshape(pairwise_sum(sums, 1, PART_LANES, ELEMENTS), (ELEMENTS,))
+    total = total.to(weight_ptr.dtype.element_ty)
+    tap, channel = element // channels, element % channels
+    tl.store(weight_ptr + channel * ALL_TAPS + tap, total, mask=tap < ALL_TAPS)
+    tl.store(bias_ptr + channel, total, mask=tap == ALL_TAPS)
+
+
+def launch(
+    configuration: Configuration,
+    grad: Tensor,
+    x: Tensor,
+    neighbours: Tensor,
+    kernel: list[int],
+    dilation: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Runs one configuration; the same as `masked_conv2d_weight_grad`."""
+    blocks, square, channels = x.shape
+    taps, positions = kernel[0] * kernel[1], blocks * square
+    weight, bias = x.new_empty(channels, 1, *kernel), x.new_empty(channels)
+    if channels == 0:
+        return weight, bias
+    per_part = max(MIN_POSITIONS_PER_PART, triton.cdiv(positions, MAX_PARTS))
+    parts = triton.cdiv(positions, per_part)
+    dtype = accumulator(x.dtype)
+    sums = x.new_empty(
+        parts,
+        taps + 1,
+        channels,
+        dtype=torch.float64 if dtype == tl.float64 else torch.float32,
+    )
+    if parts > 0:
+        programs = configuration.grid(TAPS=taps + 1, CHANNELS=channels)[0] * parts
+        sum_positions_kernel[(programs,)](
+            grad.contiguous(),
+            x.contiguous(),
+            neighbours.contiguous(),
+            sums,
+            positions,
+            per_part,
+            channels,
+            *dilation,
+            KERNEL_ROWS=kernel[0],
+            KERNEL_COLUMNS=kernel[1],
+            RADIUS=math.isqrt(neighbours.shape[1]) // 2,
+            SIDE_BITS=side_bits(square),
+            ACCUMULATOR=dtype,
+            LANES=LANES,
+            **configuration.options,
+        )
+    sum_parts_kernel[(triton.cdiv((taps + 1) * channels, ELEMENTS),)](
+        sums,
+        weight,
+        bias,
+        parts,
+        channels,
+        ALL_TAPS=taps,
+        ACCUMULATOR=dtype,
+        PART_LANES=PART_LANES,
+        ELEMENTS=ELEMENTS,
+    )
+    return weight, bias
+
+
+def masked_conv2d_weight_grad(
+    grad: Tensor, x: Tensor, neighbours: Tensor, kernel: list[int], dilation: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Gradients in weight and bias, see `reference.masked_conv2d_weight_grad`."""
+    problem = (
+        f"kernel {kernel[0]}x{kernel[1]}, side {math.isqrt(x.shape[1])}, "
+        f"{x.shape[2]} channels, {x.dtype}"
+    )
+    arguments = (grad, x, neighbours, kernel, dilation)
+    return tuning.run("masked_conv2d_weight_grad", problem, CONFIGURATIONS, launch, arguments)

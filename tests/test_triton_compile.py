@@ -1,0 +1,198 @@
+"""Triton's kernels compiled ahead of time, for GPUs that need not be there."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from convmae_kernels.triton import (  # noqa: E402
+    gather_visible,
+    masked_conv2d,
+    masked_conv2d_weight_grad,
+    scatter_visible,
+)
+
+pytestmark = [
+    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter does not compile"),
+    pytest.mark.usefixtures("own_cache"),
+]
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+ARCHITECTURES = (80, 90, 100)
+KERNELS = (3, 5, 7)
+TYPES = {"bf16": tl.float32, "fp16": tl.float32, "fp32": tl.float32, "fp64": tl.float64}
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compiled(kernel, target, pointers, configuration=None, **constants):
+    """A kernel compiled for a target, as for aligned tensors and channels that 16 divides."""
+    options = dict(configuration.options) if configuration else {}
+    warps = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    constants = {**constants, **options}
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
+    aligned = [i for i, name in enumerate(names) if name in pointers or name == "channels"]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=warps)
+
+
+def compiled_gather(target, dtype, configuration, side_bits=2):
+    pointers = {"images_ptr": f"*{dtype}", "block_index_ptr": "*i64", "packed_ptr": f"*{dtype}"}
+    kernel = gather_visible.gather_visible_kernel
+    return compiled(kernel, target, pointers, configuration, stride_channel=1, SIDE_BITS=side_bits)
+
+
+def compiled_scatter(target, dtype, configuration, side_bits=2):
+    pointers = {f"{name}_ptr": f"*{dtype}" for name in ("packed", "fill", "images")}
+    pointers["row_of_block_ptr"] = "*i64"
+    kernel = scatter_visible.scatter_visible_kernel
+    return compiled(kernel, target, pointers, configuration, SIDE_BITS=side_bits)
+
+
+def kernel_constants(dtype, kernel, side_bits):
+    rows, columns = kernel
+    return {
+        **{"dilation_rows": 1, "dilation_columns": 1},
+        **{"KERNEL_ROWS": rows, "KERNEL_COLUMNS": columns, "ACCUMULATOR": TYPES[dtype]},
+        **{"RADIUS": -(-(max(kernel) // 2) >> side_bits), "SIDE_BITS": side_bits},
+    }
+
+
+def compiled_conv(target, dtype, configuration, kernel=(5, 5), side_bits=2):
+    pointers = {f"{name}_ptr": f"*{dtype}" for name in ("x", "weight", "bias", "y")}
+    pointers["neighbours_ptr"] = "*i32"
+    constants = kernel_constants(dtype, kernel, side_bits)
+    function = masked_conv2d.masked_conv2d_kernel
+    return compiled(function, target, pointers, configuration, HAS_BIAS=True, **constants)
+
+
+def compiled_weight_grad(target, dtype, configuration, kernel=(5, 5), side_bits=2):
+    accumulator = "fp64" if dtype == "fp64" else "fp32"
+    pointers = {"grad_ptr": f"*{dtype}", "x_ptr": f"*{dtype}"}
+    pointers |= {"neighbours_ptr": "*i32", "parts_ptr": f"*{accumulator}"}
+    constants = kernel_constants(dtype, kernel, side_bits)
+    constants["LANES"] = masked_conv2d_weight_grad.LANES
+    function = masked_conv2d_weight_grad.sum_positions_kernel
+    return compiled(function, target, pointers, configuration, **constants)
+
+
+def compiled_sum_parts(target, dtype, kernel=(5, 5)):
+    accumulator = "fp64" if dtype == "fp64" else "fp32"
+    pointers = {"parts_ptr": f"*{accumulator}", "weight_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
+    return compiled(
+        masked_conv2d_weight_grad.sum_parts_kernel,
+        target,
+        pointers,
+        ALL_TAPS=kernel[0] * kernel[1],
+        ACCUMULATOR=TYPES[dtype],
+        PART_LANES=masked_conv2d_weight_grad.PART_LANES,
+        ELEMENTS=masked_conv2d_weight_grad.ELEMENTS,
+    )
+
+
+def resources(kernel, folder):
+    """What ptxas gave a kernel: registers, and bytes of stack, shared and local memory."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(kernel.asm["cubin"])
+    done = subprocess.run(
+        [CUOBJDUMP, "-res-usage", file], capture_output=True, text=True, check=True
+    )
+    found = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", done.stdout + done.stderr))
+    assert set(found) == {"REG", "STACK", "SHARED", "LOCAL"}, done.stdout + done.stderr
+    return {name: int(value) for name, value in found.items()}
+
+
+def compiled_convolutions(target, dtype, kernel, side_bits=2):
+    """Every configuration of the kernels that a convolution and its gradients run."""
+    for configuration in masked_conv2d.CONFIGURATIONS:
+        yield compiled_conv(target, dtype, configuration, kernel, side_bits)
+    for configuration in masked_conv2d_weight_grad.CONFIGURATIONS:
+        yield compiled_weight_grad(target, dtype, configuration, kernel, side_bits)
+    yield compiled_sum_parts(target, dtype, kernel)
+
+
+def assert_in_registers(kernel, folder):
+    used = resources(kernel, folder)
+    assert (used["STACK"], used["LOCAL"]) == (0, 0), f"{kernel.metadata.name} spills: {used}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_convolutions_stay_in_registers(architecture, kernel, tmp_path):
+    target = GPUTarget("cuda", architecture, 32)
+    for found in compiled_convolutions(target, "bf16", (kernel, kernel)):
+        assert_in_registers(found, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "fp64"])
+def test_other_dtypes_stay_in_registers(dtype, tmp_path):
+    for found in compiled_convolutions(GPUTarget("cuda", 90, 32), dtype, (5, 5)):
+        assert_in_registers(found, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "side_bits"), [((15, 15), 0), ((15, 15), 5), ((1, 1), 1), ((3, 9), 3)]
+)
+def test_other_kernels_and_sides(kernel, side_bits, tmp_path):
+    target = GPUTarget("cuda", 80, 32)
+    for module, compile_it in (
+        (masked_conv2d, compiled_conv),
+        (masked_conv2d_weight_grad, compiled_weight_grad),
+    ):
+        found = compile_it(target, "bf16", module.CONFIGURATIONS[0], kernel, side_bits)
+        assert_in_registers(found, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gather_and_scatter_stay_in_registers(architecture, tmp_path):
+    target = GPUTarget("cuda", architecture, 32)
+    for dtype in ("bf16", "fp32"):
+        for configuration in gather_visible.CONFIGURATIONS:
+            assert_in_registers(compiled_gather(target, dtype, configuration), tmp_path)
+        for configuration in scatter_visible.CONFIGURATIONS:
+            assert_in_registers(compiled_scatter(target, dtype, configuration), tmp_path)
+
+
+def test_a_kernel_that_spills_is_noticed(tmp_path):
+    huge = masked_conv2d.Configuration("huge", {"POSITIONS": 32, "CHANNELS": 128}, num_warps=4)
+    kernel = compiled_conv(GPUTarget("cuda", 90, 32), "fp64", huge, (5, 5))
+    with pytest.raises(AssertionError, match="masked_conv2d_kernel spills"):
+        assert_in_registers(kernel, tmp_path)
+
+
+def test_global_loads_are_16_bytes_wide():
+    target = GPUTarget("cuda", 90, 32)
+    for kernel in (
+        compiled_conv(target, "bf16", masked_conv2d.CONFIGURATIONS[0]),
+        compiled_weight_grad(target, "bf16", masked_conv2d_weight_grad.CONFIGURATIONS[0]),
+        compiled_scatter(target, "bf16", scatter_visible.CONFIGURATIONS[0]),
+    ):
+        assert "ld.global.v4.b32" in kernel.asm["ptx"]
+
+
+@pytest.mark.skipif("amd" not in triton.backends.backends, reason="this triton is NVIDIA's only")
+@pytest.mark.parametrize("architecture", ["gfx90a", "gfx942"])
+def test_for_amd(architecture):
+    target = GPUTarget("hip", architecture, 64)
+    kernels = [
+        compiled_gather(target, "bf16", gather_visible.CONFIGURATIONS[0]),
+        compiled_scatter(target, "bf16", scatter_visible.CONFIGURATIONS[0]),
+        compiled_conv(target, "bf16", masked_conv2d.CONFIGURATIONS[0]),
+        compiled_weight_grad(target, "bf16", masked_conv2d_weight_grad.CONFIGURATIONS[0]),
+        compiled_sum_parts(target, "bf16"),
+    ]
+    for kernel in kernels:
+        assert f"amdgcn-amd-amdhsa--{architecture}" in kernel.asm["amdgcn"]
+        assert len(kernel.asm["hsaco"]) > 0

@@ -1,0 +1,33 @@
+"""What the tests of interpreted kernels share."""
+
+import pytest
+import triton
+
+from convmae_kernels.triton import (
+    gather_visible,
+    masked_conv2d,
+    masked_conv2d_weight_grad,
+    scatter_visible,
+)
+from convmae_kernels.triton.tuning import Configuration
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Returns a function that sets tiles for few, full programs: they are the interpreter's time.
+
+    Tests of the configurations themselves do not use it.
+    """
+
+    def set_tiles(channels):
+        across = triton.next_power_of_2(max(channels, 1))
+        down = 128 if across <= 8 else 32
+        tile = Configuration("test", {"POSITIONS": down, "CHANNELS": across}, 1)
+        for module in (gather_visible, scatter_visible, masked_conv2d):
+            monkeypatch.setattr(module, "CONFIGURATIONS", (tile,))
+        tile = Configuration("test", {"TAPS": 16, "CHANNELS": across}, 1)
+        monkeypatch.setattr(masked_conv2d_weight_grad, "CONFIGURATIONS", (tile,))
+        monkeypatch.setattr(masked_conv2d_weight_grad, "LANES", down // 4)
+
+    set_tiles(8)
+    return set_tiles

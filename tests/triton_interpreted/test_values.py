@@ -1,0 +1,212 @@
+"""Values, gradients and second derivatives of Triton's kernels against the reference."""
+
+import functools
+
+import pytest
+import torch
+
+import convmae_kernels as ck
+from convmae_kernels.testing import (
+    DTYPES,
+    LAYOUTS,
+    MASKS,
+    assert_within_budget,
+    dense_masked_conv2d,
+    implementations,
+    make_mask,
+    oracle,
+    random_tensor,
+    value_and_grads,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty", "few_programs")
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+EDGES = [(1, 255), (2, 7), (2, 1), (1, 8)]  # block side, channels
+EVERY_CASE = [
+    # Every mask and every layout meets every edge.
+    (name, layout, *EDGES[(i + j) % len(EDGES)])
+    for i, name in enumerate(MASKS)
+    for j, layout in enumerate(LAYOUTS[:4])
+]
+cases = pytest.mark.parametrize(("name", "layout", "side", "channels"), EVERY_CASE)
+NAMES = ("y", "grad_x", "grad_weight", "grad_bias", "second in x", "in weight", "in grad")
+
+
+def make_inputs(mask, side, channels, kernel, dtype=torch.float32, layout="contiguous"):
+    """x, weight, bias, the gradient of y, and the gradients of the first three's gradients."""
+    packed = (mask.num_visible, side * side, channels)
+    shapes = (packed, (channels, 1, *kernel), (channels,), packed)
+    return [random_tensor(shape, dtype, layout) for shape in (*shapes, *shapes[:3])]
+
+
+def derivatives(conv, inputs):
+    """y, its three gradients and, given gradients of these, theirs in x, weight and grad."""
+    x, weight, bias, grad = (t.detach().requires_grad_() for t in inputs[:4])
+    y = conv(x, weight, bias)
+    first = torch.autograd.grad(y, (x, weight, bias), grad, create_graph=True)
+    second = torch.autograd.grad(first, (x, weight, grad), inputs[4:]) if inputs[4:] else ()
+    return [t.detach() for t in (y, *first, *second)]
+
+
+def check(mask, inputs, dilation=1):
+    """Everything within the budget of `assert_within_budget`."""
+
+    def exact(inputs):
+        inputs = [t.double() for t in inputs]
+        return derivatives(lambda *xs: oracle(*xs, mask, dilation), inputs)
+
+    found = derivatives(
+        lambda x, weight, bias: ck.masked_conv2d(
+            x, weight, bias, mask, dilation=dilation, groups=x.shape[2], impl="triton"
+        ),
+        inputs,
+    )
+    plain = derivatives(lambda *xs: dense_masked_conv2d(*xs, mask, dilation), inputs)
+    terms = exact([t.abs() for t in inputs])
+    for values in zip(found, exact(inputs), plain, terms, NAMES):
+        assert_within_budget(*values)
+
+
+def test_triton_runs_here():
+    assert "triton" in implementations()
+    assert "interpreted on the CPU" in ck.info()["triton"]
+
+
+# The interpreter is slow: every dtype meets every mask, and the layouts and edges go round.
+@pytest.mark.parametrize(
+    ("name", "dtype", "layout", "edge"),
+    [
+        (name, dtype, LAYOUTS[(i + j) % 4], EDGES[(i + 2 * j + i // 4) % 4])
+        for i, name in enumerate(MASKS)
+        for j, dtype in enumerate(DTYPES)
+    ],
+    ids=str,
+)
+def test_masked_conv2d(name, dtype, layout, edge, few_programs):
+    side, channels = edge
+    few_programs(channels)
+    mask = make_mask(name)
+    inputs = make_inputs(mask, side, channels, (3, 3), dtype, layout)
+    check(mask, inputs if layout == "contiguous" else inputs[:4])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "side", "dilation"),
+    [
+        ((1, 1), 2, 1),
+        ((5, 5), 4, 1),
+        ((7, 7), 2, 1),
+        ((15, 15), 1, 1),
+        ((9, 3), 8, (1, 2)),
+        ((1, 15), 2, (3, 2)),
+        ((5, 1), 1, (2, 7)),
+        ((3, 3), 16, (5, 17)),
+        ((3, 1), 32, (33, 1)),
+    ],
+)
+def test_kernels_sides_and_dilations(kernel, side, dilation):
+    mask = make_mask("ragged" if side < 8 else "corner")
+    inputs = make_inputs(mask, side, 3, kernel)
+    check(mask, inputs if side == 4 else inputs[:4], dilation)
+
+
+def test_without_bias_and_with_some_gradients_only():
+    mask = make_mask("ragged")
+    x, weight, bias, grad, *_ = make_inputs(mask, 2, 5, (3, 5))
+    everything = value_and_grads(
+        lambda *xs: ck.masked_conv2d(*xs, mask, groups=5, impl="triton"), (x, weight, bias), grad
+    )
+    y = ck.masked_conv2d(x, weight, None, mask, groups=5, impl="triton")
+    zero = ck.masked_conv2d(x, weight, 0 * bias, mask, groups=5, impl="triton")
+    assert torch.equal(y, zero)
+    for i in range(3):
+        leaves = [t.detach().requires_grad_(i == j) for j, t in enumerate((x, weight, bias))]
+        ck.masked_conv2d(*leaves, mask, groups=5, impl="triton").backward(grad)
+        assert torch.equal(leaves[i].grad, everything[1 + i])
+
+
+@dtypes
+@cases
+def test_gather_and_scatter(dtype, name, layout, side, channels, few_programs):
+    few_programs(channels)
+    mask = make_mask(name)
+    dense = (mask.batch_size, channels, mask.grid[0] * side, mask.grid[1] * side)
+    images = random_tensor(dense, dtype, layout)
+    x = random_tensor((mask.num_visible, side * side, channels), dtype, layout)
+    for op, value, grad in (
+        (lambda impl, t: ck.gather_visible(t, mask, impl=impl), images, x),
+        (lambda impl, t: ck.scatter_visible(t, mask, 0.1, impl=impl), x, images),
+    ):
+        found, expected = (
+            value_and_grads(functools.partial(op, impl), [value], grad)
+            for impl in ("triton", "reference")
+        )
+        for a, b in zip(found, expected, strict=True):
+            order = torch.channels_last if a.dim() == 4 else torch.contiguous_format
+            assert a.dtype == b.dtype
+            assert a.is_contiguous(memory_format=order)
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("side", [4, 8, 16, 32])
+def test_gather_and_scatter_large_blocks(side):
+    mask = make_mask("corner")
+    images = random_tensor((1, 3, 2 * side, 2 * side), layout="transposed")
+    packed = ck.gather_visible(images, mask, impl="triton")
+    assert torch.equal(packed, ck.gather_visible(images, mask, impl="reference"))
+    dense = ck.scatter_visible(packed, mask, impl="triton")
+    assert torch.equal(dense, torch.where(mask.to_dense(side), images, 0))
+
+
+@dtypes
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), 1e30])
+def test_hidden_pixels_change_no_bit(dtype, value):
+    mask, side = make_mask("ragged"), 2
+    visible = mask.to_dense(side)
+    images, grad = (random_tensor((4, 5, 6, 8), dtype) for _ in range(2))
+    weight, bias = random_tensor((5, 1, 5, 5), dtype), random_tensor((5,), dtype)
+
+    def through(images, weight, bias):
+        x = ck.gather_visible(images, mask, impl="triton")
+        y = ck.masked_conv2d(x, weight, bias, mask, groups=5, impl="triton")
+        return ck.scatter_visible(y, mask, impl="triton")
+
+    clean, dirty = (
+        value_and_grads(
+            through, [torch.where(visible, images, v), weight, bias], torch.where(visible, grad, v)
+        )
+        for v in (0.0, value)
+    )
+    for a, b in zip(clean, dirty, strict=True):
+        assert b.isfinite().all()
+        assert torch.equal(a, b)
+    assert not dirty[1][~visible.expand_as(images)].any()
+
+
+def test_a_nan_reaches_its_window_only():
+    mask, side, kernel = make_mask("all"), 2, (3, 5)
+    x, weight, bias, *_ = make_inputs(mask, side, 3, kernel)
+    spot = torch.zeros(mask.num_visible, side * side, 1)
+    spot[12, 1] = 1  # a corner of the second image
+    window = ck.masked_conv2d(spot, torch.ones(1, 1, *kernel), None, mask, impl="reference") > 0
+    dirty = torch.where(spot > 0, float("nan"), x)
+    y = ck.masked_conv2d(dirty, weight, bias, mask, groups=3, impl="triton")
+    assert torch.equal(y.isnan(), window.expand_as(y))
+
+
+@pytest.mark.parametrize(("batch", "channels"), [(0, 3), (2, 0)])
+def test_nothing_to_do(batch, channels):
+    mask = ck.BlockMask.full(batch, (3, 4))
+    images = torch.zeros(batch, channels, 6, 8)
+    packed = ck.gather_visible(images, mask, impl="triton")
+    assert packed.shape == (batch * 12, 4, channels)
+    assert ck.scatter_visible(packed, mask, impl="triton").shape == images.shape
+    if channels > 0:
+        *_, grad_weight, grad_bias = derivatives(
+            lambda *xs: ck.masked_conv2d(*xs, mask, groups=channels, impl="triton"),
+            make_inputs(mask, 2, channels, (3, 3)),
+        )[:4]
+        assert grad_weight.shape == (channels, 1, 3, 3)
+        assert not grad_weight.any()
+        assert not grad_bias.any()
