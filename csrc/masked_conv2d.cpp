@@ -36,13 +36,13 @@ ScalarType accumulation_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The places of a block and its halo, for MaskedConv2dParams::window.
-std::vector<Place> make_window(const MaskedConv2dParams& p, int radius) {
+// The places of a block and its halo, the `window` of the CPU kernels.
+std::vector<Place> make_window(const MaskedConv2dParams& p) {
   std::vector<Place> window;
   window.reserve(size_t(p.window_rows()) * p.window_columns());
   for (int row = -p.halo_rows(); row < p.side + p.halo_rows(); ++row) {
     for (int column = -p.halo_columns(); column < p.side + p.halo_columns(); ++column) {
-      window.push_back(place(row, column, p.side, radius));
+      window.push_back(place(row, column, p.side, p.radius));
     }
   }
   return window;
