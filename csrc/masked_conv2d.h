@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "block.h"
+#include "launch.h"
 #include "numbers.h"
 
 namespace convmae {
@@ -28,14 +29,16 @@ namespace cpu {
 // the taps, in the accumulation type (float, or double for double). `window` holds the place of
 // every position of the block and its halo, [side + 2 * halo_rows][side + 2 * halo_columns] in
 // raster order. y and grad are like x.
-struct MaskedConv2dForward : MaskedConv2dParams {
+struct MaskedConv2dWindow : MaskedConv2dParams {
   const Place* window;
+};
+
+struct MaskedConv2dForward : MaskedConv2dWindow {
   const void* weight;
   void* y;
 };
 
-struct MaskedConv2dWeightGrad : MaskedConv2dParams {
-  const Place* window;
+struct MaskedConv2dWeightGrad : MaskedConv2dWindow {
   const void* grad;
 };
 
@@ -64,6 +67,7 @@ namespace cuda {
 // gradient for any shape has runs too, of whole blocks (log_tiles = 0).
 struct MaskedConv2dRuns : MaskedConv2dParams {
   int64_t tiles, tiles_per_run, runs, slices;
+  int tile_side;  // 2 or 4; 0: the kernel for any shape
   int log_tiles;
   bool wide;  // features can be read 16 bytes at a time
 };
@@ -86,5 +90,7 @@ struct MaskedConv2dWeightGrad : MaskedConv2dRuns {
   void* grad_bias;
 };
 
+LaunchError masked_conv2d(const MaskedConv2dForward& p, Stream stream);
+LaunchError masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, Stream stream);
 }  // namespace cuda
 }  // namespace convmae

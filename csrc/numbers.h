@@ -29,6 +29,21 @@ struct AccOf<double> {
 template <class T>
 using Acc = typename AccOf<T>::type;
 
+// f of a value of the type.
+template <class F>
+void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::Float: return f(float{});
+    case DType::BFloat16: return f(BFloat16{});
+    case DType::Half: return f(Half{});
+    case DType::Double: return f(double{});
+  }
+}
+
+constexpr int size_of(DType dtype) {
+  return dtype == DType::Double ? 8 : dtype == DType::Float ? 4 : 2;
+}
+
 CONVMAE_HD static inline float to_acc(float x) { return x; }
 CONVMAE_HD static inline double to_acc(double x) { return x; }
 CONVMAE_HD static inline float to_acc(BFloat16 x) {

@@ -108,4 +108,23 @@ __global__ void __launch_bounds__(256) masked_conv2d_any(MaskedConv2dForward p) 
   }
 }
 
+// Calls launch(kernel, grid, block, shared bytes, p) with the kernel that p was planned for.
+template <class Launch>
+void launch_masked_conv2d(const MaskedConv2dForward& p, Launch&& launch) {
+  if (p.blocks == 0 || p.channels == 0) return;
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (p.tile_side == 0) {
+      const int64_t groups = p.blocks * p.side * p.side / (p.side == 1 ? 1 : 4);
+      launch(masked_conv2d_any<T>,
+             dim3(unsigned((groups + 7) / 8), unsigned((p.channels + 31) / 32)), dim3(32, 8), 0, p);
+    } else if constexpr (!std::is_same_v<T, double>) {
+      with_tile_shape(p, [&](auto side, auto kernel) {
+        launch(masked_conv2d_tiles<T, side, kernel>, dim3(unsigned(p.slices * p.runs)), dim3(32), 0,
+               p);
+      });
+    }
+  });
+}
+
 }  // namespace convmae::cuda

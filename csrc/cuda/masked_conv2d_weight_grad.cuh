@@ -116,4 +116,27 @@ __global__ void __launch_bounds__(256) masked_conv2d_weight_grad_sum(MaskedConv2
   store(sum, out);
 }
 
+// Calls launch(kernel, grid, block, shared bytes, p) with the kernel that p was planned for, and
+// with the one that adds up.
+template <class Launch>
+void launch_masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, Launch&& launch) {
+  if (p.channels == 0) return;
+  const int64_t rows = 1 + int64_t(p.kernel_rows) * p.kernel_columns;
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (p.tile_side == 0) {
+      launch(masked_conv2d_weight_grad_any<T>,
+             dim3(unsigned(p.runs), unsigned((p.channels + 31) / 32), unsigned((rows + 7) / 8)),
+             dim3(32, 8), 0, p);
+    } else if constexpr (!std::is_same_v<T, double>) {
+      with_tile_shape(p, [&](auto side, auto kernel) {
+        launch(masked_conv2d_weight_grad_tiles<T, side, kernel>, dim3(unsigned(p.slices * p.runs)),
+               dim3(32), 0, p);
+      });
+    }
+    launch(masked_conv2d_weight_grad_sum<T>, dim3(unsigned((rows * p.channels + 31) / 32)),
+           dim3(32, 8), 0, p);
+  });
+}
+
 }  // namespace convmae::cuda

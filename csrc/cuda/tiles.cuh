@@ -215,4 +215,17 @@ __device__ inline void for_visible(const Lane& lane, uint32_t visible, const Chu
   });
 }
 
+// f(side of a tile, side of the kernel), as constants.
+template <class F>
+void with_tile_shape(const MaskedConv2dRuns& p, F&& f) {
+  const auto with_kernel = [&](auto side) {
+    switch (p.kernel_rows) {
+      case 3: return f(side, Index<3>{});
+      case 5: return f(side, Index<5>{});
+      case 7: return f(side, Index<7>{});
+    }
+  };
+  p.tile_side == 2 ? with_kernel(Index<2>{}) : with_kernel(Index<4>{});
+}
+
 }  // namespace convmae::cuda

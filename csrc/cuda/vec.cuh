@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__CUDACC__)
+#include <cuda_pipeline.h>
+#endif
+
 #include "numbers.h"
 
 namespace convmae::cuda {
@@ -93,31 +97,17 @@ __device__ inline uint32_t pack(Half, const float (&x)[2]) {
 #endif
 }
 
-// Copies 16 bytes, or 4, from global to shared memory; `copies_wait` waits for all of the thread's.
+// Copies 16 bytes, or 4, from global to shared memory without waiting; `copies_wait` waits for all
+// copies of the thread.
 __device__ inline void copy_chunk(void* shared, const void* global) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
-#else
-  std::memcpy(shared, global, 16);
-#endif
+  __pipeline_memcpy_async(shared, global, 16);
 }
 __device__ inline void copy_word(void* shared, const void* global) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
-#else
-  std::memcpy(shared, global, 4);
-#endif
+  __pipeline_memcpy_async(shared, global, 4);
 }
 __device__ inline void copies_wait() {
-#if defined(__CUDA_ARCH__)
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
 }
 
 }  // namespace convmae::cuda
