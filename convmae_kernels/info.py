@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from convmae_kernels.ops.library import WHY_NOT_COMPILED
+from convmae_kernels.ops.library import WHY_NOT_COMPILED, why_not_cuda
 
 
 def info() -> dict[str, str]:
@@ -23,6 +23,15 @@ def info() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "reference": "yes, plain PyTorch on any device",
         "cpu": cpu,
-        "cuda": "no: this version has no GPU kernels yet",
+        "cuda": _cuda(),
         "triton": "no: this version has no GPU kernels yet",
     }
+
+
+def _cuda() -> str:
+    reason = why_not_cuda()
+    architectures = torch.ops.convmae.cuda_architectures() if WHY_NOT_COMPILED is None else ""
+    compiled = f"compiled for compute capability {architectures}" if architectures else ""
+    if reason is None:
+        return f"yes, {compiled}"
+    return f"no: {reason}" + (f" ({compiled})" if compiled else "")

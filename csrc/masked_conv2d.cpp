@@ -13,7 +13,7 @@
 namespace convmae {
 namespace {
 
-const MaskedConv2dKernels& kernels() {
+const cpu::MaskedConv2dKernels& kernels() {
 #if defined(__x86_64__)
   switch (cpu_isa()) {
     case Isa::Avx512: return cpu::avx512::masked_conv2d;

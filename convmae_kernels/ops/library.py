@@ -32,6 +32,7 @@ def load_extension() -> str | None:
 
 
 LIB.define("cpu_capability() -> str")
+LIB.define("cuda_architectures() -> str")
 
 WHY_NOT_COMPILED = load_extension()
 if WHY_NOT_COMPILED is not None:
@@ -43,6 +44,17 @@ if WHY_NOT_COMPILED is not None:
     )
 
 
+def why_not_cuda() -> str | None:
+    """Why the compiled CUDA kernels cannot run in this process; None if they can."""
+    if WHY_NOT_COMPILED is not None:
+        return WHY_NOT_COMPILED
+    if not torch.ops.convmae.cuda_architectures():
+        return "the compiled library has no CUDA kernels: nvcc was not found when it was built"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    return None
+
+
 def why_not(impl: Impl, x: Tensor) -> str | None:
     """Why `impl` cannot run on `x`; None if it can."""
     if impl in ("auto", "reference"):
@@ -51,7 +63,11 @@ def why_not(impl: Impl, x: Tensor) -> str | None:
         if x.device.type != "cpu":
             return f"the tensor is on {x.device}, not on the CPU"
         return WHY_NOT_COMPILED
-    if impl in ("cuda", "triton"):
+    if impl == "cuda":
+        if x.device.type != "cuda":
+            return f"the tensor is on {x.device}, not on a CUDA GPU; {why_not_cuda() or 'move it'}"
+        return why_not_cuda()
+    if impl == "triton":
         return "this version has no GPU kernels yet; use impl='reference' or 'auto'"
     return "it is not one of 'auto', 'reference', 'cpu', 'cuda', 'triton'"
 
