@@ -29,6 +29,13 @@ CHECKERS = {
 }
 
 
+# The sources of kernels that make up a module; its bindings are in `<name>_module.cpp`.
+MODULES = {
+    "selftest": ["selftest.cpp"],
+    "kernels": ["moves.cpp", "masked_conv2d.cpp", "masked_conv2d_weight_grad.cpp"],
+}
+
+
 class EmulatorError(RuntimeError):
     """What a kernel did wrong: the emulator's own message, or a sanitizer's report."""
 
@@ -55,6 +62,7 @@ def _library(name: str) -> str:
     return _output("g++", f"-print-file-name={name}").strip()
 
 
+@functools.cache
 def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -91,10 +99,10 @@ def without(source: str, statement: str, occurrence: int) -> str:
 
 
 def build(name: str, checker: str = "address", removed: tuple[str, str, int] | None = None) -> Path:
-    """The compiled module of `tests/simt/<name>.cpp`; compiled only where a source has changed.
+    """The library of one of `MODULES`; only what has changed is compiled.
 
     Args:
-        name: "selftest" or the name of an op.
+        name: the module's name.
         checker: "address" looks for accesses outside of arrays, "races" for races on shared memory.
         removed: `(file, statement, occurrence)`, a statement that is taken out of a copy of the
             source: a test that must fail.
@@ -109,9 +117,8 @@ def build(name: str, checker: str = "address", removed: tuple[str, str, int] | N
     units = {
         "scheduler.cpp": ["-O2", define],  # as it is
         f"{name}_module.cpp": ["-O0", *python],
-        f"{name}.cpp": [*SANITIZED, *check],
-    }
-    with ThreadPoolExecutor(len(units)) as pool:
+    } | {unit: [*SANITIZED, *check] for unit in MODULES[name]}
+    with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda u: _compile(u, units[u], files, removed), units))
     link = ["g++", "-shared", "-fsanitize=undefined", *(check if checker == "address" else [])]
     command = [*link, *map(str, objects), "-o", f"simt_{name}.so"]
@@ -176,7 +183,7 @@ class Emulator:
     def __init__(self, library: Path, checker: str = "address") -> None:
         self.library, self.checker = library, checker
         self.process: subprocess.Popen | None = None
-        self.report = tempfile.TemporaryFile()
+        self.report = tempfile.TemporaryFile()  # noqa: SIM115
 
     def call(self, function: str, *arguments: Any) -> Any:
         """`function(*arguments)`, of numbers, lists and NumPy arrays.

@@ -184,4 +184,15 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   run_grid(grid, block, shared_bytes, seed, [&] { kernel(arguments...); });
 }
 
+// Stands where a launcher on a stream does.
+struct Launcher {
+  unsigned seed;
+
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                  const Arguments&... arguments) const {
+    launch(kernel, grid, block, shared_bytes, seed, arguments...);
+  }
+};
+
 }  // namespace simt

@@ -1,7 +1,7 @@
 """Imports a module of kernels and calls its functions for another process: `worker.py MODULE.so`.
 
-Reads `(name, arguments)` and writes `(True, value)` or `(False, message)`, pickled, until the end of
-its input.
+Reads `(name, arguments)` and writes `(True, value)` or `(False, message)`, pickled, until its input
+ends.
 """
 
 import importlib.util
