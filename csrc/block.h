@@ -30,6 +30,11 @@ CONVMAE_HD static constexpr int zorder_column(int rank) {
 }
 CONVMAE_HD static constexpr int zorder_row(int rank) { return zorder_column(rank >> 1); }
 
+// The exponent of a block side, which is a power of two.
+CONVMAE_HD static constexpr int log2_side(int side) {
+  return (side >= 2) + (side >= 4) + (side >= 8) + (side >= 16) + (side >= 32);
+}
+
 // A position `row`, `column` relative to a block's first one (negative and beyond the block's side
 // too): the column of the neighbour table that holds its block, and its rank in that block.
 struct Place {
@@ -38,9 +43,10 @@ struct Place {
 };
 
 CONVMAE_HD static inline Place place(int row, int column, int side, int radius) {
+  const int log = log2_side(side), last = side - 1;
   const int shifted_row = row + radius * side, shifted_column = column + radius * side;
-  return {shifted_row / side * (2 * radius + 1) + shifted_column / side,
-          zorder(shifted_row % side, shifted_column % side)};
+  return {(shifted_row >> log) * (2 * radius + 1) + (shifted_column >> log),
+          zorder(shifted_row & last, shifted_column & last)};
 }
 
 }  // namespace convmae

@@ -12,40 +12,42 @@ namespace convmae::cuda {
 
 // The offset in `images`, in elements, of channel 0 of a packed position: block * side^2 + rank.
 __device__ inline int64_t image_offset(const GatherVisibleParams& p, int64_t position) {
-  const int rank = int(position % (p.side * p.side));
-  const int64_t index = p.block_index[position / (p.side * p.side)];
-  const int64_t cell = index % (p.grid_rows * p.grid_columns);
-  const int64_t row = cell / p.grid_columns * p.side + zorder_row(rank);
-  const int64_t column = cell % p.grid_columns * p.side + zorder_column(rank);
-  return index / (p.grid_rows * p.grid_columns) * p.stride_batch + row * p.stride_row +
-         column * p.stride_column;
+  const int log = log2_side(p.side);
+  const int rank = int(position) & ((1 << 2 * log) - 1);
+  const int64_t index = p.block_index[position >> 2 * log], grid = p.grid_rows * p.grid_columns;
+  const int64_t image = index / grid, cell = index - image * grid;
+  const int64_t cell_row = cell / p.grid_columns, cell_column = cell - cell_row * p.grid_columns;
+  return image * p.stride_batch + ((cell_row << log) + zorder_row(rank)) * p.stride_row +
+         ((cell_column << log) + zorder_column(rank)) * p.stride_column;
 }
 
 // Channels-last images: a position's channels are contiguous in both. E is as wide as alignment
-// allows, up to a Chunk; `channels` and the strides of p are in units of E. A thread has up to four
-// positions in flight.
-// Launch: grid ceil(positions / (4 * blockDim.y)), block (x, y) of 256 threads.
+// allows, up to a Chunk; `channels` and the strides of p are in units of E. Where a position lies
+// is found once for all its channels. A thread has up to four positions in flight. Launch: grid
+// ceil(positions / (4 * blockDim.y)), block (x, y) of 256 threads.
 template <class E>
 __global__ void __launch_bounds__(256) gather_visible_rows(GatherVisibleParams p) {
+  __shared__ int64_t offsets[kMaxRows];  // -1: no such position
   const int64_t positions = p.blocks * p.side * p.side;
-  const int64_t first = int64_t(blockIdx.x) * 4 * blockDim.y + threadIdx.y;
-  const E* from[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t position = first + i * blockDim.y;
-    from[i] = position < positions ? static_cast<const E*>(p.images) + image_offset(p, position)
-                                   : nullptr;
+  const int rows = 4 * blockDim.y;
+  const int64_t first = int64_t(blockIdx.x) * rows;
+  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < rows; i += 256) {
+    offsets[i] = first + i < positions ? image_offset(p, first + i) : -1;
   }
+  __syncthreads();
   for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) {
+    const E* const from = static_cast<const E*>(p.images) + c;
+    E* const to = static_cast<E*>(p.y) + first * p.channels + c;
     E value[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (from[i] != nullptr) value[i] = from[i][c];
+      const int row = threadIdx.y + i * blockDim.y;
+      if (offsets[row] != -1) value[i] = from[offsets[row]];
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t position = first + i * blockDim.y;
-      if (from[i] != nullptr) static_cast<E*>(p.y)[position * p.channels + c] = value[i];
+      const int row = threadIdx.y + i * blockDim.y;
+      if (offsets[row] != -1) to[row * p.channels] = value[i];
     }
   }
 }

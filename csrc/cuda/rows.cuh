@@ -26,7 +26,8 @@ inline dim3 block_of_rows(int64_t channels) {
   return dim3(x, 256 / x);
 }
 
-// Four positions for each thread.
+// Four positions for each thread, so 1024 at most for a thread block.
+constexpr int kMaxRows = 4 * 256;
 inline dim3 grid_of_rows(int64_t positions, dim3 block) {
   return dim3(unsigned((positions + 4 * block.y - 1) / (4 * block.y)));
 }

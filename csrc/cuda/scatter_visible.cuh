@@ -17,37 +17,42 @@ static __global__ void __launch_bounds__(256) number_rows(ScatterVisibleRows p) 
   if (row < p.blocks) p.row_of_block[p.block_index[row]] = row;
 }
 
-// E is as wide as alignment allows, up to a Chunk; `channels` of p is in units of E and p.fill
-// holds one E. A thread has up to four positions in flight.
+// The offset in x, in elements, of channel 0 of a dense position; -1: it is hidden.
+__device__ inline int64_t packed_offset(const ScatterVisibleParams& p, int64_t position) {
+  const int log = log2_side(p.side), last = p.side - 1;
+  const int64_t width = p.grid_columns << log, line = position / width;  // of all images
+  const int row = int(line) & last, column = int(position - line * width) & last;
+  const int64_t cell = (line >> log) * p.grid_columns + ((position - line * width) >> log);
+  const int64_t packed = p.row_of_block[cell];
+  return packed < 0 ? -1 : ((packed << 2 * log) + zorder(row, column)) * p.channels;
+}
+
+// E is as wide as alignment allows, up to a Chunk; `channels` of p is in units of E. Where a
+// position comes from is found once for all its channels. A thread has up to four in flight.
 // Launch: grid ceil(positions / (4 * blockDim.y)), block (x, y) of 256 threads.
 template <class E>
 __global__ void __launch_bounds__(256) scatter_visible_rows(ScatterVisibleParams p, E fill) {
-  const int64_t width = p.grid_columns * p.side, height = p.grid_rows * p.side;
-  const int64_t positions = p.batch * height * width;
-  const int64_t first = int64_t(blockIdx.x) * 4 * blockDim.y + threadIdx.y;
-  const E* from[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t position = first + i * blockDim.y;
-    from[i] = nullptr;
-    if (position >= positions) continue;
-    const int64_t line = position / width, column = position % width, row = line % height;
-    const int64_t block =
-        (line / height * p.grid_rows + row / p.side) * p.grid_columns + column / p.side;
-    const int64_t packed = p.row_of_block[block];
-    if (packed < 0) continue;
-    from[i] =
-        static_cast<const E*>(p.x) +
-        (packed * p.side * p.side + zorder(int(row % p.side), int(column % p.side))) * p.channels;
+  __shared__ int64_t offsets[kMaxRows];
+  const int64_t positions = (p.batch * p.grid_rows * p.grid_columns) * p.side * p.side;
+  const int rows = 4 * blockDim.y;
+  const int64_t first = int64_t(blockIdx.x) * rows;
+  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < rows; i += 256) {
+    offsets[i] = first + i < positions ? packed_offset(p, first + i) : -1;
   }
+  __syncthreads();
   for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) {
+    const E* const from = static_cast<const E*>(p.x) + c;
+    E* const to = static_cast<E*>(p.y) + first * p.channels + c;
     E value[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) value[i] = from[i] != nullptr ? from[i][c] : fill;
+    for (int i = 0; i < 4; ++i) {
+      const int row = threadIdx.y + i * blockDim.y;
+      value[i] = offsets[row] != -1 ? from[offsets[row]] : fill;
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t position = first + i * blockDim.y;
-      if (position < positions) static_cast<E*>(p.y)[position * p.channels + c] = value[i];
+      const int row = threadIdx.y + i * blockDim.y;
+      if (first + row < positions) to[row * p.channels] = value[i];
     }
   }
 }

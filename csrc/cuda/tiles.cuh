@@ -162,34 +162,25 @@ __device__ inline void walk_tiles(const MaskedConv2dRuns& p, const Lane& lane, i
                                   StartExtra&& start_extra, Compute&& compute) {
   using Around = Surroundings<S, K>;
   if (first >= last) return;
-  const auto start = [&](int slot) {
-    return start_copies<S, K>(lane, p.x, memory.neighbours[slot], memory.offsets,
-                              memory.places[slot]);
-  };
   fill_offsets<S, K>(lane, memory.offsets);
   const bool finds = lane.lane < Around::kTiles;
-  if (finds) {
-    memory.neighbours[0][lane.lane] = find_neighbour<Around>(p, first, lane.lane);
-    if (first + 1 < last) {
-      memory.neighbours[1][lane.lane] = find_neighbour<Around>(p, first + 1, lane.lane);
-    }
-  }
-  __syncthreads();
-  uint32_t coming = start(0);
-  start_extra(first, memory.places[0] + Around::kPlaces * 8);
-  int slot = 0;
-  for (int64_t tile = first; tile < last; ++tile, slot ^= 1) {
+  if (finds) memory.neighbours[0][lane.lane] = find_neighbour<Around>(p, first, lane.lane);
+  int slot = 1;  // of `tile`; the other one is of the next. The first round only starts copies.
+  uint32_t visible = 0;
+  for (int64_t tile = first - 1; tile < last; ++tile, slot ^= 1) {
     copies_wait();
     __syncthreads();
-    const uint32_t visible = coming;
+    uint32_t coming = 0;
     int32_t found = -1;
     if (tile + 1 < last) {
-      coming = start(slot ^ 1);
+      coming = start_copies<S, K>(lane, p.x, memory.neighbours[slot ^ 1], memory.offsets,
+                                  memory.places[slot ^ 1]);
       start_extra(tile + 1, memory.places[slot ^ 1] + Around::kPlaces * 8);
       if (finds && tile + 2 < last) found = find_neighbour<Around>(p, tile + 2, lane.lane);
     }
-    compute(tile, visible, memory.places[slot]);
+    if (tile >= first) compute(tile, visible, memory.places[slot]);
     if (finds) memory.neighbours[slot][lane.lane] = found;
+    visible = coming;
   }
 }
 
