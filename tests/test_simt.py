@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from simt.emulator import EmulatorError, build, module, translate, why_not, without
+from simt.emulator import EmulatorError, Removed, build, module, translate, why_not, without
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
 
@@ -186,16 +186,15 @@ def test_limits_of_a_launch(options, message):
     fails("ids", (1,), message, **options)
 
 
-# Each statement of synchronisation, taken out of a copy of the source.
-REMOVED = {
-    "barrier before the loop": ("__syncthreads();", 0),
-    "barrier in the loop": ("__syncthreads();", 1),
+# Those of block_sum, each taken out of a copy of the source.
+BARRIERS = {
+    name: Removed("selftest.cpp", "selftest.cuh", "__syncthreads();", occurrence)
+    for occurrence, name in enumerate(("before the loop", "in the loop"))
 }
 
 
-@pytest.mark.parametrize("statement", REMOVED.values(), ids=REMOVED)
-def test_a_removed_barrier_gives_wrong_results(statement):
-    removed = ("selftest.cuh", *statement)
+@pytest.mark.parametrize("removed", BARRIERS.values(), ids=BARRIERS)
+def test_a_removed_barrier_gives_wrong_results(removed):
     wrong = 0
     for seed in SEEDS:
         try:
@@ -206,17 +205,17 @@ def test_a_removed_barrier_gives_wrong_results(statement):
 
 
 @all_seeds
-@pytest.mark.parametrize("statement", REMOVED.values(), ids=REMOVED)
-def test_a_removed_barrier_is_a_race_under_every_seed(statement, seed):
+@pytest.mark.parametrize("removed", BARRIERS.values(), ids=BARRIERS)
+def test_a_removed_barrier_is_a_race_under_every_seed(removed, seed):
     message = (
         r"thread \(\d+, 0, 0\) (reads|writes) shared memory that thread \(\d+, 0, 0\) (wrote|read)"
     )
     with pytest.raises(EmulatorError, match=message):
-        check_sum(seed=seed, checker="races", removed=("selftest.cuh", *statement))
+        check_sum(seed=seed, checker="races", removed=removed)
 
 
 def test_a_removed_wait_for_copies_gives_wrong_results():
-    removed = ("selftest.cuh", "__pipeline_wait_prior(0);", 0)
+    removed = Removed("selftest.cpp", "selftest.cuh", "__pipeline_wait_prior(0);", 0)
     x = np.arange(256, dtype=np.int32)
     out = launch("reverse_copies", (256,), x, block=64, seed=0, removed=removed)
     assert not np.array_equal(out, x[::-1])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from simt.emulator import module, why_not
+from simt.emulator import ROOT, EmulatorError, Removed, module, why_not
 
 import convmae_kernels as ck
 from convmae_kernels.block_mask import BLOCK_SIZES
@@ -376,3 +376,62 @@ def test_no_races(kernel, side, dtype):
 
 def test_no_races_in_gather():
     gather(images_for(make_mask("ragged"), 4, 70), make_mask("ragged"), checker="races")
+
+
+def move(**options):
+    mask = make_mask("row")
+    for layout in ("contiguous", "channels_last"):
+        images = images_for(mask, 4, 40, layout=layout)
+        same(
+            gather(images, mask, **options),
+            reference.gather_visible(images, mask.block_index, *mask.grid),
+        )
+    x = random_tensor((mask.num_visible, 16, 40))
+    same(
+        scatter(x, mask, **options),
+        reference.scatter_visible(x, mask.block_index, mask.batch_size, *mask.grid, 0.0),
+    )
+
+
+def reduce_on_tiles(**options):
+    check_weight_grad(make_mask("row"), 4, 40, runs=2, **options)
+
+
+def convolve_on_tiles(**options):
+    check_forward(make_mask("row"), 4, 40, runs=2, **options)
+
+
+# What runs the statements of synchronisation of each file, and the source that compiles them.
+USES = {
+    "gather_visible.cuh": ("moves.cpp", move),
+    "scatter_visible.cuh": ("moves.cpp", move),
+    "tiles.cuh": ("masked_conv2d.cpp", convolve_on_tiles),
+    "masked_conv2d.cuh": ("masked_conv2d.cpp", convolve_on_tiles),
+    "masked_conv2d_weight_grad.cuh": ("masked_conv2d_weight_grad.cpp", reduce_on_tiles),
+}
+SYNCHRONISATION = [
+    (path.name, statement, occurrence)
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))
+    for statement in ("__syncthreads();", "__syncwarp();", "copies_wait();")
+    for occurrence in range(path.read_text().count(statement))
+]
+
+
+@pytest.mark.parametrize(("file", "statement", "occurrence"), SYNCHRONISATION)
+def test_every_synchronisation_is_needed(file, statement, occurrence):
+    """Without it there is a race, or a copy that is read before it is there."""
+    unit, use = USES[file]
+    use(checker="races")
+    removed = Removed(unit, file, statement, occurrence)
+    with pytest.raises(
+        (EmulatorError, AssertionError), match="shared memory that thread|errs by nan"
+    ):
+        use(checker="races", removed=removed)
+
+
+@pytest.mark.parametrize("file", ["gather_visible.cuh", "scatter_visible.cuh"])
+def test_a_removed_barrier_gives_wrong_results(file):
+    unit, use = USES[file]
+    use()
+    with pytest.raises(AssertionError):
+        use(removed=Removed(unit, file, "__syncthreads();", 0))

@@ -15,16 +15,16 @@ import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "simt"
 
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-SANITIZED = ["-O1", "-g1", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
 CHECKERS = {
-    "address": ["-fsanitize=address", "--param", "asan-instrumentation-with-call-threshold=0"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    + ["--param", "asan-instrumentation-with-call-threshold=0"],
     "races": ["-fsanitize=thread"],  # scheduler.cpp takes the place of its runtime library
 }
 
@@ -98,14 +98,22 @@ def without(source: str, statement: str, occurrence: int) -> str:
     return head + ";" + tail
 
 
-def build(name: str, checker: str = "address", removed: tuple[str, str, int] | None = None) -> Path:
+class Removed(NamedTuple):
+    """A statement that is taken out of a copy of `file`, in the translation unit `unit` alone."""
+
+    unit: str
+    file: str
+    statement: str
+    occurrence: int
+
+
+def build(name: str, checker: str = "address", removed: Removed | None = None) -> Path:
     """The library of one of `MODULES`; only what has changed is compiled.
 
     Args:
         name: the module's name.
         checker: "address" looks for accesses outside of arrays, "races" for races on shared memory.
-        removed: `(file, statement, occurrence)`, a statement that is taken out of a copy of the
-            source: a test that must fail.
+        removed: what to take out, to make a module that must fail.
     """
     import pybind11
 
@@ -117,10 +125,10 @@ def build(name: str, checker: str = "address", removed: tuple[str, str, int] | N
     units = {
         "scheduler.cpp": ["-O2", define],  # as it is
         f"{name}_module.cpp": ["-O0", *python],
-    } | {unit: [*SANITIZED, *check] for unit in MODULES[name]}
+    } | {unit: ["-O1", "-g1", *check] for unit in MODULES[name]}
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda u: _compile(u, units[u], files, removed), units))
-    link = ["g++", "-shared", "-fsanitize=undefined", *(check if checker == "address" else [])]
+    link = ["g++", "-shared", *(check if checker == "address" else [])]
     command = [*link, *map(str, objects), "-o", f"simt_{name}.so"]
     return _cached(f"simt_{name}.so", command, {}) / f"simt_{name}.so"
 
@@ -134,8 +142,8 @@ def _compile(unit, flags, files, removed):
         if file in texts or file not in files:
             continue
         text = files[file].read_text()
-        if removed is not None and files[file].name == removed[0]:
-            text = without(text, *removed[1:])
+        if removed is not None and (removed.unit, removed.file) == (unit, files[file].name):
+            text = without(text, removed.statement, removed.occurrence)
         texts[file] = (
             f'#line 1 "{files[file]}"\n{translate(text) if file.endswith("cuh") else text}'
         )
@@ -166,9 +174,7 @@ def _cached(name: str, command: list[str], texts: dict[str, str]) -> Path:
 
 
 @functools.cache
-def module(
-    name: str, checker: str = "address", removed: tuple[str, str, int] | None = None
-) -> Emulator:
+def module(name: str, checker: str = "address", removed: Removed | None = None) -> Emulator:
     """The running emulator of a module, built on first use; see `build`."""
     return Emulator(build(name, checker, removed), checker)
 
