@@ -144,6 +144,7 @@ def fails(kernel, shape, message, **options):
             "mask_without_caller",
             r"thread \(\d+, 0, 0\) __shfl_sync with a mask that lacks the call",
         ),
+        ("empty_mask", "__ballot_sync with a mask that lacks the calling lane"),
         (
             "shuffle_from_outside_the_mask",
             r"thread \(0, 0, 0\) waits in __shfl_sync at line \d+ and reads lane 20, which",
@@ -164,6 +165,12 @@ def test_reports(kernel, message, seed):
             (32,),
             r"(?s)heap-buffer-overflow.*READ of size 4.*cuh",
             {"shared": 128},
+        ),
+        (
+            "reverse_copies",
+            (256,),
+            r"(?s)heap-buffer-overflow.*READ of size 16",
+            {"x": np.zeros(255, np.int32), "block": 64},
         ),
         ("misaligned_vector", (129,), "misaligned address .* requires 16 byte alignment", {}),
     ],

@@ -63,7 +63,7 @@ struct Fiber {
   Fiber() {
     void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
+    if (memory == MAP_FAILED || mprotect(memory, 4096, PROT_NONE) != 0) throw std::bad_alloc();
     stack = static_cast<char*>(memory);
   }
   Fiber(const Fiber&) = delete;
@@ -100,6 +100,7 @@ class Scheduler {
     check_limits(grid, block, shared_bytes);
     seed_ = seed;
     random_.seed(seed);
+    patience_ = 1;
     kernel_ = &kernel;
     gridDim = grid;
     blockDim = block;
@@ -149,10 +150,10 @@ class Scheduler {
     Fiber& fiber = *current_;
     fiber.call = call;
     fiber.state = Fiber::Waiting;
-    if (call.mask != 0 && (call.mask >> fiber.number % warpSize & 1) == 0) {
+    if (call.mask != kBlock && (call.mask >> fiber.number % warpSize & 1) == 0) {
       fail(std::string(call.name) + " with a mask that lacks the calling lane");
     }
-    if (call.mask == 0) {
+    if (call.mask == kBlock) {
       release_block();
     } else {
       release_warp(fiber.number / warpSize * warpSize);
@@ -193,6 +194,7 @@ class Scheduler {
       patience_ = 1 + int(random_() % 64);
       ready_.push_back(current_->number);
       to_scheduler();
+      in_kernel = false;
     }
     touch_bytes(address, bytes, write);
   }
@@ -350,7 +352,7 @@ class Scheduler {
     for (int i = 0; i < threads_; ++i) {
       const Fiber& fiber = *fibers_[i];
       if (fiber.state == Fiber::Returned) continue;
-      if (fiber.state == Fiber::Ready || fiber.call.mask != 0) return;
+      if (fiber.state == Fiber::Ready || fiber.call.mask != kBlock) return;
       numbers.push_back(i);
     }
     const Fiber& first = *fibers_[numbers.front()];
@@ -372,7 +374,7 @@ class Scheduler {
     const int lanes = std::min(warpSize, threads_ - first);
     for (int lane = 0; lane < lanes; ++lane) {
       const Fiber& fiber = *fibers_[first + lane];
-      if (fiber.state == Fiber::Waiting && fiber.call.mask != 0 &&
+      if (fiber.state == Fiber::Waiting && fiber.call.mask != kBlock &&
           complete(fiber.call, first, lanes)) {
         deliver(fiber.call, first, lanes);
       }

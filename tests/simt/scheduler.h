@@ -29,10 +29,11 @@ namespace simt {
 
 // What a thread waits for: a barrier of the block, or a call that the lanes in `mask` make
 // together.
+constexpr uint64_t kBlock = 1ull << 32;  // no mask of lanes
 struct Call {
   const char* name = "";
   int line = 0;
-  uint32_t mask = 0;  // 0: the whole block
+  uint64_t mask = kBlock;
   uint64_t bits = 0;  // what the thread brings
   int source = 0;     // the lane whose bits it asks for; kAll: those of all lanes, or-ed
   bool orders_memory = false;

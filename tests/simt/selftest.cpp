@@ -31,6 +31,7 @@ void launch(const std::string& name, dim3 grid, dim3 block, size_t shared, unsig
   LAUNCH(divergent_barrier, int_out)
   LAUNCH(barrier_against_shuffle, int_out)
   LAUNCH(mask_without_caller, int_out)
+  LAUNCH(empty_mask, int_out)
   LAUNCH(shuffle_from_outside_the_mask, int_out)
   LAUNCH(past_the_output, int_out, n)
   LAUNCH(past_shared_memory, int_out)

@@ -110,6 +110,8 @@ __global__ void barrier_against_shuffle(int* out) {
 
 __global__ void mask_without_caller(int* out) { out[threadIdx.x] = __shfl_sync(0x0000ffffu, 1, 0); }
 
+__global__ void empty_mask(int* out) { out[threadIdx.x] = __any_sync(0, 1); }
+
 __global__ void shuffle_from_outside_the_mask(int* out) {
   if (threadIdx.x < 16) out[threadIdx.x] = __shfl_sync(0x0000ffffu, 1, 20);
 }

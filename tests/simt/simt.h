@@ -57,7 +57,7 @@ inline double2 make_double2(double x, double y) { return {x, y}; }
 namespace simt {
 
 inline uint64_t barrier(const char* name, int line, uint64_t bits = 0) {
-  return wait({name, line, 0, bits, kAll, true});
+  return wait({name, line, kBlock, bits, kAll, true});
 }
 
 inline int lane() {
