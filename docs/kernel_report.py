@@ -34,7 +34,11 @@ MAX_BLOCKS, MAX_WARPS, REGISTERS, SHARED_BYTES = 32, 64, 65536, 233472
 
 
 class Kernel(NamedTuple):
-    """A kernel as compiled for one architecture; sizes in bytes."""
+    """A kernel as compiled for one architecture; sizes in bytes.
+
+    From compute capability 9.0 on, `shared` includes the 1 KiB that the system keeps of every
+    thread block that uses shared memory.
+    """
 
     arch: str
     symbol: str
@@ -65,7 +69,7 @@ class Kernel(NamedTuple):
         """Warps that a multiprocessor of compute capability 9.0 holds at a time."""
         warps = 1 if self.is_specialised else 8
         per_warp = -(-self.registers * 32 // 256) * 256
-        per_block = -(-(self.shared + 1024) // 128) * 128  # the system keeps 1 KiB of each
+        per_block = -(-max(self.shared, 1024) // 128) * 128
         by_registers = REGISTERS // (per_warp * warps)
         return warps * min(
             MAX_BLOCKS, MAX_WARPS // warps, by_registers, SHARED_BYTES // per_block

@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(32) masked_conv2d_tiles(MaskedConv2dForward p)
       weight[tap][v] = exists ? load(staged + (lane.lane * V + v) * K * K + tap) : 0;
     }
   }
-  __syncthreads();
-
+  // walk_tiles writes to the places only after barriers of its own.
   const int64_t first = run * p.tiles_per_run;
   walk_tiles<S, K>(
       p, lane, first, min(first + p.tiles_per_run, p.tiles), memory, [](int64_t, Chunk*) {},
@@ -78,9 +77,10 @@ __global__ void __launch_bounds__(256) masked_conv2d_any(MaskedConv2dForward p) 
   const int64_t channel = int64_t(blockIdx.y) * 32 + threadIdx.x;
   const int positions = p.side * p.side, outputs = p.side == 1 ? 1 : 4;
   const int64_t first = (int64_t(blockIdx.x) * 8 + threadIdx.y) * outputs;
-  const int64_t block = first / positions;
+  const int64_t block = first >> 2 * log2_side(p.side);
   if (channel >= p.channels || block >= p.blocks) return;
-  const int rank = int(first % positions), row = zorder_row(rank), column = zorder_column(rank);
+  const int rank = int(first) & (positions - 1), row = zorder_row(rank),
+            column = zorder_column(rank);
   const int32_t* const table = p.neighbours + block * p.table_columns;
   const T* const x = static_cast<const T*>(p.x) + channel;
   const T* weight = static_cast<const T*>(p.weight) + channel * p.kernel_rows * p.kernel_columns;
