@@ -54,11 +54,13 @@ class Cuda:
         text = subprocess.run(dry, capture_output=True, text=True, check=True).stderr
         self.include = self._folders(text, "INCLUDES", "-I", "cuda_runtime_api.h")
         self.library = self._folders(text, "LIBRARIES", "-L", "libcudart_static.a")
-        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or self.DEFAULT_ARCHS
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or self._default_archs()
         self.archs = re.split(r"[;,\s]+", archs.strip(" ;,"))
         for arch in self.archs:
             if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
-                raise RuntimeError(f"TORCH_CUDA_ARCH_LIST names {arch!r}, expected e.g. 9.0 or 9.0+PTX")
+                raise RuntimeError(
+                    f"TORCH_CUDA_ARCH_LIST has {arch!r}, expected e.g. 9.0 or 9.0+PTX"
+                )
 
     @classmethod
     def find(cls):
@@ -66,6 +68,14 @@ class Cuda:
         nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
         nvcc = nvcc or shutil.which("nvcc")
         return cls(nvcc) if nvcc else None
+
+    def _default_archs(self):
+        """Those of the default that this nvcc knows."""
+        known = subprocess.run(
+            [self.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
+        ).stdout.split()
+        archs = self.DEFAULT_ARCHS.split(";")
+        return ";".join(arch for arch in archs if "sm_" + arch.replace(".", "") in known)
 
     @staticmethod
     def _folders(text, name, flag, file):
@@ -85,10 +95,8 @@ class Cuda:
             codes.append(f"-gencode=arch=compute_{number},code=sm_{number}")
             if arch.endswith("+PTX"):
                 codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-        return (
-            f"-O3 -std=c++20 -Xcompiler=-fPIC,-fvisibility=hidden -I{ROOT / 'csrc'} "
-            + " ".join(codes)
-        )
+        host = "-Xcompiler=-fPIC,-fvisibility=hidden"
+        return f"-O3 -std=c++20 {host} -I{ROOT / 'csrc'} {' '.join(codes)}"
 
     def host_flags(self):
         archs = ", ".join(self.archs)

@@ -71,9 +71,7 @@ class Kernel(NamedTuple):
         per_warp = -(-self.registers * 32 // 256) * 256
         per_block = -(-max(self.shared, 1024) // 128) * 128
         by_registers = REGISTERS // (per_warp * warps)
-        return warps * min(
-            MAX_BLOCKS, MAX_WARPS // warps, by_registers, SHARED_BYTES // per_block
-        )
+        return warps * min(MAX_BLOCKS, MAX_WARPS // warps, by_registers, SHARED_BYTES // per_block)
 
 
 def find_tool(name: str) -> str | None:
