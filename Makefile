@@ -2,7 +2,8 @@
 # Each target first makes a virtual environment, .venv, and installs and builds there what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h) setup.py
+CODE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
+SOURCES := $(CODE) setup.py
 export CONVMAE_REQUIRE_EXT = 1
 
 .PHONY: demo test lint bench build clean
@@ -36,7 +37,7 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(CODE)
 
 bench: build
 	$(BIN)/python -m benchmarks

@@ -3,11 +3,17 @@
 The library uses LibTorch's stable ABI and no Python C API: one build serves every torch >= 2.11 and
 every Python. Without a compiler the package installs all the same, with the reference ops, unless
 CONVMAE_REQUIRE_EXT=1 makes that an error.
+
+With nvcc ($CUDA_HOME/bin, or on the PATH) the library has CUDA kernels too, whether this torch has
+CUDA or not. TORCH_CUDA_ARCH_LIST says for which GPUs; the default is short, for development, and
+releases are built with TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0;12.0+PTX".
 """
 
 import importlib.util
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,14 +43,81 @@ def find_torch():
     return next((folder for folder in folders if (folder / "include").is_dir()), None)
 
 
-def ninja_file(torch, build, library):
+class Cuda:
+    """nvcc, and the flags that CUDA takes; `Cuda.find()` is None where there is no nvcc."""
+
+    DEFAULT_ARCHS = "8.0;9.0;10.0"
+
+    def __init__(self, nvcc):
+        self.nvcc = nvcc
+        dry = [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]
+        text = subprocess.run(dry, capture_output=True, text=True, check=True).stderr
+        self.include = self._folders(text, "INCLUDES", "-I", "cuda_runtime_api.h")
+        self.library = self._folders(text, "LIBRARIES", "-L", "libcudart_static.a")
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or self._default_archs()
+        self.archs = re.split(r"[;,\s]+", archs.strip(" ;,"))
+        for arch in self.archs:
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+                raise RuntimeError(
+                    f"TORCH_CUDA_ARCH_LIST has {arch!r}, expected e.g. 9.0 or 9.0+PTX"
+                )
+
+    @classmethod
+    def find(cls):
+        home = os.environ.get("CUDA_HOME")
+        nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
+        nvcc = nvcc or shutil.which("nvcc")
+        return cls(nvcc) if nvcc else None
+
+    def _default_archs(self):
+        """Those of the default that this nvcc knows."""
+        known = subprocess.run(
+            [self.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
+        ).stdout.split()
+        archs = self.DEFAULT_ARCHS.split(";")
+        return ";".join(arch for arch in archs if "sm_" + arch.replace(".", "") in known)
+
+    @staticmethod
+    def _folders(text, name, flag, file):
+        """The folder that holds `file`, of those that nvcc itself would search."""
+        line = re.search(rf"^#\$ {name}=(.*)$", text, re.MULTILINE)
+        flags = shlex.split(line.group(1)) if line else []
+        folders = [Path(item[len(flag) :]) for item in flags if item.startswith(flag)]
+        for folder in folders:
+            if (folder / file).exists():
+                return folder.resolve()
+        raise RuntimeError(f"{file} is not where nvcc looks for it: {list(map(str, folders))}")
+
+    def flags(self):
+        codes = []
+        for arch in self.archs:
+            number = arch.removesuffix("+PTX").replace(".", "")
+            codes.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if arch.endswith("+PTX"):
+                codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        host = "-Xcompiler=-fPIC,-fvisibility=hidden"
+        return f"-O3 -std=c++20 {host} -I{ROOT / 'csrc'} {' '.join(codes)}"
+
+    def host_flags(self):
+        archs = ", ".join(self.archs)
+        return f"-DWITH_CUDA '-DCONVMAE_CUDA_ARCHS=\"{archs}\"' -isystem {self.include}"
+
+    def link_flags(self):
+        return f"-L{self.library} -lcudart_static -lrt -lpthread -ldl"
+
+
+def ninja_file(torch, build, library, cuda):
     """The text of build.ninja: every source, the per-instruction-set ones once for each."""
     flags = (
         "-O2 -std=c++20 -ffp-contract=fast -fPIC -fvisibility=hidden -Wall -Wextra "
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} "
-        f"-I{ROOT / 'csrc'} -isystem {torch / 'include'}"
+        f"-I{ROOT / 'csrc'} -isystem {torch / 'include'} {cuda.host_flags() if cuda else ''}"
     )
-    link = f"-shared -L{torch / 'lib'} -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu"
+    link = (
+        f"-shared -Wl,--exclude-libs,ALL -L{torch / 'lib'} "
+        "-Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu "
+        f"{cuda.link_flags() if cuda else ''}"
+    )
     lines = [
         f"cxx = {os.environ.get('CXX', 'c++')}",
         f"flags = {flags} {os.environ.get('CXXFLAGS', '')}",
@@ -55,12 +128,23 @@ def ninja_file(torch, build, library):
         "rule link",
         f"  command = $cxx $in -o $out {link} {os.environ.get('LDFLAGS', '')}",
     ]
+    if cuda:
+        lines += [
+            "rule nvcc",
+            f"  command = {cuda.nvcc} {cuda.flags()} -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
     objects = []
 
     def compile_source(source, name, isa=""):
         objects.append(build / f"{name}.o")
         lines.append(f"build {objects[-1]}: compile {source}\n  isa = {isa}")
 
+    if cuda:  # first, because they take the longest
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"), reverse=True):
+            objects.append(build / f"cuda_{source.stem}.o")
+            lines.append(f"build {objects[-1]}: nvcc {source}")
     for source in sorted((ROOT / "csrc").glob("*.cpp")):
         compile_source(source, source.stem)
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
@@ -100,7 +184,7 @@ class BuildKernels(build_ext):
         build = ROOT / "build" / "ninja"
         build.mkdir(parents=True, exist_ok=True)
         library = build / "_C.so"
-        (build / "build.ninja").write_text(ninja_file(torch, build, library))
+        (build / "build.ninja").write_text(ninja_file(torch, build, library, Cuda.find()))
         subprocess.run(["ninja", "-C", str(build)], check=True)
         package = ROOT if self.inplace else Path(self.build_lib)
         (package / "convmae_kernels").mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ class BlockMask:
         self.visible = visible
         self.block_index = block_index
         self.visible_per_image = visible_per_image
-        self._neighbours = _neighbour_table(visible, block_index, 1)
+        self._neighbours = torch.ops.convmae.neighbour_table(visible, block_index, 1)
 
     # -- constructors -----------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class BlockMask:
             raise ValueError(f"radius must not be negative, got {radius}")
         if radius == 1:
             return self._neighbours
-        return _neighbour_table(self.visible, self.block_index, radius)
+        return torch.ops.convmae.neighbour_table(self.visible, self.block_index, radius)
 
     def to_dense(self, block_size: int) -> Tensor:
         """The mask of a feature map: bool `[B, 1, gh * block_size, gw * block_size]`."""
@@ -252,15 +252,6 @@ def _check_grid(grid: tuple[int, int]) -> tuple[int, int]:
     if gh < 1 or gw < 1:
         raise ValueError(f"grid must have at least one block in each direction, got {gh} x {gw}")
     return gh, gw
-
-
-def _neighbour_table(visible: Tensor, block_index: Tensor, radius: int) -> Tensor:
-    side = 2 * radius + 1
-    flat = visible.flatten()
-    row = torch.where(flat, flat.cumsum(0) - 1, -1).to(torch.int32)
-    row = torch.nn.functional.pad(row.view_as(visible), (radius,) * 4, value=-1)
-    windows = row.unfold(1, side, 1).unfold(2, side, 1)  # [B, gh, gw, side, side]
-    return windows.reshape(visible.numel(), side * side).index_select(0, block_index)
 
 
 # -- Z-order: the order of the positions of a block in packed features ----------------------------

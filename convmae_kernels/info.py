@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from convmae_kernels.ops.library import TRITON_INTERPRETS, WHY_NOT_COMPILED, WHY_NOT_TRITON
+from convmae_kernels.ops.library import (
+    TRITON_INTERPRETS,
+    WHY_NOT_COMPILED,
+    WHY_NOT_TRITON,
+    why_not_cuda,
+)
 
 
 def info() -> dict[str, str]:
@@ -23,9 +28,18 @@ def info() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "reference": "yes, plain PyTorch on any device",
         "cpu": cpu,
-        "cuda": "no: this version has no GPU kernels yet",
+        "cuda": _cuda(),
         "triton": _triton(),
     }
+
+
+def _cuda() -> str:
+    reason = why_not_cuda()
+    architectures = torch.ops.convmae.cuda_architectures() if WHY_NOT_COMPILED is None else ""
+    compiled = f"compiled for compute capability {architectures}" if architectures else ""
+    if reason is None:
+        return f"yes, {compiled}"
+    return f"no: {reason}" + (f" ({compiled})" if compiled else "")
 
 
 def _triton() -> str:

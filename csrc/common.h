@@ -12,13 +12,23 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "launch.h"
+#include "numbers.h"
+
+#ifdef WITH_CUDA
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
 namespace convmae {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline void check_cpu(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be a CPU tensor");
+inline void check_same_device(const Tensor& t, const char* name, const Tensor& features) {
+  STD_TORCH_CHECK(t.device() == features.device(), name,
+                  " must be on the device of the features that the op works on");
 }
 
 inline void check_floating(const Tensor& t, const char* name) {
@@ -26,6 +36,15 @@ inline void check_floating(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 ||
                       type == ScalarType::Half || type == ScalarType::Double,
                   name, " must be float32, bfloat16, float16 or float64");
+}
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16: return DType::BFloat16;
+    case ScalarType::Half: return DType::Half;
+    case ScalarType::Double: return DType::Double;
+    default: return DType::Float;
+  }
 }
 
 // Work of at least this many elements is worth a thread.
@@ -60,5 +79,54 @@ inline Isa cpu_isa() {
   }();
   return isa;
 }
+
+#ifdef WITH_CUDA
+}  // namespace convmae
+
+// Absent in a CPU build of torch, where nothing asks for it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace convmae {
+
+// Makes the GPU of a tensor the current one while it lives; `stream` is torch's current one there.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& t) : index_(index_of(t)), guard_(index_) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "this build of torch has no CUDA, so no current CUDA stream");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+  }
+  cuda::Stream stream() const { return stream_; }
+  int multiprocessors() const {
+    int count = 1;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_), "the GPU's size");
+    return count;
+  }
+  void check(const cuda::LaunchError& error) const { check(error.code, error.kernel); }
+
+ private:
+  static int32_t index_of(const Tensor& features) {
+    STD_TORCH_CHECK(features.is_cuda(),
+                    "the features must be on the GPU that the other tensors are on");
+    return features.get_device_index();
+  }
+  void check(int code, const char* what) const {
+    if (code == cudaErrorNoKernelImageForDevice || code == cudaErrorUnsupportedPtxVersion) {
+      int major = 0, minor = 0;
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_);
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index_);
+      STD_TORCH_CHECK(false, what, ": this GPU has compute capability ", major, ".", minor,
+                      ", but the compiled library has kernels for " CONVMAE_CUDA_ARCHS
+                      " only. Install it again from source with TORCH_CUDA_ARCH_LIST=\"",
+                      major, ".", minor, "\", or use impl='reference'.");
+    }
+    STD_TORCH_CHECK(code == cudaSuccess, what, ": ", cudaGetErrorString(cudaError_t(code)));
+  }
+
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cuda::Stream stream_ = nullptr;
+};
+#endif
 
 }  // namespace convmae

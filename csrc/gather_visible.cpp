@@ -6,19 +6,19 @@
 namespace convmae {
 namespace {
 
-Tensor gather_visible(const Tensor& images, const Tensor& block_index_, int64_t gh, int64_t gw) {
-  check_cpu(images, "images");
-  check_cpu(block_index_, "block_index");
+// Fills in everything; `block_index` must be contiguous.
+GatherVisibleParams fill_params(const Tensor& images, const Tensor& block_index, int64_t gh,
+                                int64_t gw, Tensor& y) {
+  check_same_device(block_index, "block_index", images);
   check_floating(images, "images");
   STD_TORCH_CHECK(images.dim() == 4, "images must be [B, C, H, W]");
-  STD_TORCH_CHECK(block_index_.dim() == 1 && block_index_.scalar_type() == ScalarType::Long,
+  STD_TORCH_CHECK(block_index.dim() == 1 && block_index.scalar_type() == ScalarType::Long,
                   "block_index must be int64 [T]");
   const int64_t side = gh > 0 ? images.size(2) / gh : 0;
   STD_TORCH_CHECK(side >= 1 && side <= 32 && (side & (side - 1)) == 0 &&
                       images.size(2) == gh * side && images.size(3) == gw * side,
                   "images must divide into a grid of ", gh, " x ", gw,
                   " square blocks of side 1, 2, 4, 8, 16 or 32");
-  const Tensor block_index = torch::stable::contiguous(block_index_);
   GatherVisibleParams p;
   p.images = images.const_data_ptr();
   p.block_index = block_index.const_data_ptr<int64_t>();
@@ -32,17 +32,36 @@ Tensor gather_visible(const Tensor& images, const Tensor& block_index_, int64_t 
   p.stride_column = images.stride(3);
   p.side = int(side);
   p.element_size = int(images.element_size());
+  y = torch::stable::new_empty(images, {p.blocks, side * side, p.channels});
+  p.y = y.mutable_data_ptr();
+  return p;
+}
+
+Tensor gather_visible(const Tensor& images, const Tensor& block_index_, int64_t gh, int64_t gw) {
+  const Tensor block_index = torch::stable::contiguous(block_index_);
+  Tensor y;
+  const GatherVisibleParams p = fill_params(images, block_index, gh, gw, y);
   for (int64_t i = 0, count = images.size(0) * gh * gw; i < p.blocks; ++i) {
     STD_TORCH_CHECK(p.block_index[i] >= 0 && p.block_index[i] < count, "block_index holds ",
                     p.block_index[i], ", but there are ", count, " blocks");
   }
-  Tensor y = torch::stable::new_empty(images, {p.blocks, side * side, p.channels});
-  p.y = y.mutable_data_ptr();
   torch::stable::parallel_for(
-      0, p.blocks, grain(side * side * p.channels),
+      0, p.blocks, grain(p.side * p.side * p.channels),
       [&](int64_t begin, int64_t end) { cpu::gather_visible(p, begin, end); });
   return y;
 }
+
+#ifdef WITH_CUDA
+Tensor gather_visible_cuda(const Tensor& images, const Tensor& block_index_, int64_t gh,
+                           int64_t gw) {
+  const OnDevice device(images);
+  const Tensor block_index = torch::stable::contiguous(block_index_);
+  Tensor y;
+  const GatherVisibleParams p = fill_params(images, block_index, gh, gw, y);
+  device.check(cuda::gather_visible(p, device.stream()));
+  return y;
+}
+#endif
 
 }  // namespace
 }  // namespace convmae
@@ -50,3 +69,9 @@ Tensor gather_visible(const Tensor& images, const Tensor& block_index_, int64_t 
 STABLE_TORCH_LIBRARY_IMPL(convmae, CPU, m) {
   m.impl("gather_visible", TORCH_BOX(&convmae::gather_visible));
 }
+
+#ifdef WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(convmae, CUDA, m) {
+  m.impl("gather_visible", TORCH_BOX(&convmae::gather_visible_cuda));
+}
+#endif

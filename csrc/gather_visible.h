@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "launch.h"
+
 namespace convmae {
 
 // images: [batch, channels, grid_rows * side, grid_columns * side], strides in elements;
@@ -18,5 +20,8 @@ struct GatherVisibleParams {
 
 namespace cpu {
 void gather_visible(const GatherVisibleParams& p, int64_t begin, int64_t end);
+}
+namespace cuda {
+LaunchError gather_visible(const GatherVisibleParams& p, Stream stream);
 }
 }  // namespace convmae

@@ -8,11 +8,12 @@
 #include <vector>
 
 #include "common.h"
+#include "cuda/plan.h"
 
 namespace convmae {
 namespace {
 
-const MaskedConv2dKernels& kernels() {
+const cpu::MaskedConv2dKernels& kernels() {
 #if defined(__x86_64__)
   switch (cpu_isa()) {
     case Isa::Avx512: return cpu::avx512::masked_conv2d;
@@ -23,37 +24,27 @@ const MaskedConv2dKernels& kernels() {
   return cpu::baseline::masked_conv2d;
 }
 
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return DType::BFloat16;
-    case ScalarType::Half: return DType::Half;
-    case ScalarType::Double: return DType::Double;
-    default: return DType::Float;
-  }
-}
-
 ScalarType accumulation_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The places of a block and its halo, for MaskedConv2dParams::window.
-std::vector<Place> make_window(const MaskedConv2dParams& p, int radius) {
+// The places of a block and its halo, the `window` of the CPU kernels.
+std::vector<Place> make_window(const MaskedConv2dParams& p) {
   std::vector<Place> window;
   window.reserve(size_t(p.window_rows()) * p.window_columns());
   for (int row = -p.halo_rows(); row < p.side + p.halo_rows(); ++row) {
     for (int column = -p.halo_columns(); column < p.side + p.halo_columns(); ++column) {
-      window.push_back(place(row, column, p.side, radius));
+      window.push_back(place(row, column, p.side, p.radius));
     }
   }
   return window;
 }
 
 // Fills in what forward and weight gradient share. `x` and `neighbours` must be contiguous.
-std::vector<Place> fill_params(MaskedConv2dParams& p, const Tensor& x, const Tensor& neighbours,
-                               int64_t kernel_rows, int64_t kernel_columns,
-                               const std::vector<int64_t>& dilation) {
-  check_cpu(x, "x");
-  check_cpu(neighbours, "neighbours");
+void fill_params(MaskedConv2dParams& p, const Tensor& x, const Tensor& neighbours,
+                 int64_t kernel_rows, int64_t kernel_columns,
+                 const std::vector<int64_t>& dilation) {
+  check_same_device(neighbours, "neighbours", x);
   check_floating(x, "x");
   STD_TORCH_CHECK(x.dim() == 3, "x must be [T, s*s, C]");
   STD_TORCH_CHECK(neighbours.dim() == 2 && neighbours.size(0) == x.size(0) &&
@@ -74,34 +65,40 @@ std::vector<Place> fill_params(MaskedConv2dParams& p, const Tensor& x, const Ten
   STD_TORCH_CHECK(p.side >= 1 && p.side <= 32 && (p.side & (p.side - 1)) == 0 &&
                       int64_t(p.side) * p.side == x.size(1),
                   "block sides are 1, 2, 4, 8, 16 or 32");
-  const int radius = (int(std::lround(std::sqrt(double(p.table_columns)))) - 1) / 2;
-  STD_TORCH_CHECK(int64_t(2 * radius + 1) * (2 * radius + 1) == p.table_columns &&
-                      int64_t(radius) * p.side >= std::max(p.halo_rows(), p.halo_columns()),
+  p.radius = (int(std::lround(std::sqrt(double(p.table_columns)))) - 1) / 2;
+  STD_TORCH_CHECK(int64_t(2 * p.radius + 1) * (2 * p.radius + 1) == p.table_columns &&
+                      int64_t(p.radius) * p.side >= std::max(p.halo_rows(), p.halo_columns()),
                   "neighbours does not reach as far as the kernel");
   p.x = x.const_data_ptr();
   p.neighbours = neighbours.const_data_ptr<int32_t>();
-  std::vector<Place> window = make_window(p, radius);
-  p.window = window.data();
-  return window;
+}
+
+void check_weight(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_same_device(weight, "weight", x);
+  STD_TORCH_CHECK(
+      x.dim() == 3 && weight.dim() == 4 && weight.size(0) == x.size(2) && weight.size(1) == 1,
+      "weight must be [C, 1, kh, kw]");
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight must have the dtype of x");
+  if (!bias.has_value()) return;
+  check_same_device(*bias, "bias", x);
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == x.size(2), "bias must be [C]");
 }
 
 Tensor masked_conv2d(const Tensor& x_, const Tensor& weight, std::optional<Tensor> bias,
                      const Tensor& neighbours_, std::vector<int64_t> dilation) {
   const Tensor x = torch::stable::contiguous(x_);
   const Tensor neighbours = torch::stable::contiguous(neighbours_);
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == x.size(2) && weight.size(1) == 1,
-                  "weight must be [C, 1, kh, kw]");
-  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight must have the dtype of x");
-  MaskedConv2dForward p;
-  const std::vector<Place> window =
-      fill_params(p, x, neighbours, weight.size(2), weight.size(3), dilation);
+  check_weight(x, weight, bias);
+  cpu::MaskedConv2dForward p;
+  fill_params(p, x, neighbours, weight.size(2), weight.size(3), dilation);
+  const std::vector<Place> window = make_window(p);
+  p.window = window.data();
 
   const ScalarType acc = accumulation_type(x);
   const int64_t taps = int64_t(p.kernel_rows) * p.kernel_columns;
   Tensor table = torch::stable::new_empty(x, {1 + taps, p.channels}, acc);
   Tensor bias_row = torch::stable::narrow(table, 0, 0, 1);
   if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == p.channels, "bias must be [C]");
     torch::stable::copy_(bias_row, *bias);
   } else {
     torch::stable::fill_(bias_row, 0.0);
@@ -116,6 +113,15 @@ Tensor masked_conv2d(const Tensor& x_, const Tensor& weight, std::optional<Tenso
       0, p.blocks, grain(x.size(1) * p.channels),
       [&](int64_t begin, int64_t end) { kernels().forward(p, begin, end); });
   return y;
+}
+
+void check_grad(const Tensor& grad, const Tensor& x, const std::vector<int64_t>& kernel) {
+  STD_TORCH_CHECK(kernel.size() == 2, "kernel must be two odd integers");
+  check_same_device(grad, "grad", x);
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == 3 && x.dim() == 3 &&
+                      grad.size(0) == x.size(0) && grad.size(1) == x.size(1) &&
+                      grad.size(2) == x.size(2),
+                  "grad must have the shape and dtype of x");
 }
 
 // The blocks are cut into parts whose number depends on their own number alone, and the parts are
@@ -138,13 +144,11 @@ std::tuple<Tensor, Tensor> masked_conv2d_weight_grad(const Tensor& grad_, const 
                                                      std::vector<int64_t> dilation) {
   const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
   const Tensor neighbours = torch::stable::contiguous(neighbours_);
-  STD_TORCH_CHECK(kernel.size() == 2, "kernel must be two odd integers");
-  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == 3 &&
-                      grad.size(0) == x.size(0) && grad.size(1) == x.size(1) &&
-                      grad.size(2) == x.size(2),
-                  "grad must have the shape and dtype of x");
-  MaskedConv2dWeightGrad p;
-  const std::vector<Place> window = fill_params(p, x, neighbours, kernel[0], kernel[1], dilation);
+  check_grad(grad, x, kernel);
+  cpu::MaskedConv2dWeightGrad p;
+  fill_params(p, x, neighbours, kernel[0], kernel[1], dilation);
+  const std::vector<Place> window = make_window(p);
+  p.window = window.data();
   p.grad = grad.const_data_ptr();
 
   const ScalarType acc = accumulation_type(x);
@@ -174,6 +178,51 @@ std::tuple<Tensor, Tensor> masked_conv2d_weight_grad(const Tensor& grad_, const 
   return {torch::stable::reshape(by_channel, {p.channels, 1, kernel[0], kernel[1]}), bias};
 }
 
+#ifdef WITH_CUDA
+Tensor masked_conv2d_cuda(const Tensor& x_, const Tensor& weight_, std::optional<Tensor> bias,
+                          const Tensor& neighbours_, std::vector<int64_t> dilation) {
+  const OnDevice device(x_);
+  const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
+  const Tensor neighbours = torch::stable::contiguous(neighbours_);
+  check_weight(x, weight, bias);
+  cuda::MaskedConv2dForward p;
+  fill_params(p, x, neighbours, weight.size(2), weight.size(3), dilation);
+  if (bias.has_value()) {
+    bias = torch::stable::contiguous(torch::stable::to(*bias, x.scalar_type()));
+  }
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  p.weight = weight.const_data_ptr();
+  p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+  p.y = y.mutable_data_ptr();
+  cuda::plan_forward(p, device.multiprocessors());
+  device.check(cuda::masked_conv2d(p, device.stream()));
+  return y;
+}
+
+std::tuple<Tensor, Tensor> masked_conv2d_weight_grad_cuda(const Tensor& grad_, const Tensor& x_,
+                                                          const Tensor& neighbours_,
+                                                          std::vector<int64_t> kernel,
+                                                          std::vector<int64_t> dilation) {
+  const OnDevice device(x_);
+  const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
+  const Tensor neighbours = torch::stable::contiguous(neighbours_);
+  check_grad(grad, x, kernel);
+  cuda::MaskedConv2dWeightGrad p;
+  fill_params(p, x, neighbours, kernel[0], kernel[1], dilation);
+  p.grad = grad.const_data_ptr();
+  cuda::plan_weight_grad(p);
+  Tensor partial = torch::stable::new_empty(x, {p.runs, 1 + kernel[0] * kernel[1], p.channels},
+                                            accumulation_type(x));
+  Tensor grad_weight = torch::stable::new_empty(x, {p.channels, 1, kernel[0], kernel[1]});
+  Tensor grad_bias = torch::stable::new_empty(x, {p.channels});
+  p.partial = partial.mutable_data_ptr();
+  p.grad_weight = grad_weight.mutable_data_ptr();
+  p.grad_bias = grad_bias.mutable_data_ptr();
+  device.check(cuda::masked_conv2d_weight_grad(p, device.stream()));
+  return {grad_weight, grad_bias};
+}
+#endif
+
 }  // namespace
 }  // namespace convmae
 
@@ -181,3 +230,10 @@ STABLE_TORCH_LIBRARY_IMPL(convmae, CPU, m) {
   m.impl("masked_conv2d", TORCH_BOX(&convmae::masked_conv2d));
   m.impl("masked_conv2d_weight_grad", TORCH_BOX(&convmae::masked_conv2d_weight_grad));
 }
+
+#ifdef WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(convmae, CUDA, m) {
+  m.impl("masked_conv2d", TORCH_BOX(&convmae::masked_conv2d_cuda));
+  m.impl("masked_conv2d_weight_grad", TORCH_BOX(&convmae::masked_conv2d_weight_grad_cuda));
+}
+#endif

@@ -4,22 +4,18 @@
 #include <cstdint>
 
 #include "block.h"
+#include "launch.h"
+#include "numbers.h"
 
 namespace convmae {
 
-enum class DType : int { Float, BFloat16, Half, Double };
-
-// x and y are [blocks, side * side, channels]; weights and their gradients are
-// [1 + kernel_rows * kernel_columns, channels], the bias and then the taps, in the accumulation
-// type (float, or double for double). `window` holds the place of every position of the block and
-// its halo, [side + 2 * halo_rows][side + 2 * halo_columns] in raster order.
+// x is [blocks, side * side, channels], contiguous.
 struct MaskedConv2dParams {
   DType dtype;
   const void* x;
-  const int32_t* neighbours;  // [blocks, table_columns]
-  const Place* window;
+  const int32_t* neighbours;  // [blocks, table_columns], table_columns = (2 * radius + 1)^2
   int64_t blocks, channels, table_columns;
-  int side, kernel_rows, kernel_columns, dilation_rows, dilation_columns;
+  int side, radius, kernel_rows, kernel_columns, dilation_rows, dilation_columns;
 
   int halo_rows() const { return kernel_rows / 2 * dilation_rows; }
   int halo_columns() const { return kernel_columns / 2 * dilation_columns; }
@@ -27,12 +23,22 @@ struct MaskedConv2dParams {
   int window_columns() const { return side + 2 * halo_columns(); }
 };
 
-struct MaskedConv2dForward : MaskedConv2dParams {
+namespace cpu {
+
+// Weights and their gradients are [1 + kernel_rows * kernel_columns, channels], the bias and then
+// the taps, in the accumulation type (float, or double for double). `window` holds the place of
+// every position of the block and its halo, [side + 2 * halo_rows][side + 2 * halo_columns] in
+// raster order. y and grad are like x.
+struct MaskedConv2dWindow : MaskedConv2dParams {
+  const Place* window;
+};
+
+struct MaskedConv2dForward : MaskedConv2dWindow {
   const void* weight;
   void* y;
 };
 
-struct MaskedConv2dWeightGrad : MaskedConv2dParams {
+struct MaskedConv2dWeightGrad : MaskedConv2dWindow {
   const void* grad;
 };
 
@@ -43,7 +49,6 @@ struct MaskedConv2dKernels {
   void (*weight_grad)(const MaskedConv2dWeightGrad&, void* partial, int64_t begin, int64_t end);
 };
 
-namespace cpu {
 namespace baseline {
 extern const MaskedConv2dKernels masked_conv2d;
 }
@@ -54,4 +59,38 @@ namespace avx512 {
 extern const MaskedConv2dKernels masked_conv2d;
 }
 }  // namespace cpu
+
+namespace cuda {
+
+// How the work is cut for the kernels on tiles (see tiles.cuh): a block is 4^log_tiles tiles, a run
+// the consecutive tiles that one thread block works on, a slice 128 bytes of channels. The weight
+// gradient for any shape has runs too, of whole blocks (log_tiles = 0).
+struct MaskedConv2dRuns : MaskedConv2dParams {
+  int64_t tiles, tiles_per_run, runs, slices;
+  int tile_side;  // 2 or 4; 0: the kernel for any shape
+  int log_tiles;
+  bool wide;  // features can be read 16 bytes at a time
+};
+
+// weight is [channels, kernel_rows * kernel_columns], bias [channels] or null, both in the dtype of
+// x; y is like x.
+struct MaskedConv2dForward : MaskedConv2dRuns {
+  const void* weight;
+  const void* bias;
+  void* y;
+};
+
+// grad is like x. partial is [runs, 1 + kernel_rows * kernel_columns, channels], every run's share
+// of the gradients of the bias and the taps, in the accumulation type. Their sums go to
+// grad_weight, [channels, kernel_rows * kernel_columns], and grad_bias, [channels].
+struct MaskedConv2dWeightGrad : MaskedConv2dRuns {
+  const void* grad;
+  void* partial;
+  void* grad_weight;
+  void* grad_bias;
+};
+
+LaunchError masked_conv2d(const MaskedConv2dForward& p, Stream stream);
+LaunchError masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, Stream stream);
+}  // namespace cuda
 }  // namespace convmae

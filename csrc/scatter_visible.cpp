@@ -2,7 +2,7 @@
 #include "scatter_visible.h"
 
 #include <cmath>
-#include <string>
+#include <cstring>
 #include <vector>
 
 #include "common.h"
@@ -10,21 +10,55 @@
 namespace convmae {
 namespace {
 
-Tensor scatter_visible(const Tensor& x_, const Tensor& block_index_, int64_t batch, int64_t gh,
-                       int64_t gw, double fill) {
-  check_cpu(x_, "x");
-  check_cpu(block_index_, "block_index");
-  check_floating(x_, "x");
-  STD_TORCH_CHECK(x_.dim() == 3, "x must be [T, s*s, C]");
-  STD_TORCH_CHECK(block_index_.dim() == 1 && block_index_.scalar_type() == ScalarType::Long &&
-                      block_index_.size(0) == x_.size(0),
+// Fills in all but row_of_block and fill; `x` and `block_index` must be contiguous.
+ScatterVisibleParams fill_params(const Tensor& x, const Tensor& block_index, int64_t batch,
+                                 int64_t gh, int64_t gw, Tensor& y) {
+  check_same_device(block_index, "block_index", x);
+  check_floating(x, "x");
+  STD_TORCH_CHECK(x.dim() == 3, "x must be [T, s*s, C]");
+  STD_TORCH_CHECK(block_index.dim() == 1 && block_index.scalar_type() == ScalarType::Long &&
+                      block_index.size(0) == x.size(0),
                   "block_index must be int64 [T]");
-  const Tensor x = torch::stable::contiguous(x_);
-  const Tensor block_index = torch::stable::contiguous(block_index_);
   const int64_t side = std::lround(std::sqrt(double(x.size(1))));
   STD_TORCH_CHECK(side >= 1 && side <= 32 && (side & (side - 1)) == 0 && side * side == x.size(1),
                   "block sides are 1, 2, 4, 8, 16 or 32");
-  const int64_t blocks = batch * gh * gw, channels = x.size(2);
+  y = torch::stable::new_empty(x, {batch, gh * side, gw * side, x.size(2)});
+  ScatterVisibleParams p;
+  p.x = x.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.batch = batch;
+  p.channels = x.size(2);
+  p.grid_rows = gh;
+  p.grid_columns = gw;
+  p.side = int(side);
+  p.element_size = int(x.element_size());
+  return p;
+}
+
+// The bits of `value` in a dtype, in the first bytes.
+uint64_t element_bits(DType dtype, double value) {
+  uint64_t bits = 0;
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    T element;
+    from_acc(Acc<T>(value), &element);
+    std::memcpy(&bits, &element, sizeof(T));
+  });
+  return bits;
+}
+
+// [B, H, W, C] -> [B, C, H, W], channels-last
+Tensor channels_first(const Tensor& y) {
+  return torch::stable::transpose(torch::stable::transpose(y, 1, 3), 2, 3);
+}
+
+Tensor scatter_visible(const Tensor& x_, const Tensor& block_index_, int64_t batch, int64_t gh,
+                       int64_t gw, double fill) {
+  const Tensor x = torch::stable::contiguous(x_);
+  const Tensor block_index = torch::stable::contiguous(block_index_);
+  Tensor y;
+  ScatterVisibleParams p = fill_params(x, block_index, batch, gh, gw, y);
+  const int64_t blocks = batch * gh * gw;
   std::vector<int64_t> row_of_block(blocks, -1);
   const int64_t* index = block_index.const_data_ptr<int64_t>();
   for (int64_t row = 0; row < x.size(0); ++row) {
@@ -32,34 +66,34 @@ Tensor scatter_visible(const Tensor& x_, const Tensor& block_index_, int64_t bat
                     ", but there are ", blocks, " blocks");
     row_of_block[index[row]] = row;
   }
-  const Tensor element = torch::stable::fill_(torch::stable::new_empty(x, {1}), fill);
-  Tensor y = torch::stable::new_empty(x, {batch, gh * side, gw * side, channels});
-  ScatterVisibleParams p;
-  p.x = x.const_data_ptr();
+  const uint64_t bits = element_bits(dtype_of(x), fill);
   p.row_of_block = row_of_block.data();
-  p.y = y.mutable_data_ptr();
-  p.fill = element.const_data_ptr();
-  p.channels = channels;
-  p.grid_rows = gh;
-  p.grid_columns = gw;
-  p.side = int(side);
-  p.element_size = int(x.element_size());
+  p.fill = &bits;
   torch::stable::parallel_for(
-      0, blocks, grain(side * side * channels),
+      0, blocks, grain(x.size(1) * p.channels),
       [&](int64_t begin, int64_t end) { cpu::scatter_visible(p, begin, end); });
-  // [B, H, W, C] -> [B, C, H, W], channels-last
-  return torch::stable::transpose(torch::stable::transpose(y, 1, 3), 2, 3);
+  return channels_first(y);
 }
 
-// The instruction set of the kernels, for people.
-std::string cpu_capability() {
-  switch (cpu_isa()) {
-    case Isa::Avx512: return "AVX-512";
-    case Isa::Avx2: return "AVX2";
-    case Isa::Baseline: break;
-  }
-  return "baseline";
+#ifdef WITH_CUDA
+Tensor scatter_visible_cuda(const Tensor& x_, const Tensor& block_index_, int64_t batch, int64_t gh,
+                            int64_t gw, double fill) {
+  const OnDevice device(x_);
+  const Tensor x = torch::stable::contiguous(x_);
+  const Tensor block_index = torch::stable::contiguous(block_index_);
+  Tensor y;
+  ScatterVisibleParams p = fill_params(x, block_index, batch, gh, gw, y);
+  Tensor row_of_block = torch::stable::new_empty(block_index, {batch * gh * gw});
+  torch::stable::fill_(row_of_block, -1.0);
+  const ScatterVisibleRows rows = {block_index.const_data_ptr<int64_t>(),
+                                   row_of_block.mutable_data_ptr<int64_t>(), x.size(0)};
+  const uint64_t bits = element_bits(dtype_of(x), fill);
+  p.row_of_block = rows.row_of_block;
+  p.fill = &bits;
+  device.check(cuda::scatter_visible(rows, p, device.stream()));
+  return channels_first(y);
 }
+#endif
 
 }  // namespace
 }  // namespace convmae
@@ -68,6 +102,8 @@ STABLE_TORCH_LIBRARY_IMPL(convmae, CPU, m) {
   m.impl("scatter_visible", TORCH_BOX(&convmae::scatter_visible));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(convmae, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&convmae::cpu_capability));
+#ifdef WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(convmae, CUDA, m) {
+  m.impl("scatter_visible", TORCH_BOX(&convmae::scatter_visible_cuda));
 }
+#endif

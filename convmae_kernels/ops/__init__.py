@@ -1,5 +1,6 @@
 """One module per op: schema, fake, derivative formulas, public function."""
 
+from convmae_kernels.ops import neighbour_table  # noqa: F401  (a mask calls the registered op)
 from convmae_kernels.ops.gather_visible import gather_visible
 from convmae_kernels.ops.masked_conv2d import masked_conv2d
 from convmae_kernels.ops.scatter_visible import scatter_visible

@@ -42,6 +42,7 @@ def load_extension() -> str | None:
 
 
 LIB.define("cpu_capability() -> str")
+LIB.define("cuda_architectures() -> str")
 
 WHY_NOT_COMPILED = load_extension()
 if WHY_NOT_COMPILED is not None:
@@ -119,6 +120,17 @@ def register(schema: str, reference: Callable, fake: Callable, derivatives: Call
         LIB.impl(name, run_triton, "CUDA")
 
 
+def why_not_cuda() -> str | None:
+    """Why the compiled CUDA kernels cannot run in this process; None if they can."""
+    if WHY_NOT_COMPILED is not None:
+        return WHY_NOT_COMPILED
+    if not torch.ops.convmae.cuda_architectures():
+        return "the compiled library has no CUDA kernels: nvcc was not found when it was built"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    return None
+
+
 def why_not(impl: Impl, x: Tensor) -> str | None:
     """Why `impl` cannot run on `x`; None if it can."""
     if impl in ("auto", "reference"):
@@ -128,7 +140,9 @@ def why_not(impl: Impl, x: Tensor) -> str | None:
             return f"the tensor is on {x.device}, not on the CPU"
         return WHY_NOT_COMPILED
     if impl == "cuda":
-        return "this version has no GPU kernels yet; use impl='reference' or 'auto'"
+        if x.device.type != "cuda":
+            return f"the tensor is on {x.device}, not on a CUDA GPU; {why_not_cuda() or 'move it'}"
+        return why_not_cuda()
     if impl == "triton":
         if WHY_NOT_TRITON is None and not (x.is_cuda or (TRITON_INTERPRETS and x.is_cpu)):
             return f"the tensor is on {x.device}, not on a GPU"

@@ -17,6 +17,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+def neighbour_table(visible: Tensor, block_index: Tensor, radius: int) -> Tensor:
+    """bool `[B, gh, gw]`, its `[T]` visible blocks -> int32 `[T, (2 * radius + 1) ** 2]`.
+
+    See `BlockMask.neighbours`; `block_index` is ascending.
+    """
+    side = 2 * radius + 1
+    flat = visible.flatten()
+    row = torch.where(flat, flat.cumsum(0) - 1, -1).to(torch.int32)
+    row = torch.nn.functional.pad(row.view_as(visible), (radius,) * 4, value=-1)
+    windows = row.unfold(1, side, 1).unfold(2, side, 1)  # [B, gh, gw, side, side]
+    return windows.reshape(visible.numel(), side * side).index_select(0, block_index)
+
+
 def gather_visible(images: Tensor, block_index: Tensor, gh: int, gw: int) -> Tensor:
     """`[B, C, gh*s, gw*s] -> [T, s*s, C]`: the visible blocks, their positions in Z-order."""
     batch, channels, height, width = images.shape

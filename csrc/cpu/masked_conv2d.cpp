@@ -14,6 +14,9 @@
 namespace convmae {
 namespace {
 
+using cpu::MaskedConv2dForward;
+using cpu::MaskedConv2dWeightGrad;
+
 template <class T>
 class Buffer {
  public:
@@ -34,7 +37,7 @@ class Buffer {
 template <class T>
 class Window {
  public:
-  explicit Window(const MaskedConv2dParams& p)
+  explicit Window(const cpu::MaskedConv2dWindow& p)
       : p_(p), size_(int64_t(p.window_rows()) * p.window_columns()), at_(size_) {}
 
   void move_to(int64_t block) {
@@ -53,7 +56,7 @@ class Window {
   }
 
  private:
-  const MaskedConv2dParams& p_;
+  const cpu::MaskedConv2dWindow& p_;
   const int64_t size_;
   Buffer<const T*> at_;
 };
@@ -284,16 +287,6 @@ void with_shape(const MaskedConv2dParams& p, F&& f) {
   if (p.side >= 4) return with_kernel(Index<4>{});
   if (p.side == 2) return with_kernel(Index<2>{});
   f(Index<0>{}, Index<1>{});
-}
-
-template <class F>
-void with_type(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::Float: return f(float{});
-    case DType::BFloat16: return f(BFloat16{});
-    case DType::Half: return f(Half{});
-    case DType::Double: return f(double{});
-  }
 }
 
 void forward(const MaskedConv2dForward& p, int64_t begin, int64_t end) {

@@ -11,6 +11,9 @@
 #include <immintrin.h>
 #endif
 
+#include "numbers.h"
+#include "unroll.h"
+
 namespace convmae {
 namespace {
 
@@ -21,24 +24,6 @@ constexpr int kVecBytes = 32;
 #else
 constexpr int kVecBytes = 16;
 #endif
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-template <class T>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-template <class T>
-using Acc = typename AccOf<T>::type;
 
 template <class E, int Bytes>
 struct VecOf {
@@ -59,62 +44,6 @@ using Vec = typename Lanes<A, N>::type;
 
 template <class A>
 constexpr int kLanes = kVecBytes / int(sizeof(A));
-
-// -- one value --------------------------------------------------------------------------------
-
-inline float to_acc(float x) { return x; }
-inline double to_acc(double x) { return x; }
-inline float to_acc(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-inline float to_acc(Half x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
-  uint32_t bits;
-  if (magnitude >= 0x7c00) {  // infinity, NaN
-    bits = sign | 0x7f800000u | (magnitude & 0x3ff) << 13;
-  } else if (magnitude >= 0x400) {
-    bits = sign | ((magnitude << 13) + (112u << 23));
-  } else {  // subnormal: a multiple of 2^-24
-    const float value = float(magnitude) * 5.9604644775390625e-8f;
-    std::memcpy(&bits, &value, 4);
-    bits |= sign;
-  }
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline void from_acc(float x, float* out) { *out = x; }
-inline void from_acc(double x, double* out) { *out = x; }
-inline void from_acc(float x, BFloat16* out) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  out->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-inline void from_acc(float x, Half* out) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
-  bits &= 0x7fffffff;
-  uint32_t half;
-  if (bits > 0x7f800000) {
-    half = 0x7e00;
-  } else if (bits >= 0x47800000) {  // 2^16 and more
-    half = 0x7c00;
-  } else if (bits >= 0x38800000) {  // normal; a carry into the exponent is right, up to infinity
-    half = (bits - (112u << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
-  } else {  // subnormal: the float adder rounds to a multiple of 2^-24
-    float value;
-    std::memcpy(&value, &bits, 4);
-    value += 0.5f;
-    std::memcpy(&half, &value, 4);
-    half -= 0x3f000000;
-  }
-  out->bits = uint16_t(sign | half);
-}
 
 // -- a vector ---------------------------------------------------------------------------------
 
@@ -176,21 +105,6 @@ inline void store(T* p, Vec<Acc<T>, N> x) {
 }
 
 // -- loops ------------------------------------------------------------------------------------
-
-template <int I>
-struct Index {
-  static constexpr int value = I;
-  constexpr operator int() const { return I; }
-};
-
-// f(Index<0>), ..., f(Index<N - 1>), unrolled, so that what they index can live in registers.
-template <int N, int I = 0, class F>
-__attribute__((always_inline)) inline void unroll(F&& f) {
-  if constexpr (I < N) {
-    f(Index<I>{});
-    unroll<N, I + 1>(f);
-  }
-}
 
 // Calls f(lanes, channel) until every channel is covered: whole vectors, then one by one.
 template <class A, class F>

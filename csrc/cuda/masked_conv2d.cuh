@@ -1,0 +1,130 @@
+// Depthwise convolution of packed features [blocks, side * side, channels], the positions of a
+// block in Z-order; table int32 [blocks, (2 * radius + 1)^2], -1: hidden.
+#pragma once
+
+#include "cuda/tiles.cuh"
+
+namespace convmae::cuda {
+
+// A square kernel of dilation 1 on blocks of side S or, for S = 4, larger. The weights of a lane's
+// channels stay in registers for a whole run of tiles, and a position that is read serves every
+// output of the tile that it reaches.
+// Launch: p.slices * p.runs thread blocks of 32 threads. Needs words: channels * sizeof(T) a
+// multiple of 4, x and y aligned to 4 bytes, to 16 where p.wide.
+template <class T, int S, int K>
+__global__ void __launch_bounds__(32) masked_conv2d_tiles(MaskedConv2dForward p) {
+  constexpr int V = kWordChannels<T>;
+  __shared__ TileMemory<S, K, 0> memory;
+  const int64_t slice = blockIdx.x % p.slices, run = blockIdx.x / p.slices;
+  const Lane lane(threadIdx.x, slice, int(p.channels * sizeof(T)), p.wide);
+  const int64_t channel = slice * kWarpChannels<T> + lane.lane * V;
+
+  // The slice's weights are [channels][K * K] in memory: coalesced through shared memory.
+  static_assert(kWarpChannels<T> * K * K * sizeof(T) <= sizeof(memory.places));
+  T* const staged = reinterpret_cast<T*>(memory.places);
+  const int64_t start = slice * kWarpChannels<T> * K * K, end = p.channels * K * K;
+  for (int64_t i = lane.lane; i < kWarpChannels<T> * K * K && start + i < end; i += 32) {
+    staged[i] = static_cast<const T*>(p.weight)[start + i];
+  }
+  __syncthreads();
+  float weight[K * K][V], bias[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const bool exists = channel + v < p.channels;
+    bias[v] = exists && p.bias != nullptr ? load(static_cast<const T*>(p.bias) + channel + v) : 0;
+#pragma unroll
+    for (int tap = 0; tap < K * K; ++tap) {
+      weight[tap][v] = exists ? load(staged + (lane.lane * V + v) * K * K + tap) : 0;
+    }
+  }
+  // walk_tiles writes to the places only after barriers of its own.
+  const int64_t first = run * p.tiles_per_run;
+  walk_tiles<S, K>(
+      p, lane, first, min(first + p.tiles_per_run, p.tiles), memory, [](int64_t, Chunk*) {},
+      [&](int64_t tile, uint32_t visible, const Chunk* places) {
+        float sum[S * S][V];
+#pragma unroll
+        for (int o = 0; o < S * S; ++o) {
+#pragma unroll
+          for (int v = 0; v < V; ++v) sum[o][v] = bias[v];
+        }
+        for_visible<T, S, K>(lane, visible, places, [&](int y, int x, const float (&values)[V]) {
+#pragma unroll
+          for (int o = 0; o < S * S; ++o) {
+            const int i = y - o / S + K / 2, j = x - o % S + K / 2;
+            if (i < 0 || i >= K || j < 0 || j >= K) continue;
+#pragma unroll
+            for (int v = 0; v < V; ++v) sum[o][v] += weight[i * K + j][v] * values[v];
+          }
+        });
+        if (!lane.has_word) return;
+        char* y = static_cast<char*>(p.y) + slice * 128 + lane.lane * 4 +
+                  tile * (S * S * lane.position_bytes);
+#pragma unroll
+        for (int o = 0; o < S * S; ++o) {
+          *reinterpret_cast<uint32_t*>(y + int64_t(zorder(o / S, o % S)) * lane.position_bytes) =
+              pack(T{}, sum[o]);
+        }
+      });
+}
+
+// Any kernel, dilation, block side, alignment, dtype. A thread computes one channel of up to four
+// positions, those of the same rank but for its last two bits.
+// Launch: grid (ceil(blocks * ceil(side^2 / 4) / 8), ceil(channels / 32)), block (32, 8).
+template <class T>
+__global__ void __launch_bounds__(256) masked_conv2d_any(MaskedConv2dForward p) {
+  using A = Acc<T>;
+  const int64_t channel = int64_t(blockIdx.y) * 32 + threadIdx.x;
+  const int positions = p.side * p.side, outputs = p.side == 1 ? 1 : 4;
+  const int64_t first = (int64_t(blockIdx.x) * 8 + threadIdx.y) * outputs;
+  const int64_t block = first >> 2 * log2_side(p.side);
+  if (channel >= p.channels || block >= p.blocks) return;
+  const int rank = int(first) & (positions - 1), row = zorder_row(rank),
+            column = zorder_column(rank);
+  const int32_t* const table = p.neighbours + block * p.table_columns;
+  const T* const x = static_cast<const T*>(p.x) + channel;
+  const T* weight = static_cast<const T*>(p.weight) + channel * p.kernel_rows * p.kernel_columns;
+
+  const A bias = p.bias == nullptr ? A(0) : load(static_cast<const T*>(p.bias) + channel);
+  A sum[4] = {bias, bias, bias, bias};
+  for (int i = 0; i < p.kernel_rows; ++i) {
+    const int y = row + (i - p.kernel_rows / 2) * p.dilation_rows;
+    for (int j = 0; j < p.kernel_columns; ++j, ++weight) {
+      const int x_ = column + (j - p.kernel_columns / 2) * p.dilation_columns;
+      const A tap = load(weight);
+#pragma unroll
+      for (int o = 0; o < 4; ++o) {
+        if (o >= outputs) continue;
+        const Place at = place(y + o / 2, x_ + o % 2, p.side, p.radius);
+        const int64_t from = table[at.neighbour];
+        if (from >= 0) sum[o] += tap * load(x + (from * positions + at.rank) * p.channels);
+      }
+    }
+  }
+  T* const y = static_cast<T*>(p.y) + first * p.channels + channel;
+#pragma unroll
+  for (int o = 0; o < 4; ++o) {
+    if (o < outputs) store(sum[o], y + o * p.channels);
+  }
+}
+
+// Calls launch(kernel, grid, block, shared bytes, p) with the kernel that p was planned for.
+template <class Launch>
+void launch_masked_conv2d(const MaskedConv2dForward& p, Launch&& launch) {
+  if (p.blocks == 0 || p.channels == 0) return;
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (p.tile_side == 0) {
+      const int64_t groups = p.blocks * p.side * p.side / (p.side == 1 ? 1 : 4);
+      launch(masked_conv2d_any<T>,
+             dim3(unsigned((groups + 7) / 8), unsigned((p.channels + 31) / 32)), dim3(32, 8), 0, p);
+    } else if constexpr (!std::is_same_v<T, double>) {
+      with_tile_shape(p, [&](auto side, auto kernel) {
+        launch(masked_conv2d_tiles<T, side, kernel>, dim3(unsigned(p.slices * p.runs)), dim3(32), 0,
+               p);
+      });
+    }
+  });
+}
+
+}  // namespace convmae::cuda

@@ -1,0 +1,142 @@
+// Gradients of the depthwise convolution in its weight and bias, in two stages: every run of tiles
+// (or blocks) writes its share, and the shares are added up in a fixed order. How many runs there
+// are depends on the problem only, so the same input gives the same bits on every device.
+#pragma once
+
+#include "cuda/tiles.cuh"
+
+namespace convmae::cuda {
+
+// A square kernel of dilation 1 on blocks of side S or, for S = 4, larger. A lane keeps the sums of
+// its channels in registers for the whole run.
+// Launch: p.slices * p.runs thread blocks of 32 threads. Needs words: channels * sizeof(T) a
+// multiple of 4, x and grad aligned to 4 bytes, to 16 where p.wide.
+template <class T, int S, int K>
+__global__ void __launch_bounds__(32) masked_conv2d_weight_grad_tiles(MaskedConv2dWeightGrad p) {
+  constexpr int V = kWordChannels<T>, kPlaces = Surroundings<S, K>::kPlaces;
+  __shared__ TileMemory<S, K, S * S> memory;
+  const int64_t slice = blockIdx.x % p.slices, run = blockIdx.x / p.slices;
+  const Lane lane(threadIdx.x, slice, int(p.channels * sizeof(T)), p.wide);
+  float bias[V] = {}, sum[K * K][V] = {};
+
+  const int64_t first = run * p.tiles_per_run;
+  walk_tiles<S, K>(
+      p, lane, first, min(first + p.tiles_per_run, p.tiles), memory,
+      [&](int64_t tile, Chunk* places) { copy_tile<S>(lane, p.grad, tile, places); },
+      [&](int64_t, uint32_t visible, const Chunk* places) {
+        float grad[S * S][V];
+        const uint32_t* words = places[kPlaces * 8 + lane.lane / 4].words + lane.lane % 4;
+#pragma unroll
+        for (int o = 0; o < S * S; ++o) {
+          unpack(T{}, words[zorder(o / S, o % S) * 32], grad[o]);
+#pragma unroll
+          for (int v = 0; v < V; ++v) bias[v] += grad[o][v];
+        }
+        for_visible<T, S, K>(lane, visible, places, [&](int y, int x, const float (&values)[V]) {
+#pragma unroll
+          for (int o = 0; o < S * S; ++o) {
+            const int i = y - o / S + K / 2, j = x - o % S + K / 2;
+            if (i < 0 || i >= K || j < 0 || j >= K) continue;
+#pragma unroll
+            for (int v = 0; v < V; ++v) sum[i * K + j][v] += grad[o][v] * values[v];
+          }
+        });
+      });
+
+  if (!lane.has_word) return;
+  float* out = static_cast<float*>(p.partial) + run * (1 + K * K) * p.channels +
+               slice * kWarpChannels<T> + lane.lane * V;
+#pragma unroll
+  for (int v = 0; v < V; ++v) out[v] = bias[v];
+#pragma unroll
+  for (int tap = 0; tap < K * K; ++tap) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) out[(1 + tap) * p.channels + v] = sum[tap][v];
+  }
+}
+
+// Any kernel, dilation, block side, alignment, dtype. A thread sums one tap, or the bias, of one
+// channel over a run of blocks.
+// Launch: grid (p.runs, ceil(channels / 32), ceil((1 + taps) / 8)), block (32, 8).
+template <class T>
+__global__ void __launch_bounds__(256) masked_conv2d_weight_grad_any(MaskedConv2dWeightGrad p) {
+  using A = Acc<T>;
+  const int64_t channel = int64_t(blockIdx.y) * 32 + threadIdx.x;
+  const int row = int(blockIdx.z) * 8 + int(threadIdx.y);  // of partial: 0 the bias, 1 + tap
+  if (channel >= p.channels || row > p.kernel_rows * p.kernel_columns) return;
+  const int down = ((row - 1) / p.kernel_columns - p.kernel_rows / 2) * p.dilation_rows;
+  const int right = ((row - 1) % p.kernel_columns - p.kernel_columns / 2) * p.dilation_columns;
+  const int positions = p.side * p.side;
+  const int64_t run = blockIdx.x, first = run * p.tiles_per_run;
+  const int64_t last = min(first + p.tiles_per_run, p.blocks);
+
+  A sum = 0;
+  for (int64_t block = first; block < last; ++block) {
+    const int32_t* const table = p.neighbours + block * p.table_columns;
+    const T* grad = static_cast<const T*>(p.grad) + block * positions * p.channels + channel;
+    for (int rank = 0; rank < positions; ++rank, grad += p.channels) {
+      if (row == 0) {
+        sum += load(grad);
+        continue;
+      }
+      const Place at =
+          place(zorder_row(rank) + down, zorder_column(rank) + right, p.side, p.radius);
+      const int64_t from = table[at.neighbour];
+      if (from < 0) continue;
+      sum += load(grad) *
+             load(static_cast<const T*>(p.x) + (from * positions + at.rank) * p.channels + channel);
+    }
+  }
+  static_cast<A*>(
+      p.partial)[(run * (1 + p.kernel_rows * p.kernel_columns) + row) * p.channels + channel] = sum;
+}
+
+// Adds up the shares: eight threads take every eighth run each, then one adds their sums.
+// Launch: grid ceil((1 + taps) * channels / 32), block (32, 8).
+template <class T>
+__global__ void __launch_bounds__(256) masked_conv2d_weight_grad_sum(MaskedConv2dWeightGrad p) {
+  using A = Acc<T>;
+  __shared__ A sums[8][32];
+  const int64_t taps = int64_t(p.kernel_rows) * p.kernel_columns, size = (1 + taps) * p.channels;
+  const int64_t i = int64_t(blockIdx.x) * 32 + threadIdx.x;
+  A sum = 0;
+  if (i < size) {
+    const A* const partial = static_cast<const A*>(p.partial) + i;
+#pragma unroll 8
+    for (int64_t run = threadIdx.y; run < p.runs; run += 8) sum += partial[run * size];
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || i >= size) return;
+#pragma unroll
+  for (int y = 1; y < 8; ++y) sum += sums[y][threadIdx.x];
+  const int64_t row = i / p.channels, channel = i % p.channels;
+  T* const out = row == 0 ? static_cast<T*>(p.grad_bias) + channel
+                          : static_cast<T*>(p.grad_weight) + channel * taps + row - 1;
+  store(sum, out);
+}
+
+// Calls launch(kernel, grid, block, shared bytes, p) with the kernel that p was planned for, and
+// with the one that adds up.
+template <class Launch>
+void launch_masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, Launch&& launch) {
+  if (p.channels == 0) return;
+  const int64_t rows = 1 + int64_t(p.kernel_rows) * p.kernel_columns;
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (p.tile_side == 0) {
+      launch(masked_conv2d_weight_grad_any<T>,
+             dim3(unsigned(p.runs), unsigned((p.channels + 31) / 32), unsigned((rows + 7) / 8)),
+             dim3(32, 8), 0, p);
+    } else if constexpr (!std::is_same_v<T, double>) {
+      with_tile_shape(p, [&](auto side, auto kernel) {
+        launch(masked_conv2d_weight_grad_tiles<T, side, kernel>, dim3(unsigned(p.slices * p.runs)),
+               dim3(32), 0, p);
+      });
+    }
+    launch(masked_conv2d_weight_grad_sum<T>, dim3(unsigned((rows * p.channels + 31) / 32)),
+           dim3(32, 8), 0, p);
+  });
+}
+
+}  // namespace convmae::cuda

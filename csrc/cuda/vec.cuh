@@ -1,0 +1,113 @@
+// What kernels ask of the device beyond plain C++, each with a plain twin that any compiler takes:
+// words of packed values, conversions, copies that do not wait. The only header with assembly.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#include <cuda_pipeline.h>
+#endif
+
+#include "numbers.h"
+
+namespace convmae::cuda {
+
+// Sixteen bytes, the widest access to memory.
+struct alignas(16) Chunk {
+  uint32_t words[4];
+};
+
+// A lane works on the channels of one word of 4 bytes, a warp on 128 bytes of channels.
+template <class T>
+constexpr int kWordChannels = 4 / int(sizeof(T));
+template <class T>
+constexpr int kWarpChannels = 32 * kWordChannels<T>;
+
+__device__ inline float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// A value in the accumulation type, and back.
+__device__ inline float load(const float* x) { return *x; }
+__device__ inline double load(const double* x) { return *x; }
+__device__ inline float load(const BFloat16* x) { return to_acc(*x); }
+__device__ inline float load(const Half* x) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x->bits));
+  return value;
+#else
+  return to_acc(*x);
+#endif
+}
+
+__device__ inline void store(float x, float* out) { *out = x; }
+__device__ inline void store(double x, double* out) { *out = x; }
+__device__ inline void store(float x, BFloat16* out) { from_acc(x, out); }
+__device__ inline void store(float x, Half* out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(x));
+#else
+  from_acc(x, out);
+#endif
+}
+
+// The channels of a word, the first one in the low bits.
+__device__ inline void unpack(float, uint32_t word, float (&x)[1]) { x[0] = as_float(word); }
+__device__ inline void unpack(BFloat16, uint32_t word, float (&x)[2]) {
+  x[0] = as_float(word << 16);
+  x[1] = as_float(word & 0xffff0000u);
+}
+__device__ inline void unpack(Half, uint32_t word, float (&x)[2]) {
+  const Half low{uint16_t(word)}, high{uint16_t(word >> 16)};
+  x[0] = load(&low);
+  x[1] = load(&high);
+}
+
+__device__ inline uint32_t pack(float, const float (&x)[1]) {
+  uint32_t word;
+  std::memcpy(&word, x, 4);
+  return word;
+}
+__device__ inline uint32_t pack(BFloat16, const float (&x)[2]) {
+#if defined(__CUDA_ARCH__)
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(x[1]), "f"(x[0]));
+  return word;
+#else
+  BFloat16 low, high;
+  from_acc(x[0], &low);
+  from_acc(x[1], &high);
+  return low.bits | uint32_t(high.bits) << 16;
+#endif
+}
+__device__ inline uint32_t pack(Half, const float (&x)[2]) {
+#if defined(__CUDA_ARCH__)
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(x[1]), "f"(x[0]));
+  return word;
+#else
+  Half low, high;
+  from_acc(x[0], &low);
+  from_acc(x[1], &high);
+  return low.bits | uint32_t(high.bits) << 16;
+#endif
+}
+
+// Copies 16 bytes, or 4, from global to shared memory without waiting; `copies_wait` waits for all
+// copies of the thread.
+__device__ inline void copy_chunk(void* shared, const void* global) {
+  __pipeline_memcpy_async(shared, global, 16);
+}
+__device__ inline void copy_word(void* shared, const void* global) {
+  __pipeline_memcpy_async(shared, global, 4);
+}
+__device__ inline void copies_wait() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+}
+
+}  // namespace convmae::cuda

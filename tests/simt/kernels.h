@@ -1,0 +1,18 @@
+// Launches of the project's kernels on the emulator.
+#pragma once
+
+#include "gather_visible.h"
+#include "masked_conv2d.h"
+#include "neighbour_table.h"
+#include "scatter_visible.h"
+
+namespace simt {
+
+void gather_visible(const convmae::GatherVisibleParams& p, unsigned seed);
+void scatter_visible(const convmae::ScatterVisibleRows& rows,
+                     const convmae::ScatterVisibleParams& p, unsigned seed);
+void neighbour_table(const convmae::NeighbourTableParams& p, unsigned seed);
+void masked_conv2d(const convmae::cuda::MaskedConv2dForward& p, unsigned seed);
+void masked_conv2d_weight_grad(const convmae::cuda::MaskedConv2dWeightGrad& p, unsigned seed);
+
+}  // namespace simt

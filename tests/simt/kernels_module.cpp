@@ -1,0 +1,153 @@
+// The project's kernels, for Python: NumPy arrays are copied to memory of their exact size and
+// back.
+#include <optional>
+
+#include "bindings.h"
+#include "cuda/plan.h"
+#include "kernels.h"
+
+namespace {
+
+namespace py = pybind11;
+using simt::DeviceArray;
+using simt::Shape;
+using Pair = std::array<int, 2>;
+
+// `storage` is the memory of the images, the first of them at `first`; `strides` in elements.
+py::array gather_visible(const py::array& storage, py::ssize_t first,
+                         const std::array<int64_t, 4>& strides, const py::array& block_index,
+                         int channels, Pair grid, int side, unsigned seed) {
+  const DeviceArray images(storage), index(block_index);
+  const DeviceArray y(storage.dtype(), {block_index.shape(0), side * side, channels});
+  convmae::GatherVisibleParams p;
+  p.images = static_cast<const char*>(images.data()) + first * storage.itemsize();
+  p.block_index = static_cast<const int64_t*>(index.data());
+  p.y = y.data();
+  p.blocks = block_index.shape(0);
+  p.channels = channels;
+  p.grid_rows = grid[0];
+  p.grid_columns = grid[1];
+  p.stride_batch = strides[0];
+  p.stride_channel = strides[1];
+  p.stride_row = strides[2];
+  p.stride_column = strides[3];
+  p.side = side;
+  p.element_size = int(storage.itemsize());
+  simt::gather_visible(p, seed);
+  return y.numpy();
+}
+
+// `fill` is an array of one element; x lies `offset` elements after a multiple of 16 bytes.
+py::array scatter_visible(const py::array& x, const py::array& block_index, int batch, Pair grid,
+                          const py::array& fill, size_t offset, unsigned seed) {
+  const int side = int(std::lround(std::sqrt(double(x.shape(1)))));
+  const py::ssize_t cells = py::ssize_t(batch) * grid[0] * grid[1];
+  const DeviceArray in(x, offset), index(block_index), rows(py::dtype::of<int64_t>(), Shape{cells});
+  const DeviceArray y(x.dtype(), {batch, grid[0] * side, grid[1] * side, x.shape(2)});
+  convmae::ScatterVisibleRows r;
+  r.block_index = static_cast<const int64_t*>(index.data());
+  r.row_of_block = static_cast<int64_t*>(rows.data());  // new memory is -1
+  r.blocks = x.shape(0);
+  convmae::ScatterVisibleParams p;
+  p.x = in.data();
+  p.row_of_block = r.row_of_block;
+  p.y = y.data();
+  p.fill = fill.data();
+  p.batch = batch;
+  p.channels = x.shape(2);
+  p.grid_rows = grid[0];
+  p.grid_columns = grid[1];
+  p.side = side;
+  p.element_size = int(x.itemsize());
+  simt::scatter_visible(r, p, seed);
+  return y.numpy();
+}
+
+py::array neighbour_table(const py::array& visible, const py::array& block_index, int radius,
+                          unsigned seed) {
+  const DeviceArray cells(visible), index(block_index);
+  const DeviceArray table(py::dtype::of<int32_t>(),
+                          {block_index.shape(0), (2 * radius + 1) * (2 * radius + 1)});
+  convmae::NeighbourTableParams p;
+  p.visible = static_cast<const bool*>(cells.data());
+  p.block_index = static_cast<const int64_t*>(index.data());
+  p.table = static_cast<int32_t*>(table.data());
+  p.blocks = block_index.shape(0);
+  p.grid_rows = visible.shape(1);
+  p.grid_columns = visible.shape(2);
+  p.radius = radius;
+  simt::neighbour_table(p, seed);
+  return table.numpy();
+}
+
+void fill_params(convmae::MaskedConv2dParams& p, int dtype, const py::array& x,
+                 const DeviceArray& in, const py::array& neighbours, const DeviceArray& table,
+                 Pair kernel, Pair dilation) {
+  p.dtype = convmae::DType(dtype);
+  p.x = in.data();
+  p.neighbours = static_cast<const int32_t*>(table.data());
+  p.blocks = x.shape(0);
+  p.channels = x.shape(2);
+  p.table_columns = neighbours.shape(1);
+  p.side = int(std::lround(std::sqrt(double(x.shape(1)))));
+  p.radius = (int(std::lround(std::sqrt(double(p.table_columns)))) - 1) / 2;
+  p.kernel_rows = kernel[0];
+  p.kernel_columns = kernel[1];
+  p.dilation_rows = dilation[0];
+  p.dilation_columns = dilation[1];
+}
+
+// `runs`: cut the tiles into that many runs; 0: as for a GPU of `multiprocessors`. x and y lie
+// `offset` elements after a multiple of 16 bytes. Also returns the side of the tiles.
+std::pair<py::array, int> masked_conv2d(int dtype, const py::array& x, const py::array& weight,
+                                        const std::optional<py::array>& bias,
+                                        const py::array& neighbours, Pair dilation, size_t offset,
+                                        int multiprocessors, int64_t runs, unsigned seed) {
+  const DeviceArray in(x, offset), taps(weight), table(neighbours);
+  const DeviceArray y(x.dtype(), Shape(x.shape(), x.shape() + 3), offset);
+  std::optional<DeviceArray> bias_row;
+  if (bias) bias_row.emplace(*bias);
+  convmae::cuda::MaskedConv2dForward p;
+  fill_params(p, dtype, x, in, neighbours, table, {int(weight.shape(2)), int(weight.shape(3))},
+              dilation);
+  p.weight = taps.data();
+  p.bias = bias_row ? bias_row->data() : nullptr;
+  p.y = y.data();
+  convmae::cuda::plan_forward(p, multiprocessors);
+  if (runs > 0) convmae::cuda::cut_runs(p, runs);
+  simt::masked_conv2d(p, seed);
+  return {y.numpy(), p.tile_side};
+}
+
+// Gradients of weight and bias, and the side of the tiles.
+std::tuple<py::array, py::array, int> masked_conv2d_weight_grad(
+    int dtype, const py::array& grad, const py::array& x, const py::array& neighbours, Pair kernel,
+    Pair dilation, size_t offset, int64_t runs, unsigned seed) {
+  const DeviceArray grad_in(grad, offset), in(x, offset), table(neighbours);
+  convmae::cuda::MaskedConv2dWeightGrad p;
+  fill_params(p, dtype, x, in, neighbours, table, kernel, dilation);
+  p.grad = grad_in.data();
+  convmae::cuda::plan_weight_grad(p);
+  if (runs > 0) convmae::cuda::cut_runs(p, runs);
+  const py::ssize_t channels = x.shape(2), taps = kernel[0] * kernel[1];
+  const bool wide = p.dtype == convmae::DType::Double;
+  const DeviceArray partial(wide ? py::dtype::of<double>() : py::dtype::of<float>(),
+                            {py::ssize_t(p.runs), 1 + taps, channels});
+  const DeviceArray weight(x.dtype(), {channels, 1, kernel[0], kernel[1]});
+  const DeviceArray bias(x.dtype(), Shape{channels});
+  p.partial = partial.data();
+  p.grad_weight = weight.data();
+  p.grad_bias = bias.data();
+  simt::masked_conv2d_weight_grad(p, seed);
+  return {weight.numpy(), bias.numpy(), p.tile_side};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(simt_kernels, m) {
+  m.def("gather_visible", &gather_visible);
+  m.def("scatter_visible", &scatter_visible);
+  m.def("neighbour_table", &neighbour_table);
+  m.def("masked_conv2d", &masked_conv2d);
+  m.def("masked_conv2d_weight_grad", &masked_conv2d_weight_grad);
+}

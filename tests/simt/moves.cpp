@@ -1,0 +1,24 @@
+// Kernels that move elements and count blocks.
+#include "simt.h"
+//
+#include "cuda/gather_visible.cuh"
+#include "cuda/neighbour_table.cuh"
+#include "cuda/scatter_visible.cuh"
+#include "kernels.h"
+
+namespace simt {
+
+void gather_visible(const convmae::GatherVisibleParams& p, unsigned seed) {
+  convmae::cuda::launch_gather_visible(p, Launcher{seed});
+}
+
+void scatter_visible(const convmae::ScatterVisibleRows& rows,
+                     const convmae::ScatterVisibleParams& p, unsigned seed) {
+  convmae::cuda::launch_scatter_visible(rows, p, Launcher{seed});
+}
+
+void neighbour_table(const convmae::NeighbourTableParams& p, unsigned seed) {
+  convmae::cuda::launch_neighbour_table(p, Launcher{seed});
+}
+
+}  // namespace simt

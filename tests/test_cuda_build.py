@@ -1,0 +1,108 @@
+"""The CUDA kernels as compiled, on any machine: no spills, wide accesses, a portable library."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from convmae_kernels.ops.library import LIBRARY_FILE, WHY_NOT_COMPILED
+from docs import kernel_report
+
+COMPILED = WHY_NOT_COMPILED is None
+ARCHS = torch.ops.convmae.cuda_architectures().split(", ") if COMPILED else [""]
+KERNELS = {
+    f"masked_conv2d{op}_tiles<{dtype}, {side}, {kernel}>"
+    for op in ("", "_weight_grad")
+    for dtype in ("float", "bfloat16", "half")
+    for side in (2, 4)
+    for kernel in (3, 5, 7)
+}
+SYSTEM = {"libm", "libgcc_s", "libc", "ld-linux-x86-64", "ld-linux-aarch64", "libstdc++"}
+OLD_GLIBC = {"librt", "libpthread", "libdl"}
+
+needs_cuda_kernels = pytest.mark.skipif(ARCHS == [""], reason="the library was built without nvcc")
+needs_cuobjdump = pytest.mark.skipif(
+    kernel_report.find_tool("cuobjdump") is None,
+    reason="there is no cuobjdump, neither on the PATH nor in Triton",
+)
+
+
+def sm(arch):
+    return "sm_" + arch.removesuffix("+PTX").replace(".", "")
+
+
+def output(tool, *arguments):
+    if shutil.which(tool) is None:
+        pytest.skip(f"there is no {tool}")
+    command = [tool, *arguments, str(LIBRARY_FILE)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return kernel_report.kernels()
+
+
+@needs_cuda_kernels
+@needs_cuobjdump
+def test_the_library_holds_the_architectures_that_it_names():
+    elves = set(re.findall(r"\.(sm_\w+)\.cubin", kernel_report.cuobjdump("--list-elf")))
+    assert elves == {sm(arch) for arch in ARCHS}
+    ptx = set(re.findall(r"\.(sm_\w+)\.ptx", kernel_report.cuobjdump("--list-ptx")))
+    assert ptx == {sm(arch) for arch in ARCHS if arch.endswith("+PTX")}
+
+
+@needs_cuda_kernels
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nothing_spills(kernels, arch):
+    compiled = {kernel.name: kernel for kernel in kernels if kernel.arch == sm(arch)}
+    assert set(compiled) >= KERNELS
+    spilling = {name for name, kernel in compiled.items() if kernel.stack or kernel.local}
+    assert not spilling
+
+
+@needs_cuda_kernels
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", ARCHS)
+def test_global_memory_is_read_sixteen_bytes_at_a_time(kernels, arch):
+    """Features on their way to shared memory, and whole rows of channels that are moved."""
+    code = kernel_report.instructions(sm(arch))
+    wide = {
+        kernel.name: " ".join(code[kernel.symbol]) for kernel in kernels if kernel.arch == sm(arch)
+    }
+    for name in KERNELS:
+        assert re.search(r"LDGSTS\.E\S*\.128", wide[name]), name
+    for name in ("gather_visible_rows<16 bytes>", "scatter_visible_rows<16 bytes>"):
+        assert re.search(r"LDG\.E\S*\.128", wide[name]), name
+        assert re.search(r"STG\.E\S*\.128", wide[name]), name
+
+
+@pytest.mark.skipif(not COMPILED, reason=f"there is no compiled library: {WHY_NOT_COMPILED}")
+def test_the_library_needs_the_stable_abi_and_nothing_else_of_torch():
+    undefined = {}
+    for line in output("nm", "-D", "--undefined-only").splitlines():
+        kind, symbol = line.split()[-2:]
+        undefined[symbol.partition("@")[0]] = kind
+    shims = {name for name in undefined if name.startswith(("aoti_torch_", "torch_"))}
+    assert "torch_library_impl" in shims
+    cuda = {name for name in undefined if "_cuda_" in name or name.startswith(("cuda", "__cuda"))}
+    assert cuda <= {"aoti_torch_get_current_cuda_stream"}
+    assert all(undefined[name] == "w" for name in cuda)
+    of_torch = re.compile(r"_Z\w*?(3c10|2at|5torch|4aoti|6caffe2)")
+    assert not {name for name in undefined if of_torch.match(name)}
+
+
+@pytest.mark.skipif(not COMPILED, reason=f"there is no compiled library: {WHY_NOT_COMPILED}")
+def test_the_library_loads_where_there_is_no_cuda():
+    needed = re.findall(r"\(NEEDED\).*\[(.+?)\.so", output("readelf", "-d"))
+    assert set(needed) - SYSTEM - OLD_GLIBC == {"libtorch", "libtorch_cpu"}
+
+
+@needs_cuda_kernels
+def test_named_architectures_are_shown():
+    from convmae_kernels import info
+
+    assert ", ".join(ARCHS) in info()["cuda"]
