@@ -6,17 +6,18 @@ import argparse
 import gc
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks import cases, models, report
 from benchmarks.limits import environment, measure_rates
-from benchmarks.runner import DisagreementError, Row, make_rows, measure
+from benchmarks.runner import DisagreementError, make_rows, measure
 from benchmarks.setting import Setting
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DTYPE_HELP = "autocast for models; if absent both, or float32 alone with --summary, to be quick"
@@ -31,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--case", nargs="+", default=[], metavar="PATTERN", help="names or globs; all if absent")
     add("--list", action="store_true", help="print the cases and stop")
-    add("--json", metavar="FILE", help="write the results here as JSON")
+    add("--json", metavar="FILE", help="write the results here as JSON, after every case")
     add("--summary", action="store_true", help="say at the end what skipping saved in the step")
     add("--dtype", nargs="+", choices=DTYPES, help=DTYPE_HELP)
     add("--model", default=Setting.model, help="whose sizes and steps to measure")
@@ -57,6 +58,8 @@ def _setting(args: argparse.Namespace) -> Setting:
         raise ValueError(f"threads must be at least 1, got {args.threads}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch finds no CUDA device")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"json must be a file in a folder that exists, got {args.json}")
     models.parameters(args.model)
     return Setting(
         model=args.model,
@@ -76,30 +79,33 @@ def run(
     *,
     repeats: int,
     budget: float,
+    done: Callable[[report.Results], None] = lambda results: None,
 ) -> report.Results:
     """Measures the machine's limits, then every case in every dtype.
+
+    Calls `done` with the results so far after each, so that a run that is stopped loses little.
 
     Raises:
         DisagreementError: the contenders of a case computed different things.
     """
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in matrix products
     rates = measure_rates(setting.device, dtypes)
-    rows: list[Row] = []
-    notes: dict[str, None] = {}
+    facts = asdict(setting) | {"device": str(setting.device)}
+    gemm = {str(dtype)[6:]: rate for dtype, rate in rates.gemm.items()}
+    results = report.Results(environment(setting.device), facts, rates.copy, gemm, [])
     for case in chosen:
         for dtype in dtypes:
             print(f"measuring {case.name} in {str(dtype)[6:]} ...", file=sys.stderr, flush=True)
             comparison = case.build(setting, dtype)
             times = measure(comparison, dtype, repeats=repeats, budget=budget)
-            rows += make_rows(case.name, comparison, times, rates, dtype)
-            notes |= dict.fromkeys(comparison.notes)
+            results.rows.extend(make_rows(case.name, comparison, times, rates, dtype))
+            results.notes.extend(note for note in comparison.notes if note not in results.notes)
+            done(results)
             del comparison
             if setting.compile or setting.compile_models:
                 torch.compiler.reset()
             gc.collect()
-    facts = asdict(setting) | {"device": str(setting.device)}
-    gemm = {str(dtype)[6:]: rate for dtype, rate in rates.gemm.items()}
-    return report.Results(environment(setting.device), facts, rates.copy, gemm, rows, list(notes))
+    return results
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -120,12 +126,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     names = args.dtype or (["float32"] if args.summary else list(DTYPES))
     dtypes = [DTYPES[name] for name in names]
+
+    def done(results: report.Results) -> None:
+        if args.json:
+            report.save(results, args.json)
+
     try:
-        results = run(chosen, setting, dtypes, repeats=args.repeats, budget=args.budget)
+        results = run(chosen, setting, dtypes, repeats=args.repeats, budget=args.budget, done=done)
     except DisagreementError as error:
         sys.exit(f"the contenders do not compute the same: {error}")
-    if args.json:
-        report.save(results, args.json)
     print(report.header(results), report.table(results), sep="\n\n")
     if args.summary:
         print("", report.summary(results), sep="\n")

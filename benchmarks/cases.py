@@ -24,6 +24,7 @@ import convmae_kernels as ck
 from benchmarks import memory, models, work
 from benchmarks.limits import clock_for
 from benchmarks.runner import Comparison, Contender
+from convmae.models.layers import SLOW_ON_CPU
 from convmae_kernels import BlockMask
 
 if TYPE_CHECKING:
@@ -237,22 +238,28 @@ def depthwise(setting: Setting, dtype: torch.dtype, stage: int, backward: bool) 
 # -- models ---------------------------------------------------------------------------------------
 
 
-def _model_contenders(setting: Setting) -> tuple[list[tuple[str, str, bool]], list[str]]:
-    """`(name, contender, compiled)` of every contender, and what was left out."""
+def _model_contenders(
+    setting: Setting, dtype: torch.dtype
+) -> tuple[list[tuple[str, str, bool]], list[str]]:
+    """`(name, contender, compiled)` of every contender, and notes about them."""
     eager = [("packed", "packed", False), ("dense", "dense", False)]
-    if not setting.compile_models:
-        return eager, ["compiled models: left out, ask for them with --compile-models"]
-    reason = why_no_compile(setting.device)
+    notes = []
+    if setting.device.type == "cpu" and dtype in SLOW_ON_CPU:
+        name = str(dtype).removeprefix("torch.")
+        notes.append(f"models in {name}: this CPU has no such products, both multiply in float32")
+    reason: str | None = "ask for them with --compile-models"
+    if setting.compile_models:
+        reason = why_no_compile(setting.device)
     if reason is not None:
-        return eager, [f"compiled models: left out, {reason}"]
-    return [*eager, ("packed compiled", "packed", True), ("dense compiled", "dense", True)], []
+        return eager, [*notes, f"compiled models: left out, {reason}"]
+    return [*eager, ("packed compiled", "packed", True), ("dense compiled", "dense", True)], notes
 
 
 @register("stages12")
 def stages12(setting: Setting, dtype: torch.dtype) -> Comparison:
     """Stages 1 and 2 and the fusion convolutions, forward and backward, against the dense model."""
     mask, pixels = setting.block_mask(), models.images(setting)
-    names, notes = _model_contenders(setting)
+    names, notes = _model_contenders(setting, dtype)
     contenders = []
     for name, kind, compiled in names:
         model = models.build(setting, kind)
@@ -279,7 +286,7 @@ def _stages_result(
 def step(setting: Setting, dtype: torch.dtype) -> Comparison:
     """A whole training step (forward, backward, AdamW), against the dense model's."""
     pixels, noise = models.images(setting), setting.noise()
-    names, notes = _model_contenders(setting)
+    names, notes = _model_contenders(setting, dtype)
     contenders = []
     for name, kind, compiled in names:
         model = models.build(setting, kind)

@@ -41,9 +41,11 @@ class Results:
 
 
 def save(results: Results, path: str | Path) -> None:
-    """Writes results as JSON."""
+    """Writes results as JSON; a file of that name is replaced as a whole."""
     text = json.dumps({"format": FORMAT, **asdict(results)}, indent=1, allow_nan=False)
-    Path(path).write_text(text + "\n")
+    temporary = Path(f"{path}.new")
+    temporary.write_text(text + "\n")
+    temporary.replace(path)
 
 
 def load(path: str | Path) -> Results:

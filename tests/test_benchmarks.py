@@ -313,6 +313,20 @@ def results_of(packed, dense):
     return report.Results({"threads": 1}, setting, 1e9, {"float32": 1e10}, rows)
 
 
+def test_a_run_that_stops_keeps_what_it_measured(quick_rates, tmp_path, monkeypatch):
+    def stop(setting, dtype):
+        raise KeyboardInterrupt
+
+    broken = replace(cases.CASES["scatter/stage2"], build=stop)
+    monkeypatch.setitem(cases.CASES, "scatter/stage2", broken)
+    path = tmp_path / "results.json"
+    flags = ["--case", "gather/stage2", "scatter/stage2", "--dtype", "float32", "--no-compile"]
+    with pytest.raises(KeyboardInterrupt):
+        command.main([*TINY_FLAGS, *flags, "--json", str(path)])
+    assert {row.case for row in report.load(path).rows} == {"gather/stage2"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_summary_says_which_way_it_went():
     faster = report.summary(results_of(100.0, 200.0))
     assert "(1 thread)" in faster and "2.00 times as fast, 50% of the time saved" in faster
@@ -362,6 +376,7 @@ def test_list_prints_every_case(capsys):
         (["--budget", "-1"], "budget must not be negative, got -1"),
         (["--case", "gather", "--summary"], "--summary needs the case 'step'"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
+        (["--json", "no/such/folder.json"], "json must be a file in a folder that exists, got no/"),
     ],
 )
 def test_bad_choices_are_named(flags, message, capsys):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import convmae
 import convmae_kernels as ck
-from convmae.models import ConvMAE, ConvViT, DenseConvMAE
-from convmae.models.layers import DropPath, attention, zorder_weight
+from convmae.models import ConvMAE, ConvViT, DenseConvMAE, layers
+from convmae.models.layers import DropPath, attention, linear, zorder_weight
 
 ENCODER = {"embed_dim": (8, 12, 16), "depth": (2, 2, 2), "num_heads": 2, "mlp_ratio": (4, 4, 4)}
 DECODER = {"decoder_embed_dim": 24, "decoder_depth": 2, "decoder_num_heads": 3}
@@ -328,6 +328,41 @@ def test_attention_in_float16_does_not_overflow():
     q = torch.full((1, 1, 2, 64), 40.0, dtype=torch.float16)  # q @ k.T is 102400 > 65504
     v = torch.randn(1, 1, 2, 64, dtype=torch.float16)
     assert_close(attention(q, q, v).float(), v.float().mean(2, keepdim=True).expand(v.shape), 2e-3)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_slow_half_types_are_float32(dtype, mixed, monkeypatch):
+    x, weight, bias = torch.randn(5, 40), torch.randn(6, 40), torch.randn(6)
+    x = x.to(dtype)
+    if not mixed:
+        weight, bias = weight.to(dtype), bias.to(dtype)
+    exact = F.linear(x.float(), weight.float(), bias.float())
+    with torch.autocast("cpu", dtype, enabled=mixed):
+        monkeypatch.setattr(layers, "SLOW_ON_CPU", frozenset())
+        plain = linear(x, weight, bias)
+        assert torch.equal(plain, F.linear(x, weight, bias))
+        monkeypatch.setattr(layers, "SLOW_ON_CPU", frozenset([dtype]))
+        wide = linear(x, weight, bias)
+    assert wide.dtype == plain.dtype == dtype
+    assert torch.equal(wide, exact.to(dtype))
+
+
+@pytest.mark.parametrize("slow", [frozenset(), frozenset([torch.bfloat16, torch.float16])])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_on_any_cpu(dtype, slow, monkeypatch):
+    """With half products and without: close to float32, gradients too, packed and dense alike."""
+    monkeypatch.setattr(layers, "SLOW_ON_CPU", slow)
+    model = small()
+    dense = DenseConvMAE(**model.config)
+    dense.load_state_dict(model.state_dict())
+    images, noise = images_for(model), torch.rand(2, 8)
+    expected = gradients(model, model(images, noise=noise).loss)
+    for one in (model, dense):
+        with torch.autocast("cpu", dtype):
+            loss = one(images, noise=noise).loss
+        for name, grad in gradients(one, loss).items():
+            assert_close(grad, expected[name], 0.1 if dtype == torch.bfloat16 else 0.02)
 
 
 # -- pictures -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convmae.models.layers import TOKEN_EPS, Block, packed_conv2d, sincos_pos_embed
+from convmae.models.layers import TOKEN_EPS, Block, Linear, packed_conv2d, sincos_pos_embed
 from convmae.models.tokens import Hidden, hidden_patches, key_padding, pad, removed, unpad
 from convmae.models.trunk import Trunk, check_heads, check_positive
 from convmae_kernels import BlockMask
@@ -111,14 +111,14 @@ class ConvMAE(Trunk):
             "norm_pix_loss": norm_pix_loss,
         }
         self.norm = nn.LayerNorm(dim, eps=TOKEN_EPS)
-        self.decoder_embed = nn.Linear(dim, width)
+        self.decoder_embed = Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, self.num_patches, width))
         self.decoder_blocks = nn.ModuleList(
             Block(width, decoder_num_heads, mlp_ratio[0]) for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(width, eps=TOKEN_EPS)
-        self.decoder_pred = nn.Linear(width, self.patch_size**2 * in_chans)
+        self.decoder_pred = Linear(width, self.patch_size**2 * in_chans)
         self.reset_parameters()
 
     @torch.no_grad()

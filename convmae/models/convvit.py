@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from convmae.models.layers import TOKEN_EPS
+from convmae.models.layers import TOKEN_EPS, Linear
 from convmae.models.trunk import Trunk
 from convmae_kernels import BlockMask
 
@@ -72,7 +72,7 @@ class ConvViT(Trunk):
         dim = embed_dim[2]
         if not global_pool:
             self.norm = nn.LayerNorm(dim, eps=TOKEN_EPS)
-        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.head = Linear(dim, num_classes) if num_classes else nn.Identity()
         if global_pool:
             self.fc_norm = nn.LayerNorm(dim, eps=TOKEN_EPS)
         self.reset_parameters()

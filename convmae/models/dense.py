@@ -1,12 +1,13 @@
 """ConvMAE as the official code runs it: every position is computed, and a mask multiplies.
 
 The oracle of the parity tests and the opponent of the benchmarks. It is written to be fast: memory
-is channels-last from the first convolution on, nothing is copied that need not be, and attention is
-the same function that `ConvMAE` uses.
+is channels-last from the first convolution on, nothing is copied that need not be, and attention
+and the arithmetic of products (`multiply`) are those that `ConvMAE` uses.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convmae.models.convmae import ConvMAE
-from convmae.models.layers import ConvBlock, PatchEmbed
+from convmae.models.layers import ConvBlock, PatchEmbed, multiply
 
 if TYPE_CHECKING:
     from convmae_kernels import BlockMask
@@ -63,7 +64,8 @@ class DenseConvMAE(ConvMAE):
 
 def _conv2d(x: Tensor, conv: nn.Conv2d) -> Tensor:
     padding = conv.kernel_size[0] // 2 if conv.groups > 1 else 0
-    return F.conv2d(x, conv.weight, conv.bias, conv.stride, padding, groups=conv.groups)
+    function = partial(F.conv2d, stride=conv.stride, padding=padding, groups=conv.groups)
+    return multiply(function, x, conv.weight, conv.bias)
 
 
 def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:

@@ -6,6 +6,7 @@ convolution modules here only hold parameters: on packed features they are matri
 
 from __future__ import annotations
 
+import platform
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 
 from convmae.models.tokens import take_tokens
 from convmae_kernels.nn import MaskedConv2d
+from convmae_kernels.ops.library import autocast_dtype
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from convmae_kernels import BlockMask
 
 CONV_EPS = 1e-5  # of the LayerNorms of patch embeddings and convolution blocks
@@ -47,11 +51,69 @@ def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat(parts, dim=1).float().unsqueeze(0)
 
 
+def _slow_on_this_cpu() -> frozenset[torch.dtype]:
+    """The half types that oneDNN does not multiply here: PyTorch then takes 3 to 50 times as long
+    for a product as in float32. Known of x86 only."""
+    if (
+        platform.machine().lower() not in ("x86_64", "amd64")
+        or not torch.backends.mkldnn.is_available()
+    ):
+        return frozenset()
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, fast in supported.items() if not fast)
+
+
+SLOW_ON_CPU = _slow_on_this_cpu()
+
+
+def multiply(
+    function: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """`function(x, weight, bias)`, a linear layer or a convolution, in the faster arithmetic.
+
+    A CPU that does not multiply a half type multiplies in float32, and the result is rounded: what
+    a CPU with such products does too, as it accumulates in float32.
+
+    Args:
+        function: takes its three arguments by position.
+        x, weight, bias: floating tensors of one dtype, or of any under autocast.
+
+    Returns:
+        The result, in the dtype of `x` or autocast's.
+    """
+    dtype = autocast_dtype(x)
+    if x.device.type != "cpu" or dtype not in SLOW_ON_CPU:
+        return function(x, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        wide = function(x.float(), weight.float(), None if bias is None else bias.float())
+        return wide.to(dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear` by `multiply`."""
+    return multiply(F.linear, x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` by `multiply`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features] -> [..., out_features]`."""
+        return linear(x, self.weight, self.bias)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
     """`softmax(q @ k.T / sqrt(d)) @ v`.
 
     On a CPU in bfloat16 or float16 it is computed as written, with `q` scaled first (so that
-    float16 does not overflow): `scaled_dot_product_attention` is several times slower there.
+    float16 does not overflow): `scaled_dot_product_attention` is several times slower there. Where
+    the CPU does not multiply that type it is computed in float32, as in `multiply`.
 
     Args:
         q: `[N, heads, Q, d]`.
@@ -62,13 +124,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
     Returns:
         `[N, heads, Q, d]` in the dtype of `q`; the softmax accumulates in float32 at least.
     """
+    if q.device.type == "cpu" and q.dtype in SLOW_ON_CPU:
+        with torch.autocast("cpu", enabled=False):
+            return _plain_attention(q.float(), k.float(), v.float(), key_padding).to(q.dtype)
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        if key_padding is not None:
-            scores = scores.masked_fill(key_padding[:, None, None, :], -torch.inf)
-        return scores.softmax(dim=-1) @ v
+        return _plain_attention(q, k, v, key_padding)
     keys = None if key_padding is None else ~key_padding[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if key_padding is not None:
+        scores = scores.masked_fill(key_padding[:, None, None, :], -torch.inf)
+    return scores.softmax(dim=-1) @ v
 
 
 def packed_conv2d(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -84,7 +153,7 @@ def packed_conv2d(x: Tensor, conv: nn.Conv2d) -> Tensor:
     blocks, positions, channels = x.shape
     group = conv.kernel_size[0] ** 2
     x = x.reshape(blocks, positions // group, group * channels)
-    return F.linear(x, zorder_weight(conv.weight), conv.bias)
+    return linear(x, zorder_weight(conv.weight), conv.bias)
 
 
 def zorder_weight(weight: Tensor) -> Tensor:
@@ -194,8 +263,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(
         self, x: Tensor, key_padding: Tensor | None = None, queries: Tensor | None = None
@@ -216,8 +285,8 @@ class Attention(nn.Module):
             dim = x.shape[2]
             query_weight, weight = self.qkv.weight.split([dim, 2 * dim])
             query_bias, bias = self.qkv.bias.split([dim, 2 * dim])
-            (q,) = self._heads(F.linear(queries, query_weight, query_bias))
-            k, v = self._heads(F.linear(x, weight, bias))
+            (q,) = self._heads(linear(queries, query_weight, query_bias))
+            k, v = self._heads(linear(x, weight, bias))
         y = attention(q, k, v, key_padding)
         return self.proj(y.transpose(1, 2).flatten(2))
 
@@ -232,9 +301,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim] -> [..., dim]`."""

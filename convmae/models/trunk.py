@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from convmae.models.layers import Block, ConvBlock, PatchEmbed
+from convmae.models.layers import Block, ConvBlock, Linear, PatchEmbed
 from convmae_kernels import BlockMask, gather_visible
 
 PATCH_SIZE = 16
@@ -60,7 +60,7 @@ class Trunk(nn.Module):
         self.patch_embed1 = PatchEmbed(in_chans, dims[0], 4)
         self.patch_embed2 = PatchEmbed(dims[0], dims[1], 2)
         self.patch_embed3 = PatchEmbed(dims[1], dims[2], 2)
-        self.patch_embed4 = nn.Linear(dims[2], dims[2])
+        self.patch_embed4 = Linear(dims[2], dims[2])
         if fusion:
             self.stage1_output_decode = nn.Conv2d(dims[0], dims[2], 4, 4)
             self.stage2_output_decode = nn.Conv2d(dims[1], dims[2], 2, 2)
