@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import linear
 
 import convmae_kernels
+from convmae.models.layers import SLOW_ON_CPU
 
 Clock = Callable[[Callable[[], object]], tuple[float, object]]
 
@@ -92,8 +93,15 @@ def gemm_rate(
 
 
 def measure_rates(device: torch.device, dtypes: Sequence[torch.dtype]) -> Rates:
-    """The machine's limits on a device, for some dtypes."""
-    return Rates(copy_bandwidth(device), {dtype: gemm_rate(device, dtype) for dtype in dtypes})
+    """The machine's limits on a device, for some dtypes.
+
+    A half type that the CPU does not multiply has the rate of float32, in which models multiply it.
+    """
+    gemm = {}
+    for dtype in dtypes:
+        slow = device.type == "cpu" and dtype in SLOW_ON_CPU
+        gemm[dtype] = gemm_rate(device, torch.float32 if slow else dtype)
+    return Rates(copy_bandwidth(device), gemm)
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

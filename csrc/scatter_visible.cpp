@@ -70,7 +70,7 @@ Tensor scatter_visible(const Tensor& x_, const Tensor& block_index_, int64_t bat
   p.row_of_block = row_of_block.data();
   p.fill = &bits;
   torch::stable::parallel_for(
-      0, blocks, grain(x.size(1) * p.channels),
+      0, p.batch * p.grid_rows * p.side, grain(p.grid_columns * p.side * p.channels),
       [&](int64_t begin, int64_t end) { cpu::scatter_visible(p, begin, end); });
   return channels_first(y);
 }

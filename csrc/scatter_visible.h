@@ -25,8 +25,9 @@ struct ScatterVisibleRows {
 };
 
 namespace cpu {
+// Lines are rows of positions, batch * grid_rows * side of them.
 void scatter_visible(const ScatterVisibleParams& p, int64_t begin, int64_t end);
-}
+}  // namespace cpu
 namespace cuda {
 LaunchError scatter_visible(const ScatterVisibleRows& rows, const ScatterVisibleParams& p,
                             Stream stream);

@@ -1,4 +1,5 @@
-// CPU kernel: writes the blocks [begin, end) of dense feature maps, visible and hidden.
+// CPU kernel: writes the lines of positions [begin, end) of dense feature maps, in order: hidden
+// blocks too.
 #include "scatter_visible.h"
 
 #include <algorithm>
@@ -11,25 +12,24 @@ namespace {
 
 template <class E>
 void scatter(const ScatterVisibleParams& p, int64_t begin, int64_t end) {
-  const int64_t positions = int64_t(p.side) * p.side;
-  const int64_t grid = p.grid_rows * p.grid_columns, width = p.grid_columns * p.side;
+  const int64_t area = int64_t(p.side) * p.side, strip = p.side * p.channels;
   E fill;
   std::memcpy(&fill, p.fill, sizeof(E));
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t cell = block % grid;
-    const int64_t line = (block / grid * p.grid_rows + cell / p.grid_columns) * p.side;
-    E* corner = static_cast<E*>(p.y) + (line * width + cell % p.grid_columns * p.side) * p.channels;
-    const int64_t from = p.row_of_block[block];
-    const E* x = static_cast<const E*>(p.x) + from * positions * p.channels;
-    for (int row = 0; row < p.side; ++row) {
-      E* y = corner + row * width * p.channels;
-      if (from < 0) {
-        std::fill_n(y, p.side * p.channels, fill);
+  int64_t across[32];  // from the first position of a row to the others
+  for (int column = 0; column < p.side; ++column) across[column] = zorder(0, column) * p.channels;
+  E* y = static_cast<E*>(p.y) + begin * p.grid_columns * strip;
+  for (int64_t line = begin; line < end; ++line) {
+    const int64_t* from = p.row_of_block + line / p.side * p.grid_columns;
+    const int64_t rank = zorder(int(line % p.side), 0);
+    for (int64_t block = 0; block < p.grid_columns; ++block) {
+      if (from[block] < 0) {
+        std::fill_n(y, strip, fill);
+        y += strip;
         continue;
       }
-      for (int column = 0; column < p.side; ++column) {
-        std::memcpy(y + column * p.channels, x + zorder(row, column) * p.channels,
-                    p.channels * sizeof(E));
+      const E* x = static_cast<const E*>(p.x) + (from[block] * area + rank) * p.channels;
+      for (int column = 0; column < p.side; ++column, y += p.channels) {
+        std::memcpy(y, x + across[column], p.channels * sizeof(E));
       }
     }
   }
