@@ -4,3 +4,8 @@
 into the README's table. `cases` holds every case, `runner` measures, `work` counts what must be
 moved and computed, `limits` measures what the machine can do at best, `report` prints.
 """
+
+import os
+
+# As the command line does: large tensors in large pages, for every contender.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

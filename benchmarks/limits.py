@@ -111,6 +111,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "large_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0"),
         "kernels": convmae_kernels.info()["cpu"],
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Union
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     A bad option, unusable data or a run that had to stop prints one line, `convmae: error: ...`,
     and no traceback: status 2 for what was asked, 1 for what went wrong later. 130: interrupted.
     """
+    # Large tensors in large pages (Linux): else page faults take some of every step on a CPU.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it once
     arguments = [_canonical(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     try:
         config = _parse(arguments)
