@@ -6,7 +6,7 @@ CODE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 SOURCES := $(CODE) setup.py
 export CONVMAE_REQUIRE_EXT = 1
 
-.PHONY: demo test lint bench build clean
+.PHONY: demo test lint bench gpu build clean
 
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -41,6 +41,10 @@ lint: build
 
 bench: build
 	$(BIN)/python -m benchmarks
+
+# On a machine with a GPU and its own PyTorch: no virtual environment, nothing installed.
+gpu:
+	bash benchmarks/gpu.sh $(STAGES)
 
 clean:
 	rm -rf .venv build *.egg-info convmae_kernels/_C.so

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import cases, models, report
 from benchmarks.limits import environment, measure_rates
-from benchmarks.runner import DisagreementError, make_rows, measure
+from benchmarks.runner import DisagreementError, Row, make_rows, measure
 from benchmarks.setting import Setting
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--case", nargs="+", default=[], metavar="PATTERN", help="names or globs; all if absent")
     add("--list", action="store_true", help="print the cases and stop")
     add("--json", metavar="FILE", help="write the results here as JSON, after every case")
+    add("--keep", action="store_true", help="keep the rows of other cases that the file holds")
     add("--summary", action="store_true", help="say at the end what skipping saved in the step")
     add("--dtype", nargs="+", choices=DTYPES, help=DTYPE_HELP)
     add("--model", default=Setting.model, help="whose sizes and steps to measure")
@@ -90,9 +91,8 @@ def run(
     """
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in matrix products
     rates = measure_rates(setting.device, dtypes)
-    facts = asdict(setting) | {"device": str(setting.device)}
     gemm = {str(dtype)[6:]: rate for dtype, rate in rates.gemm.items()}
-    results = report.Results(environment(setting.device), facts, rates.copy, gemm, [])
+    results = report.Results(environment(setting.device), _facts(setting), rates.copy, gemm, [])
     for case in chosen:
         for dtype in dtypes:
             print(f"measuring {case.name} in {str(dtype)[6:]} ...", file=sys.stderr, flush=True)
@@ -106,6 +106,27 @@ def run(
                 torch.compiler.reset()
             gc.collect()
     return results
+
+
+def _kept(file: str | None, measured: set[str], setting: Setting) -> list[Row]:
+    """The rows of a file of results that are not measured again.
+
+    Raises:
+        ValueError: there is no file to keep, or it holds results of another setting or device.
+    """
+    if not file:
+        raise ValueError("--keep needs --json, the file whose rows are kept")
+    if not Path(file).exists():
+        return []
+    old = report.load(file)
+    same = (_facts(setting), environment(setting.device).get("gpu"))
+    if (old.setting, old.environment.get("gpu")) != same:
+        raise ValueError(f"{file} holds results of another setting or device; keep it elsewhere")
+    return [row for row in old.rows if row.case not in measured]
+
+
+def _facts(setting: Setting) -> dict[str, object]:
+    return asdict(setting) | {"device": str(setting.device)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -127,14 +148,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = args.dtype or (["float32"] if args.summary else list(DTYPES))
     dtypes = [DTYPES[name] for name in names]
 
+    kept: list[Row] = []
+
     def done(results: report.Results) -> None:
         if args.json:
-            report.save(results, args.json)
+            report.save(replace(results, rows=kept + results.rows), args.json)
 
     try:
+        if args.keep:
+            kept = _kept(args.json, {case.name for case in chosen}, setting)
         results = run(chosen, setting, dtypes, repeats=args.repeats, budget=args.budget, done=done)
+    except ValueError as error:
+        parser.error(str(error))
     except DisagreementError as error:
         sys.exit(f"the contenders do not compute the same: {error}")
+    results = replace(results, rows=kept + results.rows)
     print(report.header(results), report.table(results), sep="\n\n")
     if args.summary:
         print("", report.summary(results), sep="\n")

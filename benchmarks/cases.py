@@ -23,9 +23,10 @@ from torch.nn.functional import conv2d
 import convmae_kernels as ck
 from benchmarks import memory, models, work
 from benchmarks.limits import clock_for
-from benchmarks.runner import Comparison, Contender
+from benchmarks.runner import CapturedGraph, Comparison, Contender
 from convmae.models.layers import SLOW_ON_CPU
 from convmae_kernels import BlockMask
+from convmae_kernels.ops.library import Impl, why_not
 
 if TYPE_CHECKING:
     from benchmarks.setting import Setting
@@ -114,12 +115,19 @@ class Way:
         return [self.pack(t) for t in outputs[:2]] + list(outputs[2:])
 
     def contender(self, name: str) -> Contender:
-        """This way, to be measured."""
-        return Contender(name, self.run, self.result)
+        """This way, to be measured; on a GPU as a graph, so that launching it is not measured."""
+        run = CapturedGraph(self.run) if self.inputs[0].is_cuda else self.run
+        return Contender(name, run, self.result)
 
 
-def _compare(setting: Setting, counted: work.Work, packed: Way, dense: Way) -> Comparison:
-    contenders, notes = [packed.contender("packed"), dense.contender("dense")], []
+def _compare(
+    setting: Setting, counted: work.Work, packed: Callable[[Impl], Way], dense: Way
+) -> Comparison:
+    """`packed` by "auto" and, where that is not Triton, by Triton, against `dense`."""
+    contenders, notes = [packed("auto").contender("packed"), dense.contender("dense")], []
+    probe = dense.inputs[0]
+    if why_not("cuda", probe) is None and why_not("triton", probe) is None:
+        contenders.append(packed("triton").contender("packed triton"))
     if setting.compile:
         reason = why_no_compile(setting.device)
         if reason is None:
@@ -179,6 +187,30 @@ def _zorder(x: Tensor) -> Tensor:
     return ck.to_zorder(x.permute(0, 3, 1, 2)).transpose(1, 2)
 
 
+@register("mask")
+def mask_from_noise(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """Random mask and neighbour table, against the argsorts and gathers that MAE masks with."""
+    noise, grid = setting.noise(), setting.grid
+    keep = setting.block_mask().visible_per_image
+
+    def packed() -> Tensor:
+        return BlockMask.from_noise(noise, grid, setting.mask_ratio).visible.flatten(1)
+
+    def dense() -> Tensor:
+        ids_restore = noise.argsort(dim=1).argsort(dim=1)
+        mask = torch.ones_like(noise)
+        mask[:, :keep] = 0
+        return mask.gather(1, ids_restore)
+
+    capture = CapturedGraph if noise.is_cuda else lambda run: run
+    contenders = [
+        Contender("packed", capture(packed), lambda visible: [1 - visible.float()]),
+        Contender("dense", capture(dense), lambda mask: [mask]),
+    ]
+    counted = work.mask_work(setting.block_mask())
+    return Comparison(contenders, counted, clock_for(setting.device))
+
+
 @register("gather/stage2", stage=2)
 @register("gather/stage1", stage=1)
 @register("gather/images", stage=0)
@@ -186,7 +218,10 @@ def gather(setting: Setting, dtype: torch.dtype, stage: int) -> Comparison:
     """Visible blocks of pixels or features to packed features, against PyTorch's indexing."""
     x, mask, side, channels = _feature_map(setting, dtype, stage)
     index = mask.visible.nonzero().unbind(1)
-    packed = Way(lambda x: ck.gather_visible(x, mask), (x,), lambda y: y)
+
+    def packed(impl: Impl) -> Way:
+        return Way(lambda x: ck.gather_visible(x, mask, impl=impl), (x,), lambda y: y)
+
     dense = Way(lambda x: plain_gather(x, index, side), (x,), _zorder)
     return _compare(setting, work.gather_work(mask, side, channels, dtype), packed, dense)
 
@@ -198,7 +233,10 @@ def scatter(setting: Setting, dtype: torch.dtype, stage: int) -> Comparison:
     x, mask, side, channels = _feature_map(setting, dtype, stage)
     index = mask.visible.nonzero().unbind(1)
     rows = ck.gather_visible(x, mask)
-    packed = Way(lambda rows: ck.scatter_visible(rows, mask), (rows,), lambda y: y)
+
+    def packed(impl: Impl) -> Way:
+        return Way(lambda rows: ck.scatter_visible(rows, mask, impl=impl), (rows,), lambda y: y)
+
     dense = Way(lambda t: plain_scatter(t, index, x.shape), (_raster(rows),), lambda y: y)
     return _compare(setting, work.scatter_work(mask, side, channels, dtype), packed, dense)
 
@@ -219,9 +257,6 @@ def depthwise(setting: Setting, dtype: torch.dtype, stage: int, backward: bool) 
     weight = setting.randn(channels, 1, work.KERNEL, work.KERNEL).to(dtype) / work.KERNEL
     bias = setting.randn(channels).to(dtype)
 
-    def packed_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return ck.masked_conv2d(x, weight, bias, mask, groups=channels)
-
     def dense_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return conv2d(x, weight, bias, padding=work.KERNEL // 2, groups=channels)
 
@@ -229,7 +264,11 @@ def depthwise(setting: Setting, dtype: torch.dtype, stage: int, backward: bool) 
         return tuple(t.detach().clone().requires_grad_(backward) for t in (features, weight, bias))
 
     pack = partial(ck.gather_visible, mask=mask)
-    packed = Way(packed_forward, inputs(pack(x)), lambda y: y, pack(grad) if backward else None)
+
+    def packed(impl: Impl) -> Way:
+        forward = partial(ck.masked_conv2d, mask=mask, groups=channels, impl=impl)
+        return Way(forward, inputs(pack(x)), lambda y: y, pack(grad) if backward else None)
+
     dense = Way(dense_forward, inputs(x), pack, grad if backward else None)
     counted = work.depthwise_work(mask, side, channels, dtype, backward)
     return _compare(setting, counted, packed, dense)
@@ -295,6 +334,22 @@ def step(setting: Setting, dtype: torch.dtype) -> Comparison:
     parameters = models.parameters(setting.model)
     counted = work.training_work(parameters, setting.block_mask(), pixels.numel(), optimizer=True)
     return Comparison(contenders, counted, clock_for(setting.device), notes=notes)
+
+
+@register("step/mae")
+def step_against_mae(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """A whole training step of ConvMAE, against one of MAE with a ViT-B: other work, same use."""
+    pixels, noise = models.images(setting), setting.noise()
+    contenders = []
+    for name, model in (
+        ("packed", models.build(setting, "packed")),
+        ("MAE ViT-B", models.build_mae(setting)),
+    ):
+        run = partial(models.training_step(model, setting, dtype), pixels, noise)
+        contenders.append(Contender(name, run, lambda loss: []))  # nothing to agree on
+    parameters = models.parameters(setting.model)
+    counted = work.training_work(parameters, setting.block_mask(), pixels.numel(), optimizer=True)
+    return Comparison(contenders, counted, clock_for(setting.device), baseline="MAE ViT-B")
 
 
 def _step_result(model: nn.Module, loss: Tensor) -> list[Tensor]:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 import convmae
 from convmae.models import ConvMAE, DenseConvMAE
+from convmae.models.convmae import ConvMAEOutput, patch_statistics
+from convmae.models.layers import Block, sincos_pos_embed
+from convmae.models.tokens import take_tokens
 from convmae_kernels import BlockMask, gather_visible, scatter_visible
 
 if TYPE_CHECKING:
@@ -18,6 +21,51 @@ if TYPE_CHECKING:
     from benchmarks.setting import Setting
 
 LEARNING_RATE = 1.5e-4
+
+
+class MAE(nn.Module):
+    """MAE with a ViT-B/16, as published (He et al., 2021): what ConvMAE's convolutions cost.
+
+    Every patch is embedded, then a quarter is kept; 12 blocks of width 768, a decoder of 8 blocks
+    of width 512; patches are normalised for the loss.
+    """
+
+    def __init__(self, img_size: int) -> None:
+        super().__init__()
+        self.grid = (img_size // 16, img_size // 16)
+        length = self.grid[0] * self.grid[1]
+        self.patch_embed = nn.Conv2d(3, 768, 16, 16)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 768))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 512))
+        self.register_buffer("pos_embed", sincos_pos_embed(768, self.grid))
+        self.register_buffer("decoder_pos_embed", sincos_pos_embed(512, self.grid))
+        self.blocks = nn.Sequential(*(Block(768, 12, 4) for _ in range(12)))
+        self.norm = nn.LayerNorm(768, eps=1e-6)
+        self.decoder_embed = nn.Linear(768, 512)
+        self.decoder_blocks = nn.Sequential(*(Block(512, 16, 4) for _ in range(8)))
+        self.decoder_norm = nn.LayerNorm(512, eps=1e-6)
+        self.decoder_pred = nn.Linear(512, 16 * 16 * 3)
+        self.length = length
+
+    def forward(self, images: Tensor, mask_ratio: float, noise: Tensor) -> ConvMAEOutput:
+        """The loss and MAE's mask, 1 = removed."""
+        keep = int(self.length * (1 - mask_ratio))
+        ids_restore = noise.argsort(dim=1).argsort(dim=1)
+        x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed  # [N, L, 768]
+        x = take_tokens(x, noise.argsort(dim=1)[:, :keep])
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x), x], dim=1)
+        x = self.decoder_embed(self.norm(self.blocks(x)))
+        hidden = self.mask_token.expand(len(x), self.length - keep, -1).to(x)
+        tokens = take_tokens(torch.cat([x[:, 1:], hidden], dim=1), ids_restore)
+        x = torch.cat([x[:, :1], tokens + self.decoder_pos_embed], dim=1)
+        pred = self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[:, 1:].float()
+        gh, gw = self.grid
+        patches = images.unflatten(3, (gw, 16)).unflatten(2, (gh, 16)).permute(0, 2, 4, 3, 5, 1)
+        target = patches.reshape(len(x), self.length, -1).float()
+        mean, deviation = patch_statistics(target)
+        mask = (ids_restore >= keep).float()
+        error = (pred - (target - mean) / deviation).square().mean(dim=2)
+        return ConvMAEOutput((error * mask).sum() / mask.sum(), mask, None)
 
 
 @cache
@@ -41,6 +89,12 @@ def widths(name: str) -> tuple[int, ...]:
     """Channels of the three stages of a model."""
     known = parameters(name)
     return tuple(known[f"patch_embed{stage}.proj.weight"].shape[0] for stage in (1, 2, 3))
+
+
+def build_mae(setting: Setting) -> MAE:
+    """MAE ViT-B for the setting's images."""
+    torch.manual_seed(0)
+    return MAE(setting.img_size).to(setting.device)
 
 
 def build(setting: Setting, contender: str) -> ConvMAE:

@@ -159,7 +159,8 @@ def markdown(results: Results) -> str:
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for (case, dtype), group in _groups(results.rows).items():
-        packed, dense = group["packed"], group[BASELINE]
+        packed = group["packed"]
+        dense = group.get(BASELINE) or next(row for row in group.values() if row is not packed)
         other = f"{_number(group[compiled].median)}" if compiled in group else "–"
         lines.append(
             f"| {case} | {dtype} | {_number(packed.median)} {packed.unit} | "

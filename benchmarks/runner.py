@@ -22,6 +22,29 @@ MIN_ROUNDS = 3
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
+class CapturedGraph:
+    """Runs a function as a CUDA graph, captured at the first call; its results are overwritten."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self._run = run
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> Any:
+        if self._graph is None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # what is compiled or tuned when first called
+                    self._run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._result = self._run()
+            self._graph = graph
+        self._graph.replay()
+        return self._result
+
+
 class DisagreementError(RuntimeError):
     """Two contenders of a comparison computed different things."""
 
@@ -53,6 +76,7 @@ class Comparison:
         max_rounds: more rounds than this would say nothing new; None if they would.
         warm_up: the first round is thrown away.
         notes: what was left out, and why.
+        baseline: the contender that the others are compared with.
     """
 
     contenders: list[Contender]
@@ -62,6 +86,7 @@ class Comparison:
     max_rounds: int | None = None
     warm_up: bool = True
     notes: list[str] = field(default_factory=list)
+    baseline: str = BASELINE
 
     def limit(self, rates: Rates, dtype: torch.dtype) -> float:
         """The least possible measure, in `unit`."""
@@ -121,15 +146,15 @@ def measure(
         DisagreementError: a contender's result differs from the baseline's.
     """
     first = {c.name: comparison.clock(c.run) for c in comparison.contenders}
-    check_agreement(
-        {c.name: c.result(first[c.name][1]) for c in comparison.contenders}, TOLERANCE[dtype]
-    )
+    results = {c.name: c.result(first[c.name][1]) for c in comparison.contenders}
+    check_agreement(results, TOLERANCE[dtype], comparison.baseline)
+    del results
     times: dict[str, list[float]] = {
         name: [] if comparison.warm_up else [value] for name, (value, _) in first.items()
     }
     del first
     repeats = min(repeats, comparison.max_rounds or repeats)
-    rounds = len(times[BASELINE])
+    rounds = len(times[comparison.baseline])
     start = time.perf_counter()
     while rounds < repeats and (rounds < MIN_ROUNDS or time.perf_counter() - start < budget):
         for contender in comparison.contenders:
@@ -138,29 +163,31 @@ def measure(
     return times
 
 
-def check_agreement(results: Mapping[str, Sequence[Tensor]], tolerance: float) -> None:
+def check_agreement(
+    results: Mapping[str, Sequence[Tensor]], tolerance: float, baseline: str = BASELINE
+) -> None:
     """Every contender's tensors are the baseline's, up to a relative error of `tolerance`.
 
     Raises:
         DisagreementError: they are not; the message names the contender and the error.
     """
     for name, tensors in results.items():
-        expected = results[BASELINE]
+        expected = results[baseline]
         if len(tensors) != len(expected):
             raise DisagreementError(
-                f"{name!r} gives {len(tensors)} tensors, {BASELINE!r} {len(expected)}"
+                f"{name!r} gives {len(tensors)} tensors, {baseline!r} {len(expected)}"
             )
         for i, (a, b) in enumerate(zip(tensors, expected, strict=True)):
             if a.shape != b.shape:
                 raise DisagreementError(
-                    f"tensor {i} of {name!r} is {list(a.shape)}, of {BASELINE!r} {list(b.shape)}"
+                    f"tensor {i} of {name!r} is {list(a.shape)}, of {baseline!r} {list(b.shape)}"
                 )
             a, b = a.detach().double(), b.detach().double()
             error = float((a - b).norm() / b.norm().clamp_min(1e-30))
             if not error <= tolerance:
                 raise DisagreementError(
                     f"tensor {i} of {name!r} has a relative error of {error:.2e} against "
-                    f"{BASELINE!r}; at most {tolerance:.0e} was expected"
+                    f"{baseline!r}; at most {tolerance:.0e} was expected"
                 )
 
 
@@ -181,7 +208,7 @@ def make_rows(
 ) -> list[Row]:
     """The figures of every contender of a comparison."""
     limit = comparison.limit(rates, dtype)
-    baseline = times[BASELINE]
+    baseline = times[comparison.baseline]
     rows = []
     for name, values in times.items():
         median = statistics.median(values)

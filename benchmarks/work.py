@@ -70,6 +70,11 @@ def dense_bytes(mask: BlockMask, side: int, channels: int, dtype: torch.dtype) -
     return mask.num_blocks * side * side * channels * dtype.itemsize
 
 
+def mask_work(mask: BlockMask) -> Work:
+    """Reads the noise; writes the mask (1 byte a block), its int64 index and the 3x3 table."""
+    return Work(mask.num_blocks * (4 + 1) + mask.num_visible * (8 + 9 * 4))
+
+
 def gather_work(mask: BlockMask, side: int, channels: int, dtype: torch.dtype) -> Work:
     """Reads the visible positions and writes them: `2 * packed`."""
     return Work(2 * packed_bytes(mask, side, channels, dtype))
