@@ -75,11 +75,11 @@ class Offsets {
   Buffer<int64_t> offsets_;
 };
 
-// Asks for features that will be wanted a few blocks later, as many as one block has.
+// Asks for features that will be wanted a few blocks later, as many as one strip has.
 template <class T>
-inline void prefetch(const T* block, int64_t elements) {
+inline void prefetch(const T* strip, int64_t elements) {
   constexpr int64_t ahead = 1 << 16, line = 64;  // bytes
-  const uintptr_t from = reinterpret_cast<uintptr_t>(block) + ahead;
+  const uintptr_t from = reinterpret_cast<uintptr_t>(strip) + ahead;
   for (int64_t i = 0; i < elements * int64_t(sizeof(T)); i += line) {
     __builtin_prefetch(reinterpret_cast<const void*>(from + i), 0, 2);
   }
@@ -149,17 +149,18 @@ inline void multiply_add(int64_t channels, const T* a, const U* b, Acc<T>* sums)
 // -- forward ----------------------------------------------------------------------------------
 
 // Adds what one segment of a row gives to a strip: x[Strip + K - 1], taps [K][channels], sums
-// [Strip][channels].
-template <class T, int K, int Strip, int S>
+// [Strip][channels]. With First, which is for a segment that meets every output, the sums begin
+// with `bias`.
+template <class T, int K, int Strip, int S, bool First>
 inline void convolve_segment(int64_t channels, const T* const* x, const Acc<T>* taps,
-                             Acc<T>* sums) {
+                             const Acc<T>* bias, Acc<T>* sums) {
   using Seg = Segment<K, Strip, S>;
   const T* at[Strip + K - 1];
   unroll<Seg::kEnd, Seg::kBegin>([&](auto i) { at[i] = x[i]; });
   for_vectors<Acc<T>>(channels, [&](auto n, int64_t c) {
     Vec<Acc<T>, n> sum[Strip], value[Strip + K - 1];
     unroll<Seg::kLastOutput, Seg::kFirstOutput>(
-        [&](auto o) { sum[o] = load<n>(sums + o * channels + c); });
+        [&](auto o) { sum[o] = load<n>(First ? bias + c : sums + o * channels + c); });
     unroll<Seg::kEnd, Seg::kBegin>([&](auto i) { value[i] = load<n>(at[i] + c); });
     for_meetings<K, Strip, S>(
         [&](auto i, auto j, auto o) { sum[o] += value[i] * load<n>(taps + j * channels + c); });
@@ -180,19 +181,23 @@ void forward_blocks(const MaskedConv2dForward& p, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     const int64_t start = block * positions * channels;
     window.move_to(block);
-    prefetch(static_cast<const T*>(p.x) + start, positions * channels);
+    const T* const x = static_cast<const T*>(p.x) + start;
     T* const y = static_cast<T*>(p.y) + start;
     for (int64_t i = 0; i < positions; i += Strip) {
-      for (int o = 0; o < Strip; ++o) {
-        std::memcpy(sums.get() + o * channels, bias, channels * sizeof(A));
-      }
+      prefetch(x + i * channels, Strip * channels);
+      const T* const* from = window.from(i);
       if constexpr (K > 0) {
-        for_visible<K, Strip>(p.window_columns(), window.from(i), [&](auto s, int row, auto x) {
-          convolve_segment<T, K, Strip, decltype(s)::value>(channels, x, taps + row * K * channels,
-                                                            sums.get());
+        constexpr int own = kSegments<K, Strip> / 2;  // the strip itself, which is visible
+        convolve_segment<T, K, Strip, own, true>(channels, from + K / 2 * p.window_columns(),
+                                                 taps + K / 2 * K * channels, bias, sums.get());
+        for_visible<K, Strip>(p.window_columns(), from, [&](auto s, int row, auto at) {
+          if (s == own && row == K / 2) return;
+          convolve_segment<T, K, Strip, decltype(s)::value, false>(
+              channels, at, taps + row * K * channels, bias, sums.get());
         });
       } else {
-        for_visible_taps(p, window.from(i), [&](int64_t tap, const T* x) {
+        std::memcpy(sums.get(), bias, channels * sizeof(A));
+        for_visible_taps(p, from, [&](int64_t tap, const T* x) {
           multiply_add(channels, x, taps + tap * channels, sums.get());
         });
       }
@@ -241,10 +246,11 @@ void weight_grad_blocks(const MaskedConv2dWeightGrad& p, void* partial, int64_t 
   for (int64_t block = begin; block < end; ++block) {
     const int64_t start = block * positions * channels;
     window.move_to(block);
-    prefetch(static_cast<const T*>(p.x) + start, positions * channels);
+    const T* const x = static_cast<const T*>(p.x) + start;
     const T* const first = static_cast<const T*>(p.grad) + start;
-    prefetch(first, positions * channels);
     for (int64_t i = 0; i < positions; i += Strip) {
+      prefetch(x + i * channels, Strip * channels);
+      prefetch(first + i * channels, Strip * channels);
       const T* grad[Strip];
       unroll<Strip>([&](auto o) { grad[o] = first + offsets[i + o]; });
       for_vectors<A>(channels, [&](auto n, int64_t c) {
