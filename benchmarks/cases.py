@@ -336,7 +336,7 @@ def step(setting: Setting, dtype: torch.dtype) -> Comparison:
     return Comparison(contenders, counted, clock_for(setting.device), notes=notes)
 
 
-@register("step/mae")
+@register("mae")
 def step_against_mae(setting: Setting, dtype: torch.dtype) -> Comparison:
     """A whole training step of ConvMAE, against one of MAE with a ViT-B: other work, same use."""
     pixels, noise = models.images(setting), setting.noise()

@@ -45,7 +45,7 @@ for stage in "${stages[@]}"; do
       ;;
     test) "$python" -m pytest -q -m gpu tests/test_gpu.py ;;
     ops) measure --case mask gather scatter depthwise --budget 3 ;;
-    models) measure --case stages12 step memory --compile-models --budget 10 ;;
+    models) measure --case stages12 step mae memory --compile-models --budget 10 ;;
   esac
   echo "== $stage took $((SECONDS - begin)) s"
 done

@@ -212,11 +212,29 @@ def test_case_compares_the_same_work(name, dtype):
     comparison = cases.CASES[name].build(TINY, dtype)
     times = runner.measure(comparison, dtype, repeats=1, budget=0)
     rows = runner.make_rows(name, comparison, times, RATES, dtype)
-    assert [row.contender for row in rows] == ["packed", "dense"]
+    assert [row.contender for row in rows] == ["packed", "MAE ViT-B" if name == "mae" else "dense"]
+    assert rows[1].ratio == 1
     for row in rows:
         numbers = [v for v in vars(row).values() if not isinstance(v, str)]
         assert all(math.isfinite(v) for v in numbers)
         assert row.median > 0 and row.ratio > 0 and row.limit > 0 and row.bytes > 0
+
+
+def test_mae_is_the_published_one():
+    model = models.MAE(224)
+    trainable = sum(p.numel() for p in model.parameters())
+    assert trainable == 111_655_680  # of ViT-B and the decoder, without positional embeddings
+    noise = Setting(img_size=224, batch_size=1).noise()
+    images = models.images(Setting(img_size=224, batch_size=1))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        loss, mask, _ = model(images, mask_ratio=0.75, noise=noise)
+    assert mask.shape == (1, 196) and mask.sum() == 147
+    assert loss.isfinite() and loss > 0
+    counted = counter.get_flop_counts()["Global"]
+    encoder, decoder = 12 * 12 * 768**2 * 50, 8 * 12 * 512**2 * 197
+    outside = 196 * 768 * 768 + 50 * 768 * 512 + 197 * 512 * 768
+    layers = (torch.ops.aten.convolution, torch.ops.aten.addmm)  # all but attention
+    assert sum(counted[layer] for layer in layers) == 2 * (encoder + decoder + outside)
 
 
 @pytest.mark.skipif(
@@ -311,6 +329,28 @@ def results_of(packed, dense):
     rows = runner.make_rows("step", comparison, times, RATES, torch.float32)
     setting = {"model": "m", "batch_size": 8, "img_size": 64, "mask_ratio": 0.75, "device": "cpu"}
     return report.Results({"threads": 1}, setting, 1e9, {"float32": 1e10}, rows)
+
+
+def test_rows_of_other_cases_are_kept(quick_rates, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    flags = [*TINY_FLAGS, "--dtype", "float32", "--repeats", "1", "--keep"]
+    command.main([*flags, "--case", "gather/stage1", "gather/stage2", "--json", str(path)])
+    old = report.load(path).rows
+    command.main([*flags, "--case", "gather/stage2", "scatter/stage2", "--json", str(path)])
+    new = report.load(path).rows
+    assert new[:2] == [row for row in old if row.case == "gather/stage1"]
+    assert [row.case for row in new[2:]] == ["gather/stage2"] * 2 + ["scatter/stage2"] * 2
+    assert new[2:4] != old[2:]  # measured again
+
+    before = path.read_bytes()
+    for wrong, message in (
+        ([], "--keep needs --json"),
+        (["--batch_size", "3", "--json", str(path)], "results of another setting or device"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main([*flags, "--case", "gather/stage2", *wrong])
+        assert message in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 def test_a_run_that_stops_keeps_what_it_measured(quick_rates, tmp_path, monkeypatch):
