@@ -37,7 +37,7 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CODE)
+	$(BIN)/clang-format --dry-run --Werror $(CODE) $(wildcard tests/simt/*.cpp tests/simt/*.h tests/simt/*.cuh)
 
 bench: build
 	$(BIN)/python -m benchmarks

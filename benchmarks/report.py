@@ -82,6 +82,11 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
+def _times(ratio: float) -> str:
+    digits = 2 if ratio < 10 else 1 if ratio < 100 else 0
+    return f"{ratio:.{digits}f}x"
+
+
 def _align(lines: Sequence[Sequence[str]], left: int) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
@@ -126,8 +131,8 @@ def table(results: Results) -> str:
                 row.contender,
                 f"{_number(row.median)} {row.unit}",
                 f"{row.spread:.0%}" if row.rounds > 1 else "-",
-                f"{row.ratio:.2f}x",
-                f"{row.round_ratio:.2f}x",
+                _times(row.ratio),
+                _times(row.round_ratio),
                 str(row.rounds),
                 quantity(row.bytes, "B"),
                 quantity(row.flops, "FLOP") if row.flops else "-",
@@ -164,7 +169,7 @@ def markdown(results: Results) -> str:
         other = f"{_number(group[compiled].median)}" if compiled in group else "–"
         lines.append(
             f"| {case} | {dtype} | {_number(packed.median)} {packed.unit} | "
-            f"{_number(dense.median)} | {other} | **{packed.ratio:.2f}x** | "
+            f"{_number(dense.median)} | {other} | **{_times(packed.ratio)}** | "
             f"{packed.fraction:.0%} |"
         )
     return "\n".join([*lines, "", header(results)])
