@@ -32,6 +32,8 @@ ISA_FLAGS = {
     # GCC takes the deliberately undefined operands of its own AVX-512 headers for mistakes.
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -Wno-uninitialized",
 }
+REQUIRED = os.environ.get("CONVMAE_REQUIRE_EXT") == "1"
+FAILURES = (OSError, subprocess.CalledProcessError, RuntimeError)
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -163,8 +165,8 @@ class BuildKernels(build_ext):
     def run(self):
         try:
             self.compile()
-        except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
-            if os.environ.get("CONVMAE_REQUIRE_EXT") == "1":
+        except FAILURES as error:
+            if REQUIRED:
                 raise
             print(
                 f"WARNING: convmae_kernels installs WITHOUT its compiled CPU kernels ({error}). "
@@ -184,13 +186,26 @@ class BuildKernels(build_ext):
         build = ROOT / "build" / "ninja"
         build.mkdir(parents=True, exist_ok=True)
         library = build / "_C.so"
-        (build / "build.ninja").write_text(ninja_file(torch, build, library, Cuda.find()))
-        subprocess.run(["ninja", "-C", str(build)], check=True)
+        try:
+            self.run_ninja(build, ninja_file(torch, build, library, Cuda.find()))
+        except FAILURES as error:
+            if REQUIRED:
+                raise
+            print(
+                f"WARNING: building again WITHOUT CUDA kernels, after a failure ({error}).",
+                file=sys.stderr,
+            )
+            self.run_ninja(build, ninja_file(torch, build, library, None))
         package = ROOT if self.inplace else Path(self.build_lib)
         (package / "convmae_kernels").mkdir(parents=True, exist_ok=True)
         target = package / "convmae_kernels" / "_C.so"
         shutil.copy2(library, target.with_suffix(".new"))
         os.replace(target.with_suffix(".new"), target)  # a process may have the old one loaded
+
+    @staticmethod
+    def run_ninja(build, text):
+        (build / "build.ninja").write_text(text)
+        subprocess.run(["ninja", "-C", str(build)], check=True)
 
 
 class Wheel(bdist_wheel):

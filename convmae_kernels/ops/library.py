@@ -125,7 +125,7 @@ def why_not_cuda() -> str | None:
     if WHY_NOT_COMPILED is not None:
         return WHY_NOT_COMPILED
     if not torch.ops.convmae.cuda_architectures():
-        return "the compiled library has no CUDA kernels: nvcc was not found when it was built"
+        return "the compiled library has no CUDA kernels: nvcc was missing, or failed, at its build"
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
     return None
