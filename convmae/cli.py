@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("convmae: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # of `convmae info | head`; nothing more can be printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except OptionError as error:
         return _tell(error, BAD_OPTION)
     except (ValueError, RuntimeError) as error:

@@ -186,3 +186,12 @@ def test_info_tells_the_machine_and_the_models(capsys: pytest.CaptureFixture[str
     for word in ("torch", "threads", "bfloat16", "reference", "cpu", "convmae_tiny"):
         assert word in text
     assert "115.04 M" in text  # convmae_base
+
+
+def test_a_reader_that_stops_is_no_traceback() -> None:
+    code = "import sys; from convmae.cli import main; sys.exit(main(['info']))"
+    command = [sys.executable, "-c", code]
+    reader = subprocess.Popen([sys.executable, "-c", "pass"], stdin=subprocess.PIPE)
+    reader.wait()
+    done = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr == ""
