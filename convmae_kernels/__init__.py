@@ -3,7 +3,7 @@
 from convmae_kernels import nn
 from convmae_kernels.block_mask import BlockMask, from_zorder, to_zorder
 from convmae_kernels.info import info
-from convmae_kernels.ops import gather_visible, masked_conv2d, scatter_visible
+from convmae_kernels.ops import gather_visible, gather_windows, masked_conv2d, scatter_visible
 
 __version__ = "0.1.0"
 
@@ -11,6 +11,7 @@ __all__ = [
     "BlockMask",
     "from_zorder",
     "gather_visible",
+    "gather_windows",
     "info",
     "masked_conv2d",
     "nn",

@@ -47,6 +47,18 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
+// The bits of `value` in a dtype, in the first bytes.
+inline uint64_t element_bits(DType dtype, double value) {
+  uint64_t bits = 0;
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    T element;
+    from_acc(Acc<T>(value), &element);
+    std::memcpy(&bits, &element, sizeof(T));
+  });
+  return bits;
+}
+
 // Work of at least this many elements is worth a thread.
 constexpr int64_t kGrainElements = 1 << 14;
 

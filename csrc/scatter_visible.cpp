@@ -2,7 +2,6 @@
 #include "scatter_visible.h"
 
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "common.h"
@@ -33,18 +32,6 @@ ScatterVisibleParams fill_params(const Tensor& x, const Tensor& block_index, int
   p.side = int(side);
   p.element_size = int(x.element_size());
   return p;
-}
-
-// The bits of `value` in a dtype, in the first bytes.
-uint64_t element_bits(DType dtype, double value) {
-  uint64_t bits = 0;
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    T element;
-    from_acc(Acc<T>(value), &element);
-    std::memcpy(&bits, &element, sizeof(T));
-  });
-  return bits;
 }
 
 // [B, H, W, C] -> [B, C, H, W], channels-last

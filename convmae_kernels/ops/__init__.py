@@ -2,7 +2,8 @@
 
 from convmae_kernels.ops import neighbour_table  # noqa: F401  (a mask calls the registered op)
 from convmae_kernels.ops.gather_visible import gather_visible
+from convmae_kernels.ops.gather_windows import gather_windows
 from convmae_kernels.ops.masked_conv2d import masked_conv2d
 from convmae_kernels.ops.scatter_visible import scatter_visible
 
-__all__ = ["gather_visible", "masked_conv2d", "scatter_visible"]
+__all__ = ["gather_visible", "gather_windows", "masked_conv2d", "scatter_visible"]

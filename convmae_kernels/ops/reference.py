@@ -51,26 +51,54 @@ def scatter_visible(
     return dense.contiguous().permute(0, 3, 1, 2)
 
 
-def _windows(x: Tensor, neighbours: Tensor) -> Tensor:
-    """`[T, s*s, C] -> [T, n*s, n*s, C]`: each block and its `n*n` neighbours, hidden ones zero."""
+def gather_windows(x: Tensor, neighbours: Tensor, halo: Sequence[int], fill: float) -> Tensor:
+    """`[T, s*s, C] -> [T, top + s + bottom, left + s + right, C]`: blocks and what surrounds them.
+
+    `halo` is `(top, bottom, left, right)`, in positions; hidden ones, and those outside the image,
+    hold `fill`.
+    """
     blocks, positions, channels = x.shape
     side, n = math.isqrt(positions), math.isqrt(neighbours.shape[1])
     tiles = from_zorder(x.transpose(1, 2)).permute(0, 2, 3, 1)  # [T, s, s, C]
-    tiles = torch.cat([tiles, tiles.new_zeros(1, side, side, channels)])
+    tiles = torch.cat([tiles, tiles.new_full((1, side, side, channels), fill)])
     index = neighbours.long()
     index = torch.where(index < 0, blocks, index)
     windows = tiles.index_select(0, index.flatten()).view(blocks, n, n, side, side, channels)
-    return windows.transpose(2, 3).reshape(blocks, n * side, n * side, channels)
+    windows = windows.transpose(2, 3).reshape(blocks, n * side, n * side, channels)
+    top, bottom, left, right = halo
+    first, after = n // 2 * side, (n // 2 + 1) * side
+    return windows[:, first - top : after + bottom, first - left : after + right].contiguous()
 
 
-def _taps(side: int, neighbours: Tensor, kernel: Sequence[int], dilation: Sequence[int]):
-    """The `(row, column, window rows, window columns)` of every tap of the kernel."""
-    centre = math.isqrt(neighbours.shape[1]) // 2 * side
+def gather_windows_grad(grad: Tensor, neighbours: Tensor, halo: Sequence[int]) -> Tensor:
+    """The gradient of `gather_windows` in `x`: the sum of what all windows hold of a position."""
+    top, bottom, left, right = halo
+    blocks, rows, _, channels = grad.shape
+    side, n = rows - top - bottom, math.isqrt(neighbours.shape[1])
+    reach, dtype = n // 2 * side, _accumulation_dtype(grad.dtype)
+    margins = (0, 0, reach - left, reach - right, reach - top, reach - bottom)
+    windows = torch.nn.functional.pad(grad.to(dtype), margins)  # [T, n*s, n*s, C]
+    windows = windows.view(blocks, n, side, n, side, channels)
+    windows = torch.cat([windows, windows.new_zeros(1, *windows.shape[1:])])
+    index = neighbours.long()
+    index = torch.where(index < 0, blocks, index)
+    x = grad.new_zeros(blocks, side, side, channels, dtype=dtype)
+    for column in range(n * n):  # a block seen from the neighbour there lies opposite
+        i, j = divmod(n * n - 1 - column, n)
+        x = x + windows[:, i, :, j].index_select(0, index[:, column])
+    return to_zorder(x.permute(0, 3, 1, 2)).transpose(1, 2).contiguous().to(grad.dtype)
+
+
+def _taps(x: Tensor, neighbours: Tensor, kernel: Sequence[int], dilation: Sequence[int]):
+    """Of every tap of an odd-sided kernel, its row, its column and what it meets `[T, s, s, C]`."""
+    side = math.isqrt(x.shape[1])
+    rows, columns = (d * (k // 2) for d, k in zip(dilation, kernel))
+    windows = gather_windows(x, neighbours, (rows, rows, columns, columns), 0.0)
     for i in range(kernel[0]):
-        top = centre + (i - kernel[0] // 2) * dilation[0]
+        top = i * dilation[0]
         for j in range(kernel[1]):
-            left = centre + (j - kernel[1] // 2) * dilation[1]
-            yield i, j, slice(top, top + side), slice(left, left + side)
+            left = j * dilation[1]
+            yield i, j, windows[:, top : top + side, left : left + side]
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -85,12 +113,12 @@ def masked_conv2d(
     `x` is `[T, s*s, C]`, `weight` `[C, 1, kh, kw]`, `neighbours` from `BlockMask.neighbours`.
     """
     side, dtype = math.isqrt(x.shape[1]), _accumulation_dtype(x.dtype)
-    windows, weight = _windows(x.to(dtype), neighbours), weight.to(dtype)
+    weight = weight.to(dtype)
     y = x.new_zeros(x.shape[0], side, side, x.shape[2], dtype=dtype)
     if bias is not None:
         y = y + bias.to(dtype)
-    for i, j, rows, columns in _taps(side, neighbours, weight.shape[2:], dilation):
-        y = y + weight[:, 0, i, j] * windows[:, rows, columns]
+    for i, j, met in _taps(x.to(dtype), neighbours, weight.shape[2:], dilation):
+        y = y + weight[:, 0, i, j] * met
     return to_zorder(y.permute(0, 3, 1, 2)).transpose(1, 2).contiguous().to(x.dtype)
 
 
@@ -98,12 +126,11 @@ def masked_conv2d_weight_grad(
     grad: Tensor, x: Tensor, neighbours: Tensor, kernel: list[int], dilation: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `masked_conv2d` in its weight `[C, 1, kh, kw]` and its bias `[C]`."""
-    side, dtype = math.isqrt(x.shape[1]), _accumulation_dtype(x.dtype)
-    windows = _windows(x.to(dtype), neighbours)
+    result, dtype = x.dtype, _accumulation_dtype(x.dtype)
     grad = from_zorder(grad.to(dtype).transpose(1, 2)).permute(0, 2, 3, 1)  # [T, s, s, C]
     taps = [
-        (grad * windows[:, rows, columns]).sum((0, 1, 2))
-        for _, _, rows, columns in _taps(side, neighbours, kernel, dilation)
+        (grad * met).sum((0, 1, 2))
+        for _, _, met in _taps(x.to(dtype), neighbours, kernel, dilation)
     ]
     grad_weight = torch.stack(taps, dim=1).view(-1, 1, kernel[0], kernel[1])
-    return grad_weight.to(x.dtype), grad.sum((0, 1, 2)).to(x.dtype)
+    return grad_weight.to(result), grad.sum((0, 1, 2)).to(result)

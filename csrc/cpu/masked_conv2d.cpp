@@ -6,9 +6,6 @@
 // channels at a time: memory is slow at anything else.
 #include "masked_conv2d.h"
 
-#include <cstdlib>
-#include <new>
-
 #include "cpu/vec.h"
 
 namespace convmae {
@@ -16,22 +13,6 @@ namespace {
 
 using cpu::MaskedConv2dForward;
 using cpu::MaskedConv2dWeightGrad;
-
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(std::calloc(size > 0 ? size : 1, sizeof(T)))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* get() const { return data_; }
-
- private:
-  T* data_;
-};
 
 // Where every position of a block and its halo lies, in raster order; null where it is hidden.
 template <class T>

@@ -4,7 +4,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <type_traits>
 
 #if defined(__F16C__) || defined(__AVX512F__)
@@ -113,6 +115,25 @@ __attribute__((always_inline)) inline void for_vectors(int64_t channels, F&& f) 
   for (; c + kLanes<A> <= channels; c += kLanes<A>) f(Index<kLanes<A>>{}, c);
   for (; c < channels; ++c) f(Index<1>{}, c);
 }
+
+// -- memory ------------------------------------------------------------------------------------
+
+// Zeros at first.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(static_cast<T*>(std::calloc(size > 0 ? size : 1, sizeof(T)))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
 
 }  // namespace
 }  // namespace convmae
