@@ -24,8 +24,8 @@ import convmae_kernels as ck
 from benchmarks import memory, models, work
 from benchmarks.limits import clock_for
 from benchmarks.runner import CapturedGraph, Comparison, Contender
-from convmae.models.layers import SLOW_ON_CPU
 from convmae_kernels import BlockMask
+from convmae_kernels.ops.arithmetic import SLOW_ON_CPU
 from convmae_kernels.ops.library import Impl, why_not
 
 if TYPE_CHECKING:

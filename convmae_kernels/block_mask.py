@@ -294,3 +294,22 @@ def from_zorder(x: Tensor) -> Tensor:
     first = len(lead)
     order = [first + 2 * bit + axis for axis in (0, 1) for bit in range(bits)]
     return x.permute(*range(first), *order).reshape(*lead, side, side)
+
+
+def rows_to_zorder(x: Tensor) -> Tensor:
+    """`[T, s, s, ...] -> [T, s*s, ...]`: `to_zorder` of axes 1 and 2, in one copy."""
+    bits = x.shape[1].bit_length() - 1
+    split = x.reshape(x.shape[0], *(2,) * (2 * bits), *x.shape[3:])
+    order = [1 + axis * bits + bit for bit in range(bits) for axis in (0, 1)]
+    rest = range(1 + 2 * bits, split.dim())
+    return split.permute(0, *order, *rest).reshape(x.shape[0], x.shape[1] ** 2, *x.shape[3:])
+
+
+def rows_from_zorder(x: Tensor) -> Tensor:
+    """`[T, s*s, ...] -> [T, s, s, ...]`: the inverse of `rows_to_zorder`."""
+    side = math.isqrt(x.shape[1])
+    bits = side.bit_length() - 1
+    split = x.reshape(x.shape[0], *(2,) * (2 * bits), *x.shape[2:])
+    order = [1 + 2 * bit + axis for axis in (0, 1) for bit in range(bits)]
+    rest = range(1 + 2 * bits, split.dim())
+    return split.permute(0, *order, *rest).reshape(x.shape[0], side, side, *x.shape[2:])

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 import convmae
 import convmae_kernels as ck
-from convmae.models import ConvMAE, ConvViT, DenseConvMAE, layers
+from convmae.models import ConvMAE, ConvViT, DenseConvMAE
 from convmae.models.layers import DropPath, attention, linear, zorder_weight
+from convmae_kernels.ops import arithmetic
 
 ENCODER = {"embed_dim": (8, 12, 16), "depth": (2, 2, 2), "num_heads": 2, "mlp_ratio": (4, 4, 4)}
 DECODER = {"decoder_embed_dim": 24, "decoder_depth": 2, "decoder_num_heads": 3}
@@ -339,10 +340,10 @@ def test_products_of_slow_half_types_are_float32(dtype, mixed, monkeypatch):
         weight, bias = weight.to(dtype), bias.to(dtype)
     exact = F.linear(x.float(), weight.float(), bias.float())
     with torch.autocast("cpu", dtype, enabled=mixed):
-        monkeypatch.setattr(layers, "SLOW_ON_CPU", frozenset())
+        monkeypatch.setattr(arithmetic, "SLOW_ON_CPU", frozenset())
         plain = linear(x, weight, bias)
         assert torch.equal(plain, F.linear(x, weight, bias))
-        monkeypatch.setattr(layers, "SLOW_ON_CPU", frozenset([dtype]))
+        monkeypatch.setattr(arithmetic, "SLOW_ON_CPU", frozenset([dtype]))
         wide = linear(x, weight, bias)
     assert wide.dtype == plain.dtype == dtype
     assert torch.equal(wide, exact.to(dtype))
@@ -352,7 +353,7 @@ def test_products_of_slow_half_types_are_float32(dtype, mixed, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_on_any_cpu(dtype, slow, monkeypatch):
     """With half products and without: close to float32, gradients too, packed and dense alike."""
-    monkeypatch.setattr(layers, "SLOW_ON_CPU", slow)
+    monkeypatch.setattr(arithmetic, "SLOW_ON_CPU", slow)
     model = small()
     dense = DenseConvMAE(**model.config)
     dense.load_state_dict(model.state_dict())

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convmae.models.convmae import ConvMAE
-from convmae.models.layers import ConvBlock, PatchEmbed, multiply
+from convmae.models.layers import ConvBlock, PatchEmbed
+from convmae_kernels.ops.arithmetic import multiply
 
 if TYPE_CHECKING:
     from convmae_kernels import BlockMask

@@ -6,7 +6,6 @@ convolution modules here only hold parameters: on packed features they are matri
 
 from __future__ import annotations
 
-import platform
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +14,10 @@ from torch import Tensor, nn
 
 from convmae.models.tokens import take_tokens
 from convmae_kernels.nn import MaskedConv2d
-from convmae_kernels.ops.library import autocast_dtype
+from convmae_kernels.ops import arithmetic
+from convmae_kernels.ops.arithmetic import multiply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from convmae_kernels import BlockMask
 
 CONV_EPS = 1e-5  # of the LayerNorms of patch embeddings and convolution blocks
@@ -51,50 +49,6 @@ def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat(parts, dim=1).float().unsqueeze(0)
 
 
-def _slow_on_this_cpu() -> frozenset[torch.dtype]:
-    """The half types that oneDNN does not multiply here: PyTorch then takes 3 to 50 times as long
-    for a product as in float32. Known of x86 only."""
-    if (
-        platform.machine().lower() not in ("x86_64", "amd64")
-        or not torch.backends.mkldnn.is_available()
-    ):
-        return frozenset()
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-    }
-    return frozenset(dtype for dtype, fast in supported.items() if not fast)
-
-
-SLOW_ON_CPU = _slow_on_this_cpu()
-
-
-def multiply(
-    function: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """`function(x, weight, bias)`, a linear layer or a convolution, in the faster arithmetic.
-
-    A CPU that does not multiply a half type multiplies in float32, and the result is rounded: what
-    a CPU with such products does too, as it accumulates in float32.
-
-    Args:
-        function: takes its three arguments by position.
-        x, weight, bias: floating tensors of one dtype, or of any under autocast.
-
-    Returns:
-        The result, in the dtype of `x` or autocast's.
-    """
-    dtype = autocast_dtype(x)
-    if x.device.type != "cpu" or dtype not in SLOW_ON_CPU:
-        return function(x, weight, bias)
-    with torch.autocast("cpu", enabled=False):
-        wide = function(x.float(), weight.float(), None if bias is None else bias.float())
-        return wide.to(dtype)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear` by `multiply`."""
     return multiply(F.linear, x, weight, bias)
@@ -124,7 +78,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
     Returns:
         `[N, heads, Q, d]` in the dtype of `q`; the softmax accumulates in float32 at least.
     """
-    if q.device.type == "cpu" and q.dtype in SLOW_ON_CPU:
+    if q.device.type == "cpu" and q.dtype in arithmetic.SLOW_ON_CPU:
         with torch.autocast("cpu", enabled=False):
             return _plain_attention(q.float(), k.float(), v.float(), key_padding).to(q.dtype)
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):

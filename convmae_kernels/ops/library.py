@@ -88,7 +88,13 @@ def _import_triton_kernel(name: str) -> Callable:
     return getattr(module, name)
 
 
-def register(schema: str, reference: Callable, fake: Callable, derivatives: Callable) -> None:
+def register(
+    schema: str,
+    reference: Callable | None,
+    fake: Callable,
+    derivatives: Callable,
+    composed: Callable | None = None,
+) -> None:
     """Defines an op in both libraries, and registers everything but the compiled kernels.
 
     Args:
@@ -97,6 +103,8 @@ def register(schema: str, reference: Callable, fake: Callable, derivatives: Call
         fake: its outputs without their values.
         derivatives: given the ops of a library (`torch.ops.convmae`), returns the backward
             formula, made of these ops, and the function that saves what it needs.
+        composed: for an op that is made of other ops, in place of `reference`: given the ops of a
+            library, returns the kernel for every device.
     """
     name = schema.partition("(")[0]
     for library in (LIB, TRITON_LIB):
@@ -105,6 +113,12 @@ def register(schema: str, reference: Callable, fake: Callable, derivatives: Call
         torch.library.register_fake(op, fake, lib=library)
         backward, setup_context = derivatives(getattr(torch.ops, library.ns))
         torch.library.register_autograd(op, backward, setup_context=setup_context, lib=library)
+        if composed is not None:
+            library.impl(
+                name, composed(getattr(torch.ops, library.ns)), "CompositeExplicitAutograd"
+            )
+    if reference is None:
+        return
     LIB.impl(name, reference, "CompositeExplicitAutograd")
     if WHY_NOT_TRITON is not None:
         return

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.nn.functional import linear
 
-from convmae_kernels.ops import reference
+from convmae_kernels.block_mask import BLOCK_SIZES, to_zorder
+from convmae_kernels.ops import reference, window_conv2d  # noqa: F401  (registers the op)
+from convmae_kernels.ops.arithmetic import multiply
 from convmae_kernels.ops.checks import check_packed
+from convmae_kernels.ops.gather_windows import reach
 from convmae_kernels.ops.library import (
     Impl,
     autocast_dtype,
@@ -97,58 +101,187 @@ def masked_conv2d(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
     *,
+    padding: str | int | tuple[int, int] = "same",
     impl: Impl = "auto",
 ) -> Tensor:
-    """`gather(conv2d(scatter(x), weight, bias, padding="same"))`, only at visible positions.
+    """`gather(conv2d(scatter(x), weight, bias, stride, padding))`, only at visible positions.
 
-    At each visible position `p`: `y[p] = bias + sum of weight[d] * x[p + d]` over the taps `d` for
-    which `p + d` is visible. Hidden positions and positions outside the image count as zero.
+    At each visible position `p`: `y[p] = bias + sum of weight[d] * x[stride * p + d]` over the taps
+    `d` whose position is visible. Hidden positions and positions outside the image count as zero.
 
     Args:
-        x: packed features `[T, s*s, C]`, float32, bfloat16, float16 or float64.
+        x: packed features `[T, s*s, C_in]`, float32, bfloat16, float16 or float64.
         weight: `[C_out, C_in / groups, kh, kw]` as in `torch.nn.functional.conv2d`, in the dtype of
-            `x`, `kh` and `kw` odd and at most 15. This version has the depthwise convolution:
-            `groups == C_in == C_out`.
+            `x`.
         bias: `[C_out]` or None.
         mask: the mask that `x` was packed with.
-        stride: 1 in this version.
+        stride: a power of two up to `s`, the same in both directions.
         dilation: distance between the taps, at least 1.
         groups: as in `torch.nn.functional.conv2d`.
+        padding: "same", which is `dilation * (k - 1) // 2`, or a number or a pair of numbers of
+            positions with which a map's side shrinks by `stride`, no more and no less: patch
+            embeddings, whose kernel is their stride, have 0.
         impl: which implementation runs; "auto" is the fastest that is there.
 
     Returns:
-        `[T, s*s, C_out]` in the dtype of `x`; sums are accumulated in float32 (float64 for
-        float64). Differentiable any number of times; the same input gives the same bits whatever
-        the number of threads. Under autocast it runs in the autocast dtype.
+        `[T, (s / stride) ** 2, C_out]` in the dtype of `x`, for the same mask. Differentiable any
+        number of times. Half types are accumulated in float32. Under autocast it runs in the
+        autocast dtype. Of depthwise convolutions with an odd kernel up to 15, the same input gives
+        the same bits whatever the number of threads; others are PyTorch's matrix products and
+        convolutions of what `gather_windows` gives, and as repeatable as these.
 
     Raises:
         TypeError: an argument is not a tensor of one of the dtypes, or dtypes differ.
-        ValueError: shapes, devices, kernel size or dilation do not fit.
-        NotImplementedError: `stride` is not 1, or the convolution is not depthwise.
+        ValueError: shapes, devices, kernel size, stride, padding or dilation do not fit.
         RuntimeError: `impl` was named and cannot run.
     """
     side = check_packed("x", x, mask)
-    dilation = _pair("dilation", dilation)
+    dilation = pair("dilation", dilation)
     _check_weight(x, weight, bias, groups)
-    if _pair("stride", stride) != (1, 1):
-        raise NotImplementedError(f"masked_conv2d has stride 1 only in this version, got {stride}")
-    halo = max(d * (k // 2) for d, k in zip(dilation, weight.shape[2:]))
-    neighbours = mask.neighbours(-(-halo // side))
-    dtype = autocast_dtype(x)
-    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    kernel = (weight.shape[2], weight.shape[3])
+    step = check_stride(stride, side)
+    padding = check_padding(padding, kernel, step, dilation)
     run = select(impl, "masked_conv2d", reference.masked_conv2d, x)
-    return run(x, weight, bias, neighbours, dilation)
+    dtype = autocast_dtype(x)
+    if kernel == (1, 1) and groups == 1:
+        return multiply(linear, x[:, :: step * step], weight.flatten(1), bias)
+    if kernel == (step, step) and groups == 1:
+        patches = x.reshape(x.shape[0], -1, step * step * x.shape[2])
+        matrix = to_zorder(weight).transpose(1, 2).flatten(1)
+        return multiply(linear, patches, matrix, bias)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if _is_depthwise(x, weight, groups, padding, dilation):
+        neighbours = mask.neighbours(-(-max(padding) // side))
+        y = run(x, weight, bias, neighbours, dilation)
+        return y if step == 1 else y.unflatten(1, (-1, step * step))[:, :, 0].contiguous()
+    halo = reference.window_halo(kernel, step, padding, dilation)
+    neighbours = mask.neighbours(reach(halo, side))
+    run = select(impl, "window_conv2d", reference.window_conv2d, x)
+    return run(x, weight, bias, neighbours, step, padding, dilation, groups)
 
 
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"{name} must be a positive integer or a pair of them, got {value!r}")
-    return pair
+def masked_conv_transpose2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: BlockMask, stride: int | tuple[int, int]
+) -> Tensor:
+    """`gather(conv_transpose2d(scatter(x), weight, bias, stride))`, for kernels of side `stride`.
+
+    Args:
+        x: packed features `[T, s*s, C_in]`, float32, bfloat16, float16 or float64.
+        weight: `[C_in, C_out, stride, stride]` in the dtype of `x`.
+        bias: `[C_out]` or None.
+        mask: the mask that `x` was packed with.
+        stride: a power of two, the same in both directions; `s * stride` is at most 32.
+
+    Returns:
+        `[T, (s * stride) ** 2, C_out]` in the dtype of `x`, or autocast's, for the same mask.
+
+    Raises:
+        TypeError: an argument is not a tensor of one of the dtypes, or dtypes differ.
+        ValueError: shapes, devices or stride do not fit.
+    """
+    side = check_packed("x", x, mask)
+    check_parameters(x, weight, bias)
+    rows, columns = pair("stride", stride)
+    if rows != columns or rows * side not in BLOCK_SIZES:
+        raise ValueError(
+            f"stride must be a power of two, the same in both directions, with which blocks of "
+            f"side {side} have a side of at most {BLOCK_SIZES[-1]}, got {stride}"
+        )
+    if weight.dim() != 4 or weight.shape[0] != x.shape[2] or weight.shape[2:] != (rows, rows):
+        raise ValueError(
+            f"weight must be [C_in, C_out, stride, stride] with C_in={x.shape[2]} and "
+            f"stride={rows}, got {list(weight.shape)}"
+        )
+    out_channels = weight.shape[1]
+    if bias is not None and bias.shape != (out_channels,):
+        raise ValueError(f"bias must be [{out_channels}], got {list(bias.shape)}")
+    matrix = to_zorder(weight).permute(2, 1, 0).flatten(0, 1)  # [stride**2 * C_out, C_in]
+    bias = None if bias is None else bias.repeat(rows * rows)
+    y = multiply(linear, x, matrix, bias)
+    return y.reshape(x.shape[0], -1, out_channels)
 
 
-def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
-    channels = x.shape[2]
+def _is_depthwise(
+    x: Tensor, weight: Tensor, groups: int, padding: tuple[int, int], dilation: tuple[int, int]
+) -> bool:
+    """Whether the kernels of the op `masked_conv2d` have this convolution."""
+    return (
+        groups == x.shape[2] == weight.shape[0]
+        and all(k % 2 == 1 and k <= MAX_KERNEL for k in weight.shape[2:])
+        and all(p == d * (k // 2) for p, d, k in zip(padding, dilation, weight.shape[2:]))
+    )
+
+
+# -- arguments ------------------------------------------------------------------------------------
+
+
+def pair(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[int, int]:
+    """A value for rows and one for columns, each at least `least`.
+
+    Raises:
+        ValueError: it is not such a number or pair of numbers.
+    """
+    both = (value, value) if isinstance(value, int) else tuple(value)
+    if len(both) != 2 or not all(isinstance(v, int) and v >= least for v in both):
+        kind = "positive" if least == 1 else "non-negative"
+        raise ValueError(f"{name} must be a {kind} integer or a pair of them, got {value!r}")
+    return both
+
+
+def check_stride(stride: int | tuple[int, int], side: int) -> int:
+    """The stride of both directions.
+
+    Raises:
+        ValueError: blocks of this side cannot be sampled with this stride.
+    """
+    rows, columns = pair("stride", stride)
+    if rows != columns or side % rows or rows & (rows - 1):
+        raise ValueError(
+            f"stride must be a power of two, the same in both directions, that divides the side of "
+            f"the blocks, {side} here, got {stride}; blocks of a larger part of the image have a "
+            "larger side"
+        )
+    return rows
+
+
+def check_padding(
+    padding: str | int | tuple[int, int],
+    kernel: tuple[int, int],
+    stride: int,
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    """The padding of both directions.
+
+    Raises:
+        ValueError: with this padding the map would not shrink by `stride` exactly.
+    """
+    spans = [d * (k - 1) for d, k in zip(dilation, kernel)]
+
+    def fits(positions: tuple[int, ...]) -> bool:
+        return all(span < 2 * p + stride <= span + stride for p, span in zip(positions, spans))
+
+    if padding in ("same", "valid"):
+        wanted = tuple(span // 2 if padding == "same" else 0 for span in spans)
+    elif isinstance(padding, str):
+        raise ValueError(f'padding must be "same", "valid" or numbers, got {padding!r}')
+    else:
+        wanted = pair("padding", padding, least=0)
+    if not fits(wanted):
+        good = [p for p in range(max(spans) + 1) if fits((p, p))]
+        expected = f"one of {good}" if good else "impossible here"
+        raise ValueError(
+            f"padding must keep the grid of blocks: with kernel {kernel}, stride {stride} and "
+            f"dilation {dilation} that is {expected}, got {padding!r}"
+        )
+    return wanted[0], wanted[1]
+
+
+def check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """`weight` and `bias` are tensors of the dtype and on the device of `x`.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
     for name, tensor in (("weight", weight), ("bias", bias)):
         if name == "bias" and tensor is None:
             continue
@@ -158,20 +291,20 @@ def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -
             raise TypeError(f"{name} is {tensor.dtype}, but x is {x.dtype}; they must be the same")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
-    if weight.dim() != 4:
+
+
+def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    channels = x.shape[2]
+    check_parameters(x, weight, bias)
+    if weight.dim() != 4 or 0 in weight.shape[2:]:
         raise ValueError(f"weight must be [C_out, C_in / groups, kh, kw], got {list(weight.shape)}")
-    out_channels, in_channels, kh, kw = weight.shape
-    if in_channels * groups != channels:
+    out_channels, in_channels = weight.shape[:2]
+    if not isinstance(groups, int) or groups < 1 or in_channels * groups != channels:
         raise ValueError(
             f"x has {channels} channels, but weight {list(weight.shape)} with groups={groups} "
             f"takes {in_channels * groups}"
         )
-    if not groups == channels == out_channels:
-        raise NotImplementedError(
-            "masked_conv2d is depthwise only in this version (groups == C_in == C_out), got "
-            f"groups={groups}, C_in={channels}, C_out={out_channels}"
-        )
-    if kh % 2 == 0 or kw % 2 == 0 or max(kh, kw) > MAX_KERNEL:
-        raise ValueError(f"kernel sides must be odd and at most {MAX_KERNEL}, got {kh} x {kw}")
+    if out_channels % groups:
+        raise ValueError(f"groups={groups} does not divide the {out_channels} channels of weight")
     if bias is not None and bias.shape != (out_channels,):
         raise ValueError(f"bias must be [{out_channels}], got {list(bias.shape)}")

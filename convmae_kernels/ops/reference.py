@@ -134,3 +134,42 @@ def masked_conv2d_weight_grad(
     ]
     grad_weight = torch.stack(taps, dim=1).view(-1, 1, kernel[0], kernel[1])
     return grad_weight.to(result), grad.sum((0, 1, 2)).to(result)
+
+
+def window_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    neighbours: Tensor,
+    stride: int,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`conv2d` of every block's window: `[T, s*s, C_in] -> [T, (s / stride) ** 2, C_out]`.
+
+    `padding` and `dilation` are pairs; the kernel reaches `padding` above and left of a block, and
+    as far below and right of it as its size leaves.
+    """
+    dtype = _accumulation_dtype(x.dtype)
+    halo = window_halo(weight.shape[2:], stride, padding, dilation)
+    windows = gather_windows(x.to(dtype), neighbours, halo, 0.0).permute(0, 3, 1, 2)
+    y = torch.nn.functional.conv2d(
+        windows,
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        stride,
+        0,
+        dilation,
+        groups,
+    )
+    return to_zorder(y).transpose(1, 2).contiguous().to(x.dtype)
+
+
+def window_halo(
+    kernel: Sequence[int], stride: int, padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """The halo (top, bottom, left, right) of the windows that a convolution of blocks looks at."""
+    above, left = padding
+    below, right = (d * (k - 1) - p - stride + 1 for k, p, d in zip(kernel, padding, dilation))
+    return above, below, left, right

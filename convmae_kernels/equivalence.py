@@ -1,0 +1,394 @@
+"""The promise that skipping changes nothing, checked for a model: packed against dense."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from convmae_kernels.ops import gather_visible
+from convmae_kernels.packed import ELEMENTWISE, OPERATORS, MapLike, Packed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from convmae_kernels.block_mask import BlockMask
+
+
+class EquivalenceError(AssertionError):
+    """The packed run of a model deviates from the dense one."""
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """What `check_equivalence` found.
+
+    Attributes:
+        outputs: the largest relative error of a module's output, of all modules.
+        gradients: the same of the gradients of parameters and images.
+        buffers: the same of buffers, running statistics among them.
+        modules: the relative error of every module's output, in the order of execution.
+    """
+
+    outputs: float
+    gradients: float
+    buffers: float
+    modules: dict[str, float] = field(repr=False)
+
+
+def check_equivalence(
+    model: nn.Module,
+    images: Tensor,
+    mask: BlockMask,
+    *,
+    dtype: torch.dtype = torch.float64,
+    tolerance: float | None = None,
+    seed: int = 0,
+) -> Equivalence:
+    """Runs a model packed, and densely with hidden positions multiplied by zero, and compares.
+
+    Compares the output of every module at visible positions, the gradients of a random function of
+    the outputs in all parameters and in the images, and all buffers afterwards. The model itself is
+    not touched: copies of it run, in its mode (training or not), from the same random seed.
+
+    Args:
+        model: takes a map `[B, C, H, W]`.
+        images: `[B, C, H, W]` for the model and the mask.
+        mask: the visible blocks.
+        dtype: in which both run.
+        tolerance: the largest relative error; 1e-9 in float64 and 1e-3 in other dtypes if None.
+        seed: of the random numbers of both runs.
+
+    Returns:
+        The errors, each relative to the largest magnitude of its tensor (of gradients and buffers, at
+        least a thousandth of the largest of all, as some are zero but for rounding).
+
+    Raises:
+        EquivalenceError: an error exceeds the tolerance; names the first module that deviates.
+        NotImplementedError: the model does something that packed features do not support.
+        TypeError, ValueError: images and mask do not fit; see `gather_visible`.
+    """
+    if tolerance is None:
+        tolerance = 1e-9 if dtype == torch.float64 else 1e-3
+    images = images.detach().to(dtype)
+    dense = _Run(model, dtype, seed, None)
+    dense_images = images.clone().requires_grad_()
+    dense.run(MaskedDense(dense_images, mask), mask)
+    packed = _Run(model, dtype, seed, dense.outputs)
+    packed_images = images.clone().requires_grad_()
+    packed.run(Packed.gather(packed_images, mask), mask)
+
+    first = next((name for name, e in packed.errors.items() if not e <= tolerance), None)
+    gradients = _largest(
+        {**packed.gradients(), "images": packed_images.grad},
+        {**dense.gradients(), "images": dense_images.grad},
+        floor=1e-3,
+    )
+    buffers = _largest(
+        dict(packed.model.named_buffers()), dict(dense.model.named_buffers()), floor=1e-3
+    )
+    worst = {"gradient of": gradients, "buffer": buffers}
+    if first is not None:
+        kind = type(packed.model.get_submodule(first.partition("#")[0])).__name__
+        raise EquivalenceError(
+            f"packed and dense runs differ: first in the output of module {first!r} ({kind}), by a "
+            f"relative error of {packed.errors[first]:.2e}; at most {tolerance:.0e} was expected"
+        )
+    for what, (name, error) in worst.items():
+        if not error <= tolerance:
+            raise EquivalenceError(
+                f"packed and dense runs differ: {what} {name!r}, by a relative error of "
+                f"{error:.2e}; at most {tolerance:.0e} was expected. No module's output differs"
+            )
+    return Equivalence(
+        max(packed.errors.values(), default=0.0), gradients[1], buffers[1], packed.errors
+    )
+
+
+def _error(a: Tensor, b: Tensor, scale: float) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    if a.numel() == 0:
+        return 0.0
+    difference = float((a.double() - b.double()).abs().max())
+    return difference / scale if scale else difference
+
+
+def _magnitude(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _largest(found: dict, expected: dict, floor: float = 0.0) -> tuple[str, float]:
+    """The name and the error of the tensor that deviates most."""
+    expected = {name: x for name, x in expected.items() if x is not None}
+    if missing := {name for name, x in found.items() if x is not None} ^ set(expected):
+        return sorted(missing)[0], float("inf")
+    least = floor * max(map(_magnitude, expected.values()), default=0.0)
+    errors = {
+        name: _error(found[name], x, max(_magnitude(x), least)) for name, x in expected.items()
+    }
+    return max(errors.items(), key=lambda item: item[1], default=("", 0.0))
+
+
+class _Run:
+    """One run of a copy of a model; notes what its modules give, or compares it."""
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, seed: int, expected: dict | None
+    ) -> None:
+        self.model = copy.deepcopy(model).to(dtype)
+        self.seed = seed
+        self.outputs: dict[str, list[Tensor]] = {}
+        self.errors: dict[str, float] = {}
+        self._expected = expected
+        self._calls: dict[str, int] = {}
+        for name, module in self.model.named_modules():
+            module.register_forward_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Callable:
+        def note(module: nn.Module, args: object, output: object) -> None:
+            self._calls[name] = self._calls.get(name, 0) + 1
+            key = name if self._calls[name] == 1 else f"{name}#{self._calls[name]}"
+            tensors = [t.detach() for t in visible_values(output)]
+            if self._expected is None:
+                self.outputs[key] = [t.clone() for t in tensors]
+                return
+            expected = self._expected.get(key, [])
+            errors = [_error(a, b, _magnitude(b)) for a, b in zip(tensors, expected)]
+            same = len(tensors) == len(expected)
+            self.errors[key] = max(errors, default=0.0) if same else float("inf")
+
+        return note
+
+    def run(self, x: MapLike, mask: BlockMask) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            values = visible_values(self.model(x))
+            generator = torch.Generator().manual_seed(self.seed)
+            loss = sum(
+                (v * torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v)).sum()
+                for v in values
+            )
+            if isinstance(loss, Tensor) and loss.requires_grad:
+                loss.backward()
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        return {name: p.grad for name, p in self.model.named_parameters()}
+
+
+def visible_values(output: object) -> list[Tensor]:
+    """The floating tensors of an output, maps as packed features."""
+    leaves = pytree.tree_leaves(output, is_leaf=lambda leaf: isinstance(leaf, MapLike))
+    tensors = []
+    for leaf in leaves:
+        if isinstance(leaf, Packed):
+            tensors.append(leaf.features)
+        elif isinstance(leaf, MaskedDense):
+            tensors.append(gather_visible(leaf.nchw(), leaf.mask))
+        elif isinstance(leaf, Tensor) and leaf.is_floating_point():
+            tensors.append(leaf)
+    return tensors
+
+
+# -- dense-times-mask -----------------------------------------------------------------------------
+
+
+class MaskedDense(MapLike):
+    """A dense map whose hidden positions count as zero, or not at all, whenever they are looked at.
+
+    It computes what `Packed` computes, and hidden positions besides: the oracle of
+    `check_equivalence`, and what skipping is compared with in the benchmarks. Plain PyTorch.
+    """
+
+    handlers: dict = {}
+
+    def __init__(self, values: Tensor, mask: BlockMask, channels_last: bool = False) -> None:
+        self.values = values
+        self.mask = mask
+        self._channels_last = channels_last
+        self._visible: dict[int, Tensor] = {}
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the map."""
+        return self.values.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the map."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the map."""
+        return self.values.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients reach the map."""
+        return self.values.requires_grad
+
+    def like(self, values: Tensor, channels_last: bool | None = None) -> MaskedDense:
+        """Another map of the same mask."""
+        layout = self._channels_last if channels_last is None else channels_last
+        other = MaskedDense(values, self.mask, layout)
+        other._visible = self._visible
+        return other
+
+    def nchw(self) -> Tensor:
+        """`[B, C, H, W]`."""
+        return self.values.permute(0, 3, 1, 2) if self._channels_last else self.values
+
+    def visible(self) -> Tensor:
+        """The mask of this map: bool `[B, 1, H, W]`, or `[B, H, W, 1]`."""
+        side = self.nchw().shape[2] // self.mask.grid[0]
+        if side not in self._visible:
+            self._visible[side] = self.mask.to_dense(side)
+        mask = self._visible[side]
+        return mask.permute(0, 2, 3, 1) if self._channels_last else mask
+
+    def masked(self, hidden: float = 0.0) -> Tensor:
+        """The map with `hidden` at hidden positions."""
+        return torch.where(self.visible(), self.values, hidden)
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """The axes of rows and columns."""
+        return (1, 2) if self._channels_last else (2, 3)
+
+
+def _handles(*functions: Callable) -> Callable:
+    def add(handler: Callable) -> Callable:
+        MaskedDense.handlers.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return add
+
+
+def _positionwise(func: Callable, *args: Any, **kwargs: Any) -> MaskedDense:
+    """Of functions that do not mix positions."""
+    first = next(x for x in [*args, *kwargs.values()] if isinstance(x, MaskedDense))
+    plain = [x.values if isinstance(x, MaskedDense) else x for x in args]
+    options = {k: x.values if isinstance(x, MaskedDense) else x for k, x in kwargs.items()}
+    return first.like(func(*plain, **options))
+
+
+for _space in (torch, Tensor, F, torch._C._nn):
+    for _name in ELEMENTWISE.split():
+        for _variant in (_name, _name + "_"):
+            if callable(getattr(_space, _variant, None)):
+                MaskedDense.handlers[getattr(_space, _variant)] = _positionwise
+for _name in OPERATORS.split():
+    MaskedDense.handlers[getattr(Tensor, f"__{_name}__")] = _positionwise
+_handles(F.linear, torch._C._nn.linear, F.layer_norm, torch.layer_norm, F.interpolate)(
+    _positionwise
+)
+
+
+@_handles(torch.conv2d, torch.conv_transpose2d)
+def _convolution(func, input, *args, **kwargs):
+    return input.like(func(input.masked(), *args, **kwargs))
+
+
+@_handles(F.batch_norm)
+def _batch_norm(func, input, *args, **kwargs):
+    visible = input.visible()[:, 0]
+    rows = input.values.permute(0, 2, 3, 1)
+    y = torch.zeros_like(rows)
+    y[visible] = func(rows[visible], *args, **kwargs)
+    return input.like(y.permute(0, 3, 1, 2))
+
+
+@_handles(F.group_norm, torch.group_norm)
+def _group_norm(func, input, num_groups, weight=None, bias=None, eps=1e-5, *_):
+    visible = input.visible().unsqueeze(1)
+    x = input.values.unflatten(1, (num_groups, -1))  # [B, groups, C / groups, H, W]
+    number = visible.sum((2, 3, 4), keepdim=True) * x.shape[2]
+    mean = torch.where(visible, x, 0).sum((2, 3, 4), keepdim=True) / number
+    squares = torch.where(visible, (x - mean).square(), 0).sum((2, 3, 4), keepdim=True)
+    y = ((x - mean) / (squares / number + eps).sqrt()).flatten(1, 2)
+    y = y if weight is None else y * weight[:, None, None]
+    return input.like(y if bias is None else y + bias[:, None, None])
+
+
+@_handles(torch.max_pool2d, F.max_pool2d)
+def _max_pool2d(func, input, *args, **kwargs):
+    return input.like(func(input.masked(float("-inf")), *args, **kwargs))
+
+
+@_handles(torch._C._nn.avg_pool2d, F.avg_pool2d)
+def _avg_pool2d(func, input, kernel_size, stride=None, padding=0, *_, **__):
+    seen = F.avg_pool2d(input.visible().to(input.dtype), kernel_size, stride, padding)
+    y = F.avg_pool2d(input.masked(), kernel_size, stride, padding)
+    return input.like(y / seen.clamp_min(1e-6))
+
+
+@_handles(F.adaptive_avg_pool2d, torch._C._nn.adaptive_avg_pool2d)
+def _adaptive_avg_pool2d(func, input, output_size):
+    return _mean(func, input, (2, 3), True)
+
+
+@_handles(F.adaptive_max_pool2d, torch._C._nn.adaptive_max_pool2d)
+def _adaptive_max_pool2d(func, input, output_size, return_indices=False):
+    return func(input.masked(float("-inf")), output_size)
+
+
+@_handles(torch.mean, Tensor.mean)
+def _mean(func, input, dim=None, keepdim=False):
+    if dim is not None and not _over_positions(input, dim):
+        return input.like(input.values.mean(dim, keepdim))
+    dim = tuple(range(4)) if dim is None else tuple(dim)
+    number = input.visible().expand_as(input.values).sum(dim, keepdim)
+    return input.masked().sum(dim, keepdim) / number.clamp_min(1)
+
+
+@_handles(torch.sum, Tensor.sum)
+def _sum(func, input, dim=None, keepdim=False):
+    if dim is not None and not _over_positions(input, dim):
+        return input.like(input.values.sum(dim, keepdim))
+    return input.masked().sum(dim, keepdim)
+
+
+@_handles(torch.amax, Tensor.amax)
+def _amax(func, input, dim, keepdim=False):
+    if not _over_positions(input, dim):
+        return input.like(input.values.amax(dim, keepdim))
+    return input.masked(float("-inf")).amax(tuple(dim), keepdim)
+
+
+@_handles(torch.norm, Tensor.norm, torch.linalg.vector_norm)
+def _norm(func, input, *args, **kwargs):
+    dim = kwargs["dim"] if "dim" in kwargs else args[1] if len(args) > 1 else None
+    if dim is not None and not _over_positions(input, dim):
+        return input.like(func(input.values, *args, **kwargs))
+    return func(input.masked(), *args, **kwargs)
+
+
+def _over_positions(x: MaskedDense, dim: Any) -> bool:
+    return not isinstance(dim, int) and {d % 4 for d in dim} == {*x.positions}
+
+
+@_handles(torch.permute, Tensor.permute)
+def _permute(func, input, *dims):
+    order = [d % 4 for d in (dims[0] if len(dims) == 1 else dims)]
+    turned = order != [0, 1, 2, 3]
+    return input.like(input.values.permute(order), input._channels_last ^ turned)
+
+
+@_handles(torch.cat, torch.concat, torch.concatenate)
+def _cat(func, tensors, dim=0):
+    return tensors[0].like(torch.cat([x.values for x in tensors], dim))
+
+
+@_handles(torch.chunk, Tensor.chunk, torch.split, Tensor.split, torch.tensor_split)
+def _chunk(func, input, *args, **kwargs):
+    return tuple(input.like(part) for part in func(input.values, *args, **kwargs))
+
+
+for _name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):
+    _handles(getattr(Tensor, _name))(lambda func, input, *a, **k: func(input.values, *a, **k))

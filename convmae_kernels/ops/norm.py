@@ -1,0 +1,125 @@
+"""Norms of packed features, with the statistics of visible positions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convmae_kernels.ops.checks import check_packed
+from convmae_kernels.ops.pooling import image_counts, image_sum, of_images
+
+if TYPE_CHECKING:
+    from convmae_kernels.block_mask import BlockMask
+
+
+def masked_batch_norm(
+    x: Tensor,
+    mask: BlockMask,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` over the visible positions of the batch.
+
+    Args:
+        x: packed features `[T, s*s, C]`.
+        mask: the mask that `x` was packed with.
+        running_mean, running_var, weight, bias, training, momentum, eps: as in
+            `torch.nn.functional.batch_norm`; the running statistics are those of visible positions.
+
+    Returns:
+        Like `x`.
+
+    Raises:
+        TypeError, ValueError: `x` is not packed with this mask; in training it has a single value
+            for each channel.
+    """
+    check_packed("x", x, mask)
+    rows = x.reshape(1, -1, 1, x.shape[2]).permute(0, 3, 1, 2)  # channels-last, which is fast
+    y = F.batch_norm(rows, running_mean, running_var, weight, bias, training, momentum, eps)
+    return y.permute(0, 2, 3, 1).reshape(x.shape)
+
+
+def masked_group_norm(
+    x: Tensor,
+    mask: BlockMask,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.group_norm` over the visible positions of each image.
+
+    Args:
+        x: packed features `[T, s*s, C]`.
+        mask: the mask that `x` was packed with.
+        num_groups, weight, bias, eps: as in `torch.nn.functional.group_norm`.
+
+    Returns:
+        Like `x`; statistics are computed in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: `x` is not packed with this mask, or `num_groups` does not divide C.
+    """
+    side, channels = check_packed("x", x, mask), x.shape[2]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    number = image_counts(mask, side).clamp_min(1).view(-1, 1, 1) * (channels // num_groups)
+
+    def mean_of(values: Tensor) -> Tensor:
+        """Over each group: [T, s*s, C] -> [T, 1, C]."""
+        sums = image_sum(values, mask).unflatten(1, (num_groups, -1))  # [B, groups, C / groups]
+        means = (sums.sum(2, keepdim=True) / number).expand_as(sums).flatten(1)
+        return of_images(means, mask).unsqueeze(1)
+
+    centred = wide - mean_of(wide)
+    y = centred * (mean_of(centred.square()) + eps).rsqrt()
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)
+
+
+def masked_grn(
+    x: Tensor, mask: BlockMask, weight: Tensor, bias: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """Global response normalisation of each image: `x + weight * x * n + bias`.
+
+    `n` is the Euclidean norm of a channel over the image's visible positions, divided by the mean
+    of these norms over the channels plus `eps`.
+
+    Args:
+        x: packed features `[T, s*s, C]`.
+        mask: the mask that `x` was packed with.
+        weight, bias: `[C]`.
+        eps: added to the mean.
+
+    Returns:
+        Like `x`. One image's result does not depend on the others of the batch.
+
+    Raises:
+        TypeError, ValueError: `x` is not packed with this mask.
+    """
+    norms = image_norm(x, mask)
+    n = norms / (norms.mean(1, keepdim=True) + eps)
+    return x + weight * (x * of_images(n, mask).unsqueeze(1)) + bias
+
+
+def image_norm(x: Tensor, mask: BlockMask) -> Tensor:
+    """The Euclidean norm over an image's visible positions: `[T, s*s, C] -> [B, C]`, like `x`.
+
+    Its gradient is 0 where it is 0. Raises what `image_sum` raises.
+    """
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    squares = image_sum(wide.square(), mask)
+    some = squares > 0
+    return torch.where(some, torch.where(some, squares, 1).sqrt(), 0).to(x.dtype)

@@ -1,0 +1,169 @@
+"""Convolution of packed features with any channels, groups and stride: PyTorch's, of windows.
+
+The blocks' windows (`gather_windows`) are a batch of small images. Where few outputs lie in one,
+a convolution becomes one matrix product with what every output looks at; where many do, PyTorch's
+convolution is as fast and copies less. Neither is kept for the backward pass: it is made again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, linear
+
+from convmae_kernels.block_mask import block_side, rows_from_zorder, rows_to_zorder
+from convmae_kernels.ops.arithmetic import product_dtype
+from convmae_kernels.ops.library import register
+from convmae_kernels.ops.reference import window_halo
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MAX_PRODUCT_SIDE = 4  # outputs in a row of a block, up to which one matrix product is faster
+
+
+def _is_product(x: Tensor, stride: int, groups: int) -> bool:
+    return groups == 1 and block_side(x.shape[1]) // stride <= MAX_PRODUCT_SIDE
+
+
+def _patches(
+    windows: Tensor, kernel: Sequence[int], stride: int, dilation: Sequence[int]
+) -> Tensor:
+    """`[T, rows, columns, C] -> [T, n*n, kh * kw * C]`: what each of `n*n` outputs looks at."""
+    for axis, (k, d) in enumerate(zip(kernel, dilation), start=1):
+        windows = windows.unfold(axis, d * (k - 1) + 1, stride)[..., ::d]
+    return rows_to_zorder(windows.permute(0, 1, 2, 4, 5, 3)).flatten(2)
+
+
+def _add_patches(
+    patches: Tensor,
+    kernel: Sequence[int],
+    stride: int,
+    dilation: Sequence[int],
+    rows: int,
+    columns: int,
+) -> Tensor:
+    """The gradient of `_patches` in the windows."""
+    tiles = rows_from_zorder(patches)
+    blocks, side = tiles.shape[:2]
+    tiles = tiles.view(blocks, side, side, *kernel, -1)
+    windows = patches.new_zeros(blocks, rows, columns, tiles.shape[5])
+    last = stride * (side - 1) + 1
+    for i in range(kernel[0]):
+        top = i * dilation[0]
+        for j in range(kernel[1]):
+            left = j * dilation[1]
+            met = windows[:, top : top + last : stride, left : left + last : stride]
+            met += tiles[:, :, :, i, j]
+    return windows
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """`[C_out, C_in, kh, kw] -> [C_out, kh * kw * C_in]`."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _fake(x, weight, bias, neighbours, stride, padding, dilation, groups):
+    side = block_side(x.shape[1]) // stride
+    return x.new_empty(x.shape[0], side * side, weight.shape[0])
+
+
+def _composed(ops):
+    def window_conv2d(x, weight, bias, neighbours, stride, padding, dilation, groups):
+        kernel, dtype = weight.shape[2:], product_dtype(x)
+        halo = window_halo(kernel, stride, padding, dilation)
+        windows = ops.gather_windows(x, neighbours, halo, 0.0).to(dtype)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            if _is_product(x, stride, groups):
+                y = linear(_patches(windows, kernel, stride, dilation), _matrix(weight), bias)
+            else:
+                windows = windows.permute(0, 3, 1, 2)
+                y = conv2d(windows, weight, bias, stride, 0, dilation, groups)
+                y = rows_to_zorder(y.permute(0, 2, 3, 1))
+        return y.to(x.dtype)
+
+    return window_conv2d
+
+
+def _derivatives(ops):
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, neighbours, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, neighbours)
+
+    def backward(ctx, grad):
+        x, weight, neighbours = ctx.saved_tensors
+        if _is_product(x, ctx.stride, ctx.groups):
+            grads = _grads_of_product(ops, ctx, grad, x, weight, neighbours)
+        else:
+            grads = _grads_of_convolution(ops, ctx, grad, x, weight, neighbours)
+        return *grads, None, None, None, None, None
+
+    return backward, setup_context
+
+
+def _grads_of_product(ops, ctx, grad, x, weight, neighbours):
+    kernel, dtype = weight.shape[2:], product_dtype(x)
+    halo = window_halo(kernel, ctx.stride, ctx.padding, ctx.dilation)
+    wide = grad.to(dtype)
+    grad_x = grad_weight = grad_bias = None
+    with torch.autocast(x.device.type, enabled=False):
+        if ctx.needs_input_grad[1]:
+            windows = ops.gather_windows(x, neighbours, halo, 0.0).to(dtype)
+            patches = _patches(windows, kernel, ctx.stride, ctx.dilation)
+            grad_weight = wide.flatten(0, 1).t() @ patches.flatten(0, 1)
+            grad_weight = grad_weight.view(-1, *kernel, x.shape[2]).permute(0, 3, 1, 2)
+            grad_weight = grad_weight.to(weight.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            grad_bias = wide.sum((0, 1)).to(weight.dtype)
+        if ctx.needs_input_grad[0] and ctx.stride == 1:
+            turned = weight.flip(2, 3).transpose(0, 1)
+            padding = [d * (k - 1) - p for k, p, d in zip(kernel, ctx.padding, ctx.dilation)]
+            grad_x = ops.window_conv2d(grad, turned, None, neighbours, 1, padding, ctx.dilation, 1)
+        elif ctx.needs_input_grad[0]:
+            side = block_side(x.shape[1])
+            rows, columns = halo[0] + side + halo[1], halo[2] + side + halo[3]
+            patches = wide @ _matrix(weight).to(dtype)
+            windows = _add_patches(patches, kernel, ctx.stride, ctx.dilation, rows, columns)
+            grad_x = ops.gather_windows_grad(windows.to(x.dtype), neighbours, halo)
+    return grad_x, grad_weight, grad_bias
+
+
+def _grads_of_convolution(ops, ctx, grad, x, weight, neighbours):
+    dtype = product_dtype(x)
+    halo = window_halo(weight.shape[2:], ctx.stride, ctx.padding, ctx.dilation)
+    windows = ops.gather_windows(x, neighbours, halo, 0.0).to(dtype).permute(0, 3, 1, 2)
+    tiles = rows_from_zorder(grad.to(dtype)).permute(0, 3, 1, 2)
+    wanted = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
+    grad_windows, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        tiles,
+        windows,
+        weight.to(dtype),
+        [weight.shape[0]] if ctx.has_bias else None,
+        [ctx.stride] * 2,
+        [0, 0],
+        ctx.dilation,
+        False,
+        [0, 0],
+        ctx.groups,
+        wanted,
+    )
+    grad_x = None
+    if wanted[0]:
+        grad_windows = grad_windows.permute(0, 2, 3, 1).to(x.dtype)
+        grad_x = ops.gather_windows_grad(grad_windows, neighbours, halo)
+    rounded = (None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias))
+    return grad_x, *rounded
+
+
+register(
+    "window_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor neighbours, SymInt stride,"
+    " SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
+    None,
+    _fake,
+    _derivatives,
+    _composed,
+)

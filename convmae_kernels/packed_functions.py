@@ -1,0 +1,342 @@
+"""What the functions and methods of PyTorch do with `Packed`; fills the table `packed.HANDLERS`.
+
+A handler is called with the function and its arguments. `_` parameters are of no consequence here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convmae_kernels import ops
+from convmae_kernels.ops import norm, pooling
+from convmae_kernels.ops.arithmetic import multiply
+from convmae_kernels.packed import (
+    ELEMENTWISE,
+    HANDLERS,
+    OPERATORS,
+    Packed,
+    broadcast,
+    first_packed,
+    unsupported,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from convmae_kernels.block_mask import BlockMask
+
+
+def _handles(*functions: Callable) -> Callable:
+    def add(handler: Callable) -> Callable:
+        HANDLERS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return add
+
+
+def _elementwise(func: Callable, *args: Any, **kwargs: Any) -> Packed:
+    first = first_packed([*args, *kwargs.values()])
+    arguments = [broadcast(value, first) for value in args]
+    options = {key: broadcast(value, first) for key, value in kwargs.items()}
+    if options.get("memory_format") is not None:
+        del options["memory_format"]
+    if torch.channels_last in arguments:
+        arguments.remove(torch.channels_last)
+    features = func(*arguments, **options)
+    if features.shape[:2] != first.features.shape[:2]:
+        raise ValueError(f"{func.__name__} of {tuple(first.shape)} does not keep the positions")
+    return first.like(features)
+
+
+for _name in OPERATORS.split():
+    HANDLERS[getattr(Tensor, f"__{_name}__")] = _elementwise
+for _name in ELEMENTWISE.split():
+    for _variant in (_name, _name + "_"):
+        for _space in (torch, Tensor, F, torch._C._nn):
+            if callable(getattr(_space, _variant, None)):
+                HANDLERS[getattr(_space, _variant)] = _elementwise
+
+
+def _nchw(func: Callable, x: Packed) -> None:
+    if not isinstance(x, Packed) or x._channels_last:
+        found = tuple(x.shape)
+        raise ValueError(unsupported(func, f"it needs [B, C, H, W], got {found}"))
+
+
+@_handles(torch.conv2d, F.conv2d)
+def _conv2d(func, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    _nchw(func, input)
+    y = ops.masked_conv2d(
+        input.features,
+        weight,
+        bias,
+        input.mask,
+        _plain(stride),
+        _plain(dilation),
+        groups,
+        padding=_plain(padding),
+    )
+    return input.like(y)
+
+
+@_handles(torch.conv_transpose2d, F.conv_transpose2d)
+def _conv_transpose2d(
+    func,
+    input,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    output_padding=0,
+    groups=1,
+    dilation=1,
+):
+    _nchw(func, input)
+    if {*_both(padding), *_both(output_padding)} != {0} or groups != 1 or {*_both(dilation)} != {1}:
+        why = "only a kernel as large as its stride is supported, without padding, groups, dilation"
+        raise NotImplementedError(unsupported(func, why))
+    y = ops.masked_conv_transpose2d(input.features, weight, bias, input.mask, _plain(stride))
+    return input.like(y)
+
+
+def _both(value: Any) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _plain(value: Any) -> Any:
+    """One number of a list of one, a tuple of a list of two."""
+    if isinstance(value, (list, tuple)):
+        return value[0] if len(value) == 1 else tuple(value)
+    return value
+
+
+@_handles(torch._C._nn.linear, F.linear)
+def _linear(func, input, weight, bias=None):
+    if not isinstance(input, Packed) or not input._channels_last:
+        why = f"it needs [B, H, W, C], got {tuple(input.shape)}"
+        raise ValueError(unsupported(func, why))
+    return input.like(multiply(F.linear, input.features, weight, bias))
+
+
+# -- norms ----------------------------------------------------------------------------------------
+
+
+@_handles(F.batch_norm)
+def _batch_norm(
+    func,
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+):
+    _nchw(func, input)
+    y = norm.masked_batch_norm(
+        input.features, input.mask, running_mean, running_var, weight, bias, training, momentum, eps
+    )
+    return input.like(y)
+
+
+@_handles(torch.layer_norm, F.layer_norm)
+def _layer_norm(func, input, normalized_shape, weight=None, bias=None, eps=1e-5, *_):
+    if not input._channels_last or tuple(normalized_shape) != (input.features.shape[2],):
+        why = (
+            f"it needs [B, H, W, C] and a norm over C, got {tuple(input.shape)} and a norm over "
+            f"{tuple(normalized_shape)}"
+        )
+        raise ValueError(unsupported(func, why))
+    return input.like(F.layer_norm(input.features, normalized_shape, weight, bias, eps))
+
+
+@_handles(torch.group_norm, F.group_norm)
+def _group_norm(func, input, num_groups, weight=None, bias=None, eps=1e-5, *_):
+    _nchw(func, input)
+    y = norm.masked_group_norm(input.features, input.mask, num_groups, weight, bias, eps)
+    return input.like(y)
+
+
+# -- pooling, sums over positions -----------------------------------------------------------------
+
+
+@_handles(torch.max_pool2d, F.max_pool2d)
+def _max_pool2d(
+    func,
+    input,
+    kernel_size,
+    stride=None,
+    padding=0,
+    dilation=1,
+    ceil_mode=False,
+    return_indices=False,
+):
+    _nchw(func, input)
+    _check_ceil(func, kernel_size, stride, padding, dilation, ceil_mode)
+    if return_indices:
+        raise NotImplementedError(unsupported(func, "there are no indices"))
+    sizes = (_plain(v) for v in (kernel_size, stride or kernel_size, padding, dilation))
+    return input.like(ops.masked_max_pool2d(input.features, input.mask, *sizes))
+
+
+@_handles(torch._C._nn.avg_pool2d, F.avg_pool2d)
+def _avg_pool2d(
+    func,
+    input,
+    kernel_size,
+    stride=None,
+    padding=0,
+    ceil_mode=False,
+    count_include_pad=True,
+    divisor_override=None,
+):
+    _nchw(func, input)
+    _check_ceil(func, kernel_size, stride, padding, 1, ceil_mode)
+    if divisor_override is not None:
+        why = "the divisor is the number of visible positions"
+        raise NotImplementedError(unsupported(func, why))
+    sizes = (_plain(v) for v in (kernel_size, stride or kernel_size, padding))
+    return input.like(ops.masked_avg_pool2d(input.features, input.mask, *sizes))
+
+
+def _check_ceil(func, kernel, stride, padding, dilation, ceil_mode):
+    """Rounding up must not make another output."""
+    parts = zip(*map(_both, (kernel, stride or kernel, padding, dilation)))
+    if ceil_mode and any((2 * p - d * (k - 1) - 1) % s for k, s, p, d in parts):
+        raise ValueError(unsupported(func, "ceil_mode=True would make a larger map"))
+
+
+@_handles(F.adaptive_avg_pool2d, torch._C._nn.adaptive_avg_pool2d)
+def _adaptive_avg_pool2d(func, input, output_size):
+    return _to_one(func, input, output_size, pooling.image_mean)
+
+
+@_handles(F.adaptive_max_pool2d, torch._C._nn.adaptive_max_pool2d)
+def _adaptive_max_pool2d(func, input, output_size, return_indices=False):
+    return _to_one(func, input, output_size, pooling.image_max)
+
+
+def _to_one(func, input, output_size, reduce):
+    _nchw(func, input)
+    if {*_both(output_size)} != {1}:
+        raise NotImplementedError(unsupported(func, "only an output of 1 x 1 is supported"))
+    return reduce(input.features, input.mask)[:, :, None, None]
+
+
+def _reduction(over_positions: Callable, over_channels: Callable) -> Callable:
+    """Of all visible positions, of those of each image, or of the channels of each position."""
+
+    def reduce(func, input, dim=None, keepdim=False, *, dtype=None):
+        x = input.features if dtype is None else input.features.to(dtype)
+        if dim is None:
+            return over_channels(x.flatten(), 0, False)
+        dims = {d % 4 for d in _both_dims(dim)}
+        positions = {1, 2} if input._channels_last else {2, 3}
+        channels = ({1, 2, 3} - positions).pop()
+        if dims == positions:
+            y = over_positions(x, input.mask)
+            return (
+                y[:, None, None]
+                if keepdim and input._channels_last
+                else (y[:, :, None, None] if keepdim else y)
+            )
+        if dims == {channels} and keepdim:
+            return input.like(over_channels(x, 2, True))
+        why = f"it reduces positions, or channels with keepdim=True, not dim={dim}"
+        raise NotImplementedError(unsupported(func, why))
+
+    return reduce
+
+
+def _both_dims(dim: Any) -> tuple[int, ...]:
+    return (dim,) if isinstance(dim, int) else tuple(dim)
+
+
+def _sum(x: Tensor, mask: BlockMask) -> Tensor:
+    return pooling.image_sum(x, mask).to(x.dtype)
+
+
+for _name, _reduce in (
+    ("mean", _reduction(pooling.image_mean, torch.mean)),
+    ("sum", _reduction(_sum, torch.sum)),
+    ("amax", _reduction(pooling.image_max, torch.amax)),
+):
+    HANDLERS[getattr(torch, _name)] = HANDLERS[getattr(Tensor, _name)] = _reduce
+
+_norm2 = _reduction(norm.image_norm, lambda x, dim, keep: x.norm(2, dim, keep))
+
+
+@_handles(torch.norm, Tensor.norm, torch.linalg.vector_norm)
+def _norm(func, input, p=2, dim=None, keepdim=False, **options):
+    p = options.pop("ord", p)
+    if p not in (2, 2.0, "fro", None):
+        raise NotImplementedError(unsupported(func, f"only p=2 is supported, got p={p}"))
+    return _norm2(func, input, dim, keepdim, dtype=options.get("dtype"))
+
+
+# -- channels and layout --------------------------------------------------------------------------
+
+
+@_handles(torch.permute, Tensor.permute)
+def _permute(func, input, *dims):
+    order = tuple(d % 4 for d in (dims[0] if len(dims) == 1 else dims))
+    layouts = (
+        {(0, 1, 2, 3): False, (0, 2, 3, 1): True}
+        if not input._channels_last
+        else {(0, 1, 2, 3): True, (0, 3, 1, 2): False}
+    )
+    if order not in layouts:
+        raise NotImplementedError(
+            unsupported(func, f"only [B, C, H, W] and [B, H, W, C] are supported, not {order}")
+        )
+    return Packed(input.features, input.mask, layouts[order])
+
+
+@_handles(torch.cat, torch.concat, torch.concatenate)
+def _cat(func, tensors, dim=0, **options):
+    first = first_packed(tensors)
+    _channels(func, first, dim)
+    if not all(isinstance(x, Packed) for x in tensors):
+        raise ValueError(unsupported(func, "all tensors must be Packed"))
+    return first.like(torch.cat([x.features for x in tensors], 2))
+
+
+@_handles(torch.chunk, Tensor.chunk, torch.split, Tensor.split, torch.tensor_split)
+def _chunk(func, input, sizes, dim=0):
+    _channels(func, input, dim)
+    return tuple(input.like(part) for part in func(input.features, sizes, 2))
+
+
+def _channels(func: Callable, x: Packed, dim: int) -> None:
+    if dim % 4 != (3 if x._channels_last else 1):
+        why = f"only along channels, got dim={dim} of {tuple(x.shape)}"
+        raise NotImplementedError(unsupported(func, why))
+
+
+@_handles(F.interpolate)
+def _interpolate(func, input, size=None, scale_factor=None, mode="nearest", **options):
+    _nchw(func, input)
+    height = input.shape[2]
+    times = scale_factor if size is None else _both(size)[0] / height
+    times = _both(times) if not isinstance(times, float) else (times, times)
+    whole = (
+        len({*times}) == 1 and times[0] == int(times[0]) and int(times[0]) & int(times[0]) - 1 == 0
+    )
+    if mode != "nearest" or not whole or (size and _both(size)[1] != input.shape[3] * times[0]):
+        why = 'only mode="nearest" by a power of two is supported'
+        raise NotImplementedError(unsupported(func, why))
+    return input.like(input.features.repeat_interleave(int(times[0]) ** 2, dim=1))
+
+
+def _make(func, input, *args, **kwargs):
+    """A plain tensor of another shape, in the dtype and on the device of the features."""
+    return func(input.features, *args, **kwargs)
+
+
+for _name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):
+    HANDLERS[getattr(Tensor, _name)] = _make
