@@ -19,7 +19,10 @@ OPTIONAL = [
     *("triton", "torchvision", "timm", "PIL", "tqdm", "tensorboard", "safetensors", "tyro"),
     *("matplotlib", "skimage", "scipy", "yaml", "hypothesis", "pytest"),
 ]
-OPS = ["gather_visible", "scatter_visible", "masked_conv2d", "masked_conv2d_weight_grad"]
+OPS = [
+    *("gather_visible", "gather_windows", "gather_windows_grad", "masked_conv2d"),
+    *("masked_conv2d_weight_grad", "scatter_visible"),
+]
 BLOCKER = f"""
 import sys
 

@@ -14,6 +14,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from convmae_kernels.triton import (  # noqa: E402
     gather_visible,
+    gather_windows,
+    gather_windows_grad,
     masked_conv2d,
     masked_conv2d_weight_grad,
     scatter_visible,
@@ -59,6 +61,41 @@ def compiled_scatter(target, dtype, configuration, side_bits=2):
     pointers["row_of_block_ptr"] = "*i64"
     kernel = scatter_visible.scatter_visible_kernel
     return compiled(kernel, target, pointers, configuration, SIDE_BITS=side_bits)
+
+
+def window_constants(dtype, halo, side_bits):
+    top, bottom, left, right = halo
+    side = 1 << side_bits
+    rows, columns = top + side + bottom, left + side + right
+    return {
+        **{"RADIUS": max(0, -(-max(halo) >> side_bits)), "SIDE_BITS": side_bits},
+        **{"ROWS": rows, "COLUMNS": columns, "ACCUMULATOR": TYPES[dtype]},
+    }
+
+
+def compiled_windows(target, dtype, configuration, halo=(1, 1, 1, 1), side_bits=2):
+    pointers = {f"{name}_ptr": f"*{dtype}" for name in ("x", "fill", "windows")}
+    pointers["neighbours_ptr"] = "*i32"
+    constants = window_constants(dtype, halo, side_bits)
+    constants.pop("ACCUMULATOR")
+    return compiled(
+        gather_windows.gather_windows_kernel, target, pointers, configuration, **constants
+    )
+
+
+def compiled_windows_grad(target, dtype, configuration, halo=(1, 1, 1, 1), side_bits=2):
+    pointers = {f"{name}_ptr": f"*{dtype}" for name in ("windows", "grad")}
+    pointers["neighbours_ptr"] = "*i32"
+    constants = window_constants(dtype, halo, side_bits)
+    constants.pop("ROWS")
+    constants.pop("COLUMNS")
+    return compiled(
+        gather_windows_grad.gather_windows_grad_kernel,
+        target,
+        pointers,
+        configuration,
+        **constants,
+    )
 
 
 def kernel_constants(dtype, kernel, side_bits):
@@ -165,6 +202,32 @@ def test_gather_and_scatter_stay_in_registers(architecture, tmp_path):
             assert_in_registers(compiled_scatter(target, dtype, configuration), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [(80, "bf16"), (90, "bf16"), (100, "bf16"), (90, "fp32"), (90, "fp16"), (90, "fp64")],
+)
+def test_windows_stay_in_registers(architecture, dtype, tmp_path):
+    target = GPUTarget("cuda", architecture, 32)
+    for configuration in gather_windows.CONFIGURATIONS:
+        assert_in_registers(compiled_windows(target, dtype, configuration), tmp_path)
+    for configuration in gather_windows_grad.CONFIGURATIONS:
+        assert_in_registers(compiled_windows_grad(target, dtype, configuration), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("halo", "side_bits"),
+    [((100, 100, 100, 100), 0), ((33, 0, 3, 1), 5), ((0, 0, 0, 0), 3), ((-2, -1, 0, -3), 2)],
+)
+def test_other_halos_and_sides(halo, side_bits, tmp_path):
+    target = GPUTarget("cuda", 80, 32)
+    for module, compile_it in (
+        (gather_windows, compiled_windows),
+        (gather_windows_grad, compiled_windows_grad),
+    ):
+        found = compile_it(target, "bf16", module.CONFIGURATIONS[0], halo, side_bits)
+        assert_in_registers(found, tmp_path)
+
+
 def test_a_kernel_that_spills_is_noticed(tmp_path):
     huge = masked_conv2d.Configuration("huge", {"POSITIONS": 32, "CHANNELS": 128}, num_warps=4)
     kernel = compiled_conv(GPUTarget("cuda", 90, 32), "fp64", huge, (5, 5))
@@ -178,6 +241,8 @@ def test_global_loads_are_16_bytes_wide():
         compiled_conv(target, "bf16", masked_conv2d.CONFIGURATIONS[0]),
         compiled_weight_grad(target, "bf16", masked_conv2d_weight_grad.CONFIGURATIONS[0]),
         compiled_scatter(target, "bf16", scatter_visible.CONFIGURATIONS[0]),
+        compiled_windows(target, "bf16", gather_windows.CONFIGURATIONS[0]),
+        compiled_windows_grad(target, "bf16", gather_windows_grad.CONFIGURATIONS[0]),
     ):
         assert "ld.global.v4.b32" in kernel.asm["ptx"]
 
@@ -192,6 +257,8 @@ def test_for_amd(architecture):
         compiled_conv(target, "bf16", masked_conv2d.CONFIGURATIONS[0]),
         compiled_weight_grad(target, "bf16", masked_conv2d_weight_grad.CONFIGURATIONS[0]),
         compiled_sum_parts(target, "bf16"),
+        compiled_windows(target, "bf16", gather_windows.CONFIGURATIONS[0]),
+        compiled_windows_grad(target, "bf16", gather_windows_grad.CONFIGURATIONS[0]),
     ]
     for kernel in kernels:
         assert f"amdgcn-amd-amdhsa--{architecture}" in kernel.asm["amdgcn"]

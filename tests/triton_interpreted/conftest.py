@@ -5,11 +5,21 @@ import triton
 
 from convmae_kernels.triton import (
     gather_visible,
+    gather_windows,
+    gather_windows_grad,
     masked_conv2d,
     masked_conv2d_weight_grad,
     scatter_visible,
 )
 from convmae_kernels.triton.tuning import Configuration
+
+POSITION_TILES = (
+    gather_visible,
+    gather_windows,
+    gather_windows_grad,
+    masked_conv2d,
+    scatter_visible,
+)
 
 
 @pytest.fixture
@@ -23,7 +33,7 @@ def few_programs(monkeypatch):
         across = triton.next_power_of_2(max(channels, 1))
         down = 128 if across <= 8 else 32
         tile = Configuration("test", {"POSITIONS": down, "CHANNELS": across}, 1)
-        for module in (gather_visible, scatter_visible, masked_conv2d):
+        for module in POSITION_TILES:
             monkeypatch.setattr(module, "CONFIGURATIONS", (tile,))
         tile = Configuration("test", {"TAPS": 16, "CHANNELS": across}, 1)
         monkeypatch.setattr(masked_conv2d_weight_grad, "CONFIGURATIONS", (tile,))

@@ -6,6 +6,8 @@ import torch
 from convmae_kernels.testing import make_mask, random_tensor
 from convmae_kernels.triton import (
     gather_visible,
+    gather_windows,
+    gather_windows_grad,
     masked_conv2d,
     masked_conv2d_weight_grad,
     scatter_visible,
@@ -15,10 +17,13 @@ MASK = make_mask("equal")  # 8 blocks, of 4 positions
 X, GRAD = (random_tensor((8, 4, 70)) for _ in range(2))
 WEIGHT, BIAS = random_tensor((70, 1, 3, 3)), random_tensor((70,))
 IMAGES = random_tensor((2, 70, 6, 8))
+WINDOWS = random_tensor((8, 5, 4, 70))
 TABLE = MASK.neighbours(1)
 PROBLEMS = {
     gather_visible: (IMAGES, MASK.block_index, 3, 4),
     scatter_visible: (X, MASK.block_index, 2, 3, 4, 0.5),
+    gather_windows: (X, TABLE, [2, 1, -1, 2], 0.5),
+    gather_windows_grad: (WINDOWS, TABLE, [2, 1, 0, 2]),
     masked_conv2d: (X, WEIGHT, BIAS, TABLE, [1, 1]),
     masked_conv2d_weight_grad: (GRAD, X, TABLE, [3, 3], [1, 1]),
 }

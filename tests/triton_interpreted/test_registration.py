@@ -10,7 +10,14 @@ from convmae_kernels.testing import make_mask, random_tensor
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 OPS = torch.ops.convmae_triton
-NAMES = ("gather_visible", "scatter_visible", "masked_conv2d", "masked_conv2d_weight_grad")
+NAMES = (
+    "gather_visible",
+    "gather_windows",
+    "gather_windows_grad",
+    "masked_conv2d",
+    "masked_conv2d_weight_grad",
+    "scatter_visible",
+)
 
 
 def samples(requires_grad):
@@ -24,6 +31,8 @@ def samples(requires_grad):
     return {
         "gather_visible": (tensor(2, 3, 6, 8), mask.block_index, 3, 4),
         "scatter_visible": (x, mask.block_index, 2, 3, 4, 0.5),
+        "gather_windows": (x, table, [1, 2, 0, -1], 0.5),
+        "gather_windows_grad": (tensor(8, 5, 1, 3), table, [1, 2, 0, -1]),
         "masked_conv2d": (x, tensor(3, 1, 3, 3), tensor(3), table, [1, 1]),
         "masked_conv2d_weight_grad": (grad, x, table, [3, 3], [1, 1]),
     }
@@ -64,7 +73,10 @@ def three_orders(impl):
     with Recorder() as recorder:
         x = ck.gather_visible(images, mask, impl=impl)
         y = ck.masked_conv2d(x, weight, bias, mask, groups=3, impl=impl)
-        results = [ck.scatter_visible(y, mask, impl=impl)]
+        results = [
+            ck.scatter_visible(y, mask, impl=impl),
+            ck.gather_windows(y, mask, (1, 0, 2, -1), impl=impl),
+        ]
         for _ in range(3):
             loss = sum(r.sin().sum() for r in results)
             results = torch.autograd.grad(loss, leaves, create_graph=True)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import convmae_kernels as ck
+from convmae_kernels.ops import reference
+from convmae_kernels.ops.gather_windows import reach
 from convmae_kernels.testing import (
     DTYPES,
     LAYOUTS,
@@ -159,6 +161,91 @@ def test_gather_and_scatter_large_blocks(side):
     assert torch.equal(dense, torch.where(mask.to_dense(side), images, 0))
 
 
+HALOS = [(1, 1, 1, 1), (0, 0, 0, 0), (3, 2, 0, 5), (-1, 0, 2, -1), (-2, -1, 0, -3)]
+WINDOWS = [
+    # The shapes of windows; dtypes, layouts, channels and masks go round, large blocks are few.
+    (DTYPES[k % 4], LAYOUTS[k // 2 % 4], name, side, channels, halo)
+    for k, (side, halo, channels, name) in enumerate(
+        (side, halo, (8, 7, 255, 1)[(i + j) % 4] if side < 8 else (1, 3)[j % 2], name)
+        for i, (side, name) in enumerate(
+            [(1, "ragged"), (2, "ragged"), (4, "equal"), (8, "corner"), (16, "corner")]
+        )
+        for j, halo in enumerate(HALOS)
+        if min(halo) > -side and min(halo[0] + halo[1], halo[2] + halo[3]) > -side
+    )
+]
+
+
+def bits(x):
+    """What the elements of a tensor are in memory: NaN is NaN, and -0 is not 0."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+@pytest.mark.parametrize(("dtype", "layout", "name", "side", "channels", "halo"), WINDOWS, ids=str)
+def test_gather_windows(dtype, layout, name, side, channels, halo, few_programs):
+    few_programs(channels)
+    mask = make_mask(name)
+    x = random_tensor((mask.num_visible, side * side, channels), dtype, layout)
+    shape = reference.gather_windows(x, mask.neighbours(reach(halo, side)), halo, 0.0).shape
+    # Small integers: their sums are exact in every dtype.
+    grad = random_tensor(shape, dtype, layout).mul(2).round()
+    found, expected = (
+        value_and_grads(
+            functools.partial(ck.gather_windows, mask=mask, halo=halo, fill=-1.5, impl=impl),
+            [x],
+            grad,
+        )
+        for impl in ("triton", "reference")
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert a.is_contiguous()
+        assert torch.equal(a, b)
+
+
+@dtypes
+@pytest.mark.parametrize("name", MASKS)
+def test_windows_of_every_mask(dtype, name):
+    mask, side, halo = make_mask(name), 2, (1, 3, 2, 0)
+    table = mask.neighbours(2)
+    grad = random_tensor((mask.num_visible, 6, 4, 3), dtype)
+    x = torch.ops.convmae_triton.gather_windows_grad(grad, table, halo)
+    if dtype == torch.bfloat16:  # to which the interpreter rounds towards zero
+        exact = reference.gather_windows_grad(grad.double(), table, halo)
+        error = (x - exact).abs()
+        assert (error <= torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
+    else:  # the order of the sums shows
+        assert torch.equal(x, reference.gather_windows_grad(grad, table, halo))
+    windows = torch.ops.convmae_triton.gather_windows(x, table, halo, 0.1)
+    assert torch.equal(windows, reference.gather_windows(x, table, halo, 0.1))
+    assert x.shape[1] == side * side
+
+
+@dtypes
+@pytest.mark.parametrize("fill", [float("-inf"), float("nan"), -0.0])
+def test_what_hidden_positions_hold(dtype, fill):
+    mask = make_mask("ragged")
+    x = random_tensor((mask.num_visible, 4, 5), dtype)
+    x[3, 1] = float("nan")
+    x[4, 2] = -0.0
+    found, expected = (
+        ck.gather_windows(x, mask, (2, 3, 1, 1), fill, impl=impl)
+        for impl in ("triton", "reference")
+    )
+    assert torch.equal(bits(found), bits(expected))
+
+
+def test_a_nan_in_a_window_reaches_its_positions_only():
+    mask, halo = make_mask("all"), (1, 0, 2, 1)
+    spot = torch.zeros(mask.num_visible, 3, 5, 3)
+    spot[17, 0, 1] = float("inf")  # what the window of an inner block holds of another
+    spot[17, 1, 2] = float("nan")
+    x = torch.ops.convmae_triton.gather_windows_grad(spot, mask.neighbours(1), halo)
+    expected = reference.gather_windows_grad(spot, mask.neighbours(1), halo)
+    assert int(x.isnan().sum()) == int(x.isinf().sum()) == 3
+    assert torch.equal(bits(x), bits(expected))
+
+
 @dtypes
 @pytest.mark.parametrize("value", [float("nan"), -float("inf"), 1e30])
 def test_hidden_pixels_change_no_bit(dtype, value):
@@ -202,6 +289,13 @@ def test_nothing_to_do(batch, channels):
     packed = ck.gather_visible(images, mask, impl="triton")
     assert packed.shape == (batch * 12, 4, channels)
     assert ck.scatter_visible(packed, mask, impl="triton").shape == images.shape
+    windows, grad = value_and_grads(
+        lambda x: ck.gather_windows(x, mask, (1, 0, -1, 2), impl="triton"),
+        [packed],
+        torch.zeros(batch * 12, 3, 3, channels),
+    )
+    assert windows.shape == (batch * 12, 3, 3, channels)
+    assert grad.shape == packed.shape
     if channels > 0:
         *_, grad_weight, grad_bias = derivatives(
             lambda *xs: ck.masked_conv2d(*xs, mask, groups=channels, impl="triton"),
