@@ -45,18 +45,40 @@ GatherWindowsParams fill_params(const Tensor& features, const Tensor& neighbours
   return p;
 }
 
-Tensor gather_windows(const Tensor& x_, const Tensor& neighbours_, std::vector<int64_t> halo,
-                      double fill) {
-  const Tensor x = torch::stable::contiguous(x_);
-  const Tensor neighbours = torch::stable::contiguous(neighbours_);
+// Fills in all but `fill`; `x` and `neighbours` must be contiguous.
+GatherWindowsParams window_params(const Tensor& x, const Tensor& neighbours,
+                                  const std::vector<int64_t>& halo, Tensor& windows) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [T, s*s, C]");
   const int64_t side = std::lround(std::sqrt(double(x.size(1))));
   STD_TORCH_CHECK(side * side == x.size(1), "x must be [T, s*s, C]");
   GatherWindowsParams p = fill_params(x, neighbours, side, halo);
-  Tensor windows = torch::stable::new_empty(x, {p.blocks, p.rows, p.columns, p.channels});
-  const uint64_t bits = element_bits(p.dtype, fill);
+  windows = torch::stable::new_empty(x, {p.blocks, p.rows, p.columns, p.channels});
   p.from = x.const_data_ptr();
   p.to = windows.mutable_data_ptr();
+  return p;
+}
+
+// The same for the gradient.
+GatherWindowsParams grad_params(const Tensor& grad, const Tensor& neighbours,
+                                const std::vector<int64_t>& halo, Tensor& y) {
+  STD_TORCH_CHECK(grad.dim() == 4 && halo.size() == 4,
+                  "grad must be [T, top + s + bottom, left + s + right, C]");
+  GatherWindowsParams p = fill_params(grad, neighbours, grad.size(1) - halo[0] - halo[1], halo);
+  STD_TORCH_CHECK(p.columns == grad.size(2),
+                  "grad must be [T, top + s + bottom, left + s + right, C]");
+  y = torch::stable::new_empty(grad, {p.blocks, int64_t(p.side) * p.side, p.channels});
+  p.from = grad.const_data_ptr();
+  p.to = y.mutable_data_ptr();
+  return p;
+}
+
+Tensor gather_windows(const Tensor& x_, const Tensor& neighbours_, std::vector<int64_t> halo,
+                      double fill) {
+  const Tensor x = torch::stable::contiguous(x_);
+  const Tensor neighbours = torch::stable::contiguous(neighbours_);
+  Tensor windows;
+  GatherWindowsParams p = window_params(x, neighbours, halo, windows);
+  const uint64_t bits = element_bits(p.dtype, fill);
   p.fill = &bits;
   torch::stable::parallel_for(
       0, p.blocks, grain(int64_t(p.rows) * p.columns * p.channels),
@@ -79,19 +101,39 @@ Tensor gather_windows_grad(const Tensor& grad_, const Tensor& neighbours_,
                            std::vector<int64_t> halo) {
   const Tensor grad = torch::stable::contiguous(grad_);
   const Tensor neighbours = torch::stable::contiguous(neighbours_);
-  STD_TORCH_CHECK(grad.dim() == 4 && halo.size() == 4,
-                  "grad must be [T, top + s + bottom, left + s + right, C]");
-  GatherWindowsParams p = fill_params(grad, neighbours, grad.size(1) - halo[0] - halo[1], halo);
-  STD_TORCH_CHECK(p.columns == grad.size(2),
-                  "grad must be [T, top + s + bottom, left + s + right, C]");
-  Tensor y = torch::stable::new_empty(grad, {p.blocks, int64_t(p.side) * p.side, p.channels});
-  p.from = grad.const_data_ptr();
-  p.to = y.mutable_data_ptr();
+  Tensor y;
+  const GatherWindowsParams p = grad_params(grad, neighbours, halo, y);
   const auto kernel = gather_windows_grad_kernel();
   torch::stable::parallel_for(0, p.blocks, grain(int64_t(p.rows) * p.columns * p.channels),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return y;
 }
+
+#ifdef WITH_CUDA
+Tensor gather_windows_cuda(const Tensor& x_, const Tensor& neighbours_, std::vector<int64_t> halo,
+                           double fill) {
+  const OnDevice device(x_);
+  const Tensor x = torch::stable::contiguous(x_);
+  const Tensor neighbours = torch::stable::contiguous(neighbours_);
+  Tensor windows;
+  GatherWindowsParams p = window_params(x, neighbours, halo, windows);
+  const uint64_t bits = element_bits(p.dtype, fill);
+  p.fill = &bits;
+  device.check(cuda::gather_windows(p, device.stream()));
+  return windows;
+}
+
+Tensor gather_windows_grad_cuda(const Tensor& grad_, const Tensor& neighbours_,
+                                std::vector<int64_t> halo) {
+  const OnDevice device(grad_);
+  const Tensor grad = torch::stable::contiguous(grad_);
+  const Tensor neighbours = torch::stable::contiguous(neighbours_);
+  Tensor y;
+  const GatherWindowsParams p = grad_params(grad, neighbours, halo, y);
+  device.check(cuda::gather_windows_grad(p, device.stream()));
+  return y;
+}
+#endif
 
 }  // namespace
 }  // namespace convmae
@@ -100,3 +142,10 @@ STABLE_TORCH_LIBRARY_IMPL(convmae, CPU, m) {
   m.impl("gather_windows", TORCH_BOX(&convmae::gather_windows));
   m.impl("gather_windows_grad", TORCH_BOX(&convmae::gather_windows_grad));
 }
+
+#ifdef WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(convmae, CUDA, m) {
+  m.impl("gather_windows", TORCH_BOX(&convmae::gather_windows_cuda));
+  m.impl("gather_windows_grad", TORCH_BOX(&convmae::gather_windows_grad_cuda));
+}
+#endif

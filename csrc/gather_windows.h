@@ -15,7 +15,7 @@ struct GatherWindowsParams {
   const void* from;           // packed features; for the gradient, the windows'
   void* to;                   // windows; for the gradient, the packed features'
   const int32_t* neighbours;  // [blocks, (2 * radius + 1)^2]
-  const void* fill;           // one element, what hidden positions hold; not for the gradient
+  const void* fill;           // one element, on the host: hidden positions; not for the gradient
   int64_t blocks, channels;
   int side, radius, top, left, rows, columns;
   DType dtype;
@@ -36,4 +36,8 @@ namespace avx512 {
 void gather_windows_grad(const GatherWindowsParams& p, int64_t begin, int64_t end);
 }
 }  // namespace cpu
+namespace cuda {
+LaunchError gather_windows(const GatherWindowsParams& p, Stream stream);
+LaunchError gather_windows_grad(const GatherWindowsParams& p, Stream stream);
+}  // namespace cuda
 }  // namespace convmae

@@ -75,7 +75,11 @@ def test_global_memory_is_read_sixteen_bytes_at_a_time(kernels, arch):
     }
     for name in KERNELS:
         assert re.search(r"LDGSTS\.E\S*\.128", wide[name]), name
-    for name in ("gather_visible_rows<16 bytes>", "scatter_visible_rows<16 bytes>"):
+    moves = [
+        f"{op}_rows<16 bytes>" for op in ("gather_visible", "scatter_visible", "gather_windows")
+    ]
+    sums = ("float, 4", "bfloat16, 8", "half, 8", "double, 2")
+    for name in (*moves, *(f"gather_windows_grad_rows<{kind}>" for kind in sums)):
         assert re.search(r"LDG\.E\S*\.128", wide[name]), name
         assert re.search(r"STG\.E\S*\.128", wide[name]), name
 

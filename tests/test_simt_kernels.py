@@ -10,6 +10,7 @@ from simt.emulator import ROOT, EmulatorError, Removed, module, why_not
 import convmae_kernels as ck
 from convmae_kernels.block_mask import BLOCK_SIZES
 from convmae_kernels.ops import reference
+from convmae_kernels.ops.gather_windows import reach as halo_reach
 from convmae_kernels.testing import (
     DTYPES,
     LAYOUTS,
@@ -144,6 +145,56 @@ def test_scatter_of_every_mask(name):
 def test_scatter_of_every_block_side(side):
     mask = make_mask("corner")
     check_scatter(random_tensor((mask.num_visible, side * side, 16), torch.float16), mask, 1.0)
+
+
+HALOS = [(1, 1, 1, 1), (0, 0, 0, 0), (3, 2, 0, 5), (-1, 0, 2, -1)]
+
+
+def check_windows(x, mask, halo, fill=-1.5, offset=0, **options):
+    """Windows, and the gradient of random ones, both bit for bit as the reference has them."""
+    table = mask.neighbours(halo_reach(halo, math.isqrt(x.shape[1])))
+    arguments = [CODES[x.dtype], array(x), table.numpy(), [*halo]]
+    value = array(torch.full((1,), fill, dtype=x.dtype))
+    windows = emulate("gather_windows", *arguments, value, offset, like=x, **options)[0]
+    same(windows, reference.gather_windows(x, table, halo, fill))
+    arguments[1] = array(grad := random_tensor(windows.shape, x.dtype))
+    grad_x = emulate("gather_windows_grad", *arguments, offset, like=x, **options)[0]
+    same(grad_x, reference.gather_windows_grad(grad, table, halo))
+
+
+@all_dtypes
+@pytest.mark.parametrize("halo", HALOS, ids=str)
+@pytest.mark.parametrize("channels", [1, 7, 8, 64])
+def test_windows(channels, halo, dtype):
+    mask = make_mask("ragged")
+    for side in (1, 2, 4, 8):
+        if min(halo) > -side:
+            x = random_tensor((mask.num_visible, side * side, channels), dtype)
+            check_windows(x, mask, halo, seeds=SEEDS[2:])
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_windows_of_every_mask(name):
+    mask = make_mask(name)
+    for side in (2, 4):
+        for channels in (0, 9):
+            check_windows(random_tensor((mask.num_visible, side * side, channels)), mask, HALOS[2])
+
+
+@all_dtypes
+@pytest.mark.parametrize("offset", [1, 2])
+def test_windows_at_addresses_that_are_not_multiples_of_16_bytes(offset, dtype):
+    mask = make_mask("row")
+    for channels in (16, 255):
+        x = random_tensor((mask.num_visible, 4, channels), dtype)
+        check_windows(x, mask, HALOS[0], NAN, offset)
+
+
+@pytest.mark.parametrize("side", BLOCK_SIZES)
+def test_windows_of_every_block_side(side):
+    mask = make_mask("corner")
+    x = random_tensor((mask.num_visible, side * side, 8), torch.float16)
+    check_windows(x, mask, HALOS[0], seeds=SEEDS[2:])
 
 
 @pytest.mark.parametrize("radius", [1, 2, 7])
@@ -378,6 +429,14 @@ def test_no_races_in_gather():
     gather(images_for(make_mask("ragged"), 4, 70), make_mask("ragged"), checker="races")
 
 
+def test_no_races_in_windows():
+    mask = make_mask("row")
+    for channels in (7, 256):
+        check_windows(
+            random_tensor((mask.num_visible, 16, channels)), mask, HALOS[2], checker="races"
+        )
+
+
 def move(**options):
     mask = make_mask("row")
     for layout in ("contiguous", "channels_last"):
@@ -404,7 +463,7 @@ def convolve_on_tiles(**options):
 # What runs the statements of synchronisation of each file, and the source that compiles them.
 USES = {
     "gather_visible.cuh": ("moves.cpp", move),
-    "scatter_visible.cuh": ("moves.cpp", move),
+    "rows.cuh": ("moves.cpp", move),
     "tiles.cuh": ("masked_conv2d.cpp", convolve_on_tiles),
     "masked_conv2d.cuh": ("masked_conv2d.cpp", convolve_on_tiles),
     "masked_conv2d_weight_grad.cuh": ("masked_conv2d_weight_grad.cpp", reduce_on_tiles),
@@ -429,7 +488,7 @@ def test_every_synchronisation_is_needed(file, statement, occurrence):
         use(checker="races", removed=removed)
 
 
-@pytest.mark.parametrize("file", ["gather_visible.cuh", "scatter_visible.cuh"])
+@pytest.mark.parametrize("file", ["gather_visible.cuh", "rows.cuh"])
 def test_a_removed_barrier_gives_wrong_results(file):
     unit, use = USES[file]
     use()

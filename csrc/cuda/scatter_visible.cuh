@@ -5,7 +5,6 @@
 
 #include "block.h"
 #include "cuda/rows.cuh"
-#include "cuda/vec.cuh"
 #include "scatter_visible.h"
 
 namespace convmae::cuda {
@@ -27,34 +26,12 @@ __device__ inline int64_t packed_offset(const ScatterVisibleParams& p, int64_t p
   return packed < 0 ? -1 : ((packed << 2 * log) + zorder(row, column)) * p.channels;
 }
 
-// E is as wide as alignment allows, up to a Chunk; `channels` of p is in units of E. Where a
-// position comes from is found once for all its channels. A thread has up to four in flight.
-// Launch: grid ceil(positions / (4 * blockDim.y)), block (x, y) of 256 threads.
+// `channels` of p is in units of E. Launch: grid_of_rows, block_of_rows.
 template <class E>
 __global__ void __launch_bounds__(256) scatter_visible_rows(ScatterVisibleParams p, E fill) {
-  __shared__ int64_t offsets[kMaxRows];
   const int64_t positions = (p.batch * p.grid_rows * p.grid_columns) * p.side * p.side;
-  const int rows = 4 * blockDim.y;
-  const int64_t first = int64_t(blockIdx.x) * rows;
-  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < rows; i += 256) {
-    offsets[i] = first + i < positions ? packed_offset(p, first + i) : -1;
-  }
-  __syncthreads();
-  for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) {
-    const E* const from = static_cast<const E*>(p.x) + c;
-    E* const to = static_cast<E*>(p.y) + first * p.channels + c;
-    E value[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = threadIdx.y + i * blockDim.y;
-      value[i] = offsets[row] != -1 ? from[offsets[row]] : fill;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = threadIdx.y + i * blockDim.y;
-      if (first + row < positions) to[row * p.channels] = value[i];
-    }
-  }
+  write_rows(p.x, p.y, positions, p.channels, fill,
+             [&](int64_t position) { return packed_offset(p, position); });
 }
 
 // Calls launch(kernel, grid, block, shared bytes, arguments...), for the rows and for the features.
@@ -66,23 +43,11 @@ void launch_scatter_visible(const ScatterVisibleRows& rows, const ScatterVisible
   if (rows.blocks > 0) {
     launch(number_rows, dim3(unsigned((rows.blocks + 255) / 256)), dim3(256), 0, rows);
   }
-  with_size(p.element_size, [&](auto element) {
-    using E = decltype(element);
-    const auto write = [&](auto fill, const ScatterVisibleParams& q) {
-      const dim3 block = block_of_rows(q.channels);
-      launch(scatter_visible_rows<decltype(fill)>, grid_of_rows(positions, block), block, 0, q,
-             fill);
-    };
-    constexpr int n = int(sizeof(Chunk) / sizeof(E));
-    std::memcpy(&element, p.fill, sizeof(E));
-    if (p.channels % n != 0 || !is_aligned(p.x, sizeof(Chunk))) return write(element, p);
-    Chunk fill;
-    for (int i = 0; i < n; ++i) {
-      std::memcpy(reinterpret_cast<char*>(&fill) + i * sizeof(E), &element, sizeof(E));
-    }
+  with_unit(p.element_size, p.fill, p.x, p.channels, [&](auto fill, int64_t channels) {
     ScatterVisibleParams q = p;
-    q.channels /= n;
-    write(fill, q);
+    q.channels = channels;
+    const dim3 block = block_of_rows(channels);
+    launch(scatter_visible_rows<decltype(fill)>, grid_of_rows(positions, block), block, 0, q, fill);
   });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gather_visible.h"
+#include "gather_windows.h"
 #include "masked_conv2d.h"
 #include "neighbour_table.h"
 #include "scatter_visible.h"
@@ -11,6 +12,8 @@ namespace simt {
 void gather_visible(const convmae::GatherVisibleParams& p, unsigned seed);
 void scatter_visible(const convmae::ScatterVisibleRows& rows,
                      const convmae::ScatterVisibleParams& p, unsigned seed);
+void gather_windows(const convmae::GatherWindowsParams& p, unsigned seed);
+void gather_windows_grad(const convmae::GatherWindowsParams& p, unsigned seed);
 void neighbour_table(const convmae::NeighbourTableParams& p, unsigned seed);
 void masked_conv2d(const convmae::cuda::MaskedConv2dForward& p, unsigned seed);
 void masked_conv2d_weight_grad(const convmae::cuda::MaskedConv2dWeightGrad& p, unsigned seed);

@@ -63,6 +63,52 @@ py::array scatter_visible(const py::array& x, const py::array& block_index, int 
   return y.numpy();
 }
 
+// `halo`: positions above, below, left and right of a block of `side`. Fills in all but `fill`.
+convmae::GatherWindowsParams window_params(int dtype, const DeviceArray& in, const DeviceArray& out,
+                                           const DeviceArray& table, const py::array& neighbours,
+                                           int64_t channels, int side,
+                                           const std::array<int, 4>& halo) {
+  convmae::GatherWindowsParams p = {};
+  p.from = in.data();
+  p.to = out.data();
+  p.neighbours = static_cast<const int32_t*>(table.data());
+  p.blocks = neighbours.shape(0);
+  p.channels = channels;
+  p.side = side;
+  p.radius = (int(std::lround(std::sqrt(double(neighbours.shape(1))))) - 1) / 2;
+  p.top = halo[0];
+  p.left = halo[2];
+  p.rows = halo[0] + side + halo[1];
+  p.columns = halo[2] + side + halo[3];
+  p.dtype = convmae::DType(dtype);
+  return p;
+}
+
+// `fill` is an array of one element; x lies `offset` elements after a multiple of 16 bytes.
+py::array gather_windows(int dtype, const py::array& x, const py::array& neighbours,
+                         const std::array<int, 4>& halo, const py::array& fill, size_t offset,
+                         unsigned seed) {
+  const int side = int(std::lround(std::sqrt(double(x.shape(1)))));
+  const DeviceArray in(x, offset), table(neighbours);
+  const DeviceArray out(
+      x.dtype(), {x.shape(0), halo[0] + side + halo[1], halo[2] + side + halo[3], x.shape(2)});
+  convmae::GatherWindowsParams p =
+      window_params(dtype, in, out, table, neighbours, x.shape(2), side, halo);
+  p.fill = fill.data();
+  simt::gather_windows(p, seed);
+  return out.numpy();
+}
+
+py::array gather_windows_grad(int dtype, const py::array& grad, const py::array& neighbours,
+                              const std::array<int, 4>& halo, size_t offset, unsigned seed) {
+  const int side = int(grad.shape(1)) - halo[0] - halo[1];
+  const DeviceArray in(grad, offset), table(neighbours);
+  const DeviceArray out(grad.dtype(), {grad.shape(0), side * side, grad.shape(3)});
+  simt::gather_windows_grad(
+      window_params(dtype, in, out, table, neighbours, grad.shape(3), side, halo), seed);
+  return out.numpy();
+}
+
 py::array neighbour_table(const py::array& visible, const py::array& block_index, int radius,
                           unsigned seed) {
   const DeviceArray cells(visible), index(block_index);
@@ -147,6 +193,8 @@ std::tuple<py::array, py::array, int> masked_conv2d_weight_grad(
 PYBIND11_MODULE(simt_kernels, m) {
   m.def("gather_visible", &gather_visible);
   m.def("scatter_visible", &scatter_visible);
+  m.def("gather_windows", &gather_windows);
+  m.def("gather_windows_grad", &gather_windows_grad);
   m.def("neighbour_table", &neighbour_table);
   m.def("masked_conv2d", &masked_conv2d);
   m.def("masked_conv2d_weight_grad", &masked_conv2d_weight_grad);

@@ -1,0 +1,118 @@
+// Packed features [blocks, side * side, channels], the positions of a block in Z-order, to windows
+// [blocks, rows, columns, channels], in raster order, and the gradient of that.
+#pragma once
+
+#include "block.h"
+#include "cuda/rows.cuh"
+#include "cuda/vec.cuh"
+#include "gather_windows.h"
+
+namespace convmae::cuda {
+
+// The offset in the packed features, in units of `channels`, of channel 0 of a position of the
+// windows; -1: it is hidden.
+__device__ inline int64_t packed_offset(const GatherWindowsParams& p, int64_t position) {
+  const int64_t line = position / p.columns, block = line / p.rows;
+  const int row = int(line - block * p.rows) - p.top;
+  const int column = int(position - line * p.columns) - p.left;
+  const Place at = place(row, column, p.side, p.radius);
+  const int n = 2 * p.radius + 1;
+  const int64_t packed = p.neighbours[block * n * n + at.neighbour];
+  return packed < 0 ? -1 : ((packed << 2 * log2_side(p.side)) + at.rank) * p.channels;
+}
+
+// `channels` of p is in units of E. Launch: grid_of_rows, block_of_rows.
+template <class E>
+__global__ void __launch_bounds__(256) gather_windows_rows(GatherWindowsParams p, E fill) {
+  write_rows(p.from, p.to, p.blocks * p.rows * p.columns, p.channels, fill,
+             [&](int64_t position) { return packed_offset(p, position); });
+}
+
+// Along one axis, the neighbours from `first` to `last`, in blocks from a position's own: those
+// whose windows reach the position. The windows begin `before` positions before their blocks. All
+// are in the neighbour table, because a halo that goes beyond it is refused.
+struct Holders {
+  int first, last;
+};
+
+__device__ inline Holders holders(int position, int before, int positions, int log) {
+  return {-((positions - 1 - before - position) >> log), (position + before) >> log};
+}
+
+template <class T, int V>
+struct alignas(V * sizeof(T)) Values {
+  T value[V];
+};
+
+// A thread adds, for V channels of one position, what the windows of all neighbours hold of it, in
+// the order of the neighbour table. `channels` of p is in units of V. Which neighbours to look at
+// is found once for all channels.
+// Launch: grid ceil(positions / blockDim.y), block_of_rows.
+template <class T, int V>
+__global__ void __launch_bounds__(256) gather_windows_grad_rows(GatherWindowsParams p) {
+  const int log = log2_side(p.side), n = 2 * p.radius + 1;
+  const int64_t position = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t block = position >> 2 * log;
+  if (block >= p.blocks) return;
+  const int rank = int(position) & ((1 << 2 * log) - 1);
+  const int row = zorder_row(rank), column = zorder_column(rank);
+  const Holders rows = holders(row, p.top, p.rows, log);
+  const Holders columns = holders(column, p.left, p.columns, log);
+  const int32_t* const own = p.neighbours + (block * n + p.radius) * n + p.radius;
+  for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) {
+    const Values<T, V>* const from = static_cast<const Values<T, V>*>(p.from) + c;
+    Acc<T> sum[V] = {};
+    for (int i = rows.first; i <= rows.last; ++i) {
+#pragma unroll 1  // few windows reach a position; the registers serve more warps
+      for (int j = columns.first; j <= columns.last; ++j) {
+        const int64_t window = own[i * n + j];
+        if (window < 0) continue;
+        const int64_t line = window * p.rows + (row + p.top - i * p.side);
+        const int64_t at = line * p.columns + (column + p.left - j * p.side);
+        const Values<T, V> x = from[at * p.channels];
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += load(&x.value[v]);
+      }
+    }
+    Values<T, V> y;
+#pragma unroll
+    for (int v = 0; v < V; ++v) store(sum[v], &y.value[v]);
+    static_cast<Values<T, V>*>(p.to)[position * p.channels + c] = y;
+  }
+}
+
+// Calls launch(kernel, grid, block, shared bytes, arguments...).
+template <class Launch>
+void launch_gather_windows(const GatherWindowsParams& p, Launch&& launch) {
+  const int64_t positions = p.blocks * p.rows * p.columns;
+  if (positions == 0 || p.channels == 0) return;
+  with_unit(size_of(p.dtype), p.fill, p.from, p.channels, [&](auto fill, int64_t channels) {
+    GatherWindowsParams q = p;
+    q.channels = channels;
+    const dim3 block = block_of_rows(channels);
+    launch(gather_windows_rows<decltype(fill)>, grid_of_rows(positions, block), block, 0, q, fill);
+  });
+}
+
+template <class Launch>
+void launch_gather_windows_grad(const GatherWindowsParams& p, Launch&& launch) {
+  const int64_t positions = p.blocks * p.side * p.side;
+  if (positions == 0 || p.channels == 0) return;
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto rows = [&](auto kernel, int64_t channels) {
+      GatherWindowsParams q = p;
+      q.channels = channels;
+      const dim3 block = block_of_rows(channels);
+      launch(kernel, dim3(unsigned((positions + block.y - 1) / block.y)), block, 0, q);
+    };
+    constexpr int n = int(sizeof(Chunk) / sizeof(T));
+    if (p.channels % n == 0 && is_aligned(p.from, sizeof(Chunk))) {
+      rows(gather_windows_grad_rows<T, n>, p.channels / n);
+    } else {
+      rows(gather_windows_grad_rows<T, 1>, p.channels);
+    }
+  });
+}
+
+}  // namespace convmae::cuda
