@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +65,8 @@ def check_equivalence(
         seed: of the random numbers of both runs.
 
     Returns:
-        The errors, each relative to the largest magnitude of its tensor (of gradients and buffers, at
-        least a thousandth of the largest of all, as some are zero but for rounding).
+        The errors, each relative to the largest magnitude of its tensor (of gradients and buffers,
+        at least a thousandth of the largest of all, as some are zero but for rounding).
 
     Raises:
         EquivalenceError: an error exceeds the tolerance; names the first module that deviates.
@@ -205,7 +205,7 @@ class MaskedDense(MapLike):
     `check_equivalence`, and what skipping is compared with in the benchmarks. Plain PyTorch.
     """
 
-    handlers: dict = {}
+    handlers: ClassVar[dict[Callable, Callable]] = {}
 
     def __init__(self, values: Tensor, mask: BlockMask, channels_last: bool = False) -> None:
         self.values = values
