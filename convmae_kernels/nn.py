@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from convmae_kernels.ops import gather_visible, masked_conv2d, scatter_visible
+from convmae_kernels.ops.masked_conv2d import check_padding, pair
+from convmae_kernels.packed import Packed
 
 if TYPE_CHECKING:
     from convmae_kernels.block_mask import BlockMask
 
+# The density from which a dense map is convolved densely: measured on a CPU with 3x3 convolutions
+# of 256 channels, forward and backward, map in and map out (`benchmarks`, cases `layer/*`).
+DENSE_ABOVE = 0.65
+
 
 class MaskedConv2d(torch.nn.Conv2d):
-    """A `torch.nn.Conv2d` with "same" padding that skips what a `BlockMask` hides.
+    """A `torch.nn.Conv2d` that skips what a `BlockMask` hides.
 
     The parameters, their names and their initialisation are those of `torch.nn.Conv2d`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias, device, dtype: as in
-            `torch.nn.Conv2d`. With a mask this version computes depthwise convolutions
-            (`groups == in_channels == out_channels`) of stride 1 and odd kernels up to 15.
-        padding: "same", or the number of positions that amounts to it.
+            `torch.nn.Conv2d`; the stride is a power of two, the same in both directions.
+        padding: "same", which is `dilation * (kernel_size - 1) // 2`, or numbers of positions with
+            which a map's side shrinks by `stride` exactly.
+        dense_above: from this density of the mask on, a dense map is convolved by PyTorch's
+            convolution of the map times the mask, as skipping does not pay; 0 always does so, and a
+            number above 1 never. If None it is `DENSE_ABOVE`, and for depthwise convolutions, where
+            skipping always pays, never. Packed features are never made dense.
 
     Raises:
-        ValueError: `padding` is not "same" padding.
+        ValueError: `stride` or `padding` does not keep the grid of blocks.
     """
 
     def __init__(
@@ -40,49 +50,70 @@ class MaskedConv2d(torch.nn.Conv2d):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        dense_above: float | None = None,
     ) -> None:
+        kernel, strides = pair("kernel_size", kernel_size), pair("stride", stride)
+        if strides[0] != strides[1] or strides[0] & (strides[0] - 1):
+            raise ValueError(
+                f"stride must be a power of two, the same in both directions, got {stride}"
+            )
+        positions = check_padding(padding, kernel, strides[0], pair("dilation", dilation))
         super().__init__(
             in_channels,
             out_channels,
-            kernel_size,
-            stride,
-            padding,
+            kernel,
+            strides,
+            positions,
             dilation,
             groups,
             bias,
             device=device,
             dtype=dtype,
         )
-        same = tuple(d * (k // 2) for d, k in zip(self.dilation, self.kernel_size))
-        if self.padding not in ("same", same):
-            raise ValueError(
-                f'padding must be "same" or {same} for kernel_size={self.kernel_size} and '
-                f"dilation={self.dilation}, got {padding!r}"
-            )
+        if dense_above is None:
+            depthwise = groups == in_channels == out_channels
+            dense_above = float("inf") if depthwise else DENSE_ABOVE
+        self.dense_above = dense_above
 
-    def forward(self, x: Tensor, mask: BlockMask | None = None) -> Tensor:
+    def forward(self, x: Any, mask: BlockMask | None = None) -> Any:
         """`conv2d(x * visible)` at visible positions.
 
         Args:
-            x: packed features `[T, s*s, C]`, or a dense map `[B, C, H, W]`.
-            mask: which blocks are visible; None for an ordinary convolution of a dense map.
+            x: packed features `[T, s*s, C]`, a `Packed`, or a dense map `[B, C, H, W]`.
+            mask: which blocks are visible; None for a `Packed`, which has its own, and for an
+                ordinary convolution of a dense map.
 
         Returns:
             Packed for packed, dense for dense (channels-last, 0 at hidden positions).
 
         Raises:
-            TypeError, ValueError, NotImplementedError: see `masked_conv2d`.
+            TypeError, ValueError: see `masked_conv2d`.
         """
+        if isinstance(x, Packed) and mask is not None:
+            raise ValueError("a Packed has its own mask, so mask must be None")
         if mask is None:
-            if x.dim() == 3:
+            if not isinstance(x, Packed) and x.dim() == 3:
                 raise ValueError(
                     f"packed features {list(x.shape)} need their mask, got mask=None "
                     "(an image without a batch needs unsqueeze(0))"
                 )
             return super().forward(x)
+        if x.dim() == 4 and mask.density >= self.dense_above:
+            return self._dense(x, mask)
         dense = x.dim() == 4
         if dense:
             x = gather_visible(x, mask)
         stride, dilation = (self.stride[0], self.stride[1]), (self.dilation[0], self.dilation[1])
-        x = masked_conv2d(x, self.weight, self.bias, mask, stride, dilation, self.groups)
+        padding = (int(self.padding[0]), int(self.padding[1]))
+        x = masked_conv2d(
+            x, self.weight, self.bias, mask, stride, dilation, self.groups, padding=padding
+        )
         return scatter_visible(x, mask) if dense else x
+
+    def _dense(self, x: Tensor, mask: BlockMask) -> Tensor:
+        """The same by the dense convolution; a hidden NaN reaches nothing here either."""
+        if mask.num_visible == mask.num_blocks:
+            return super().forward(x)
+        side = x.shape[2] // mask.grid[0]
+        y = super().forward(torch.where(mask.to_dense(side), x, 0))
+        return torch.where(mask.to_dense(side // self.stride[0]), y, 0)
