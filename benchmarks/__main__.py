@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks import cases, models, report
+from benchmarks import cases, models, networks, registry, report  # noqa: F401  (they register)
 from benchmarks.limits import environment, measure_rates
 from benchmarks.runner import DisagreementError, Row, make_rows, measure
 from benchmarks.setting import Setting
@@ -74,7 +74,7 @@ def _setting(args: argparse.Namespace) -> Setting:
 
 
 def run(
-    chosen: Sequence[cases.Case],
+    chosen: Sequence[registry.Case],
     setting: Setting,
     dtypes: Sequence[torch.dtype],
     *,
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
-        chosen = cases.select(args.case)
+        chosen = registry.select(args.case)
         if args.list:
             print("\n".join(f"{case.name:36} {case.about}" for case in chosen))
             return

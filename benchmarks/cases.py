@@ -7,11 +7,9 @@ channels-last, eager and compiled; that of the models is `DenseConvMAE` with the
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -23,66 +21,16 @@ from torch.nn.functional import conv2d
 import convmae_kernels as ck
 from benchmarks import memory, models, work
 from benchmarks.limits import clock_for
+from benchmarks.registry import register
 from benchmarks.runner import CapturedGraph, Comparison, Contender
 from convmae_kernels import BlockMask
 from convmae_kernels.ops.arithmetic import SLOW_ON_CPU
 from convmae_kernels.ops.library import Impl, why_not
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from benchmarks.setting import Setting
-
-Build = Callable[..., Comparison]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A name, one line about what is measured, and the function that builds it."""
-
-    name: str
-    about: str
-    build: Build
-
-
-CASES: dict[str, Case] = {}
-
-
-def register(name: str, **options: object) -> Callable[[Build], Build]:
-    """Registers a case under `name`, described by its docstring's first line.
-
-    Keyword arguments are handed to the function. Decorators stack, one case each, lowest first.
-
-    Raises:
-        ValueError: there is a case of that name already.
-    """
-
-    def add(build: Build) -> Build:
-        if name in CASES:
-            raise ValueError(f"there are two cases of the name {name!r}")
-        about = (build.__doc__ or "").strip().splitlines()[0]
-        CASES[name] = Case(name, about, partial(build, **options))
-        return build
-
-    return add
-
-
-def select(patterns: Sequence[str]) -> list[Case]:
-    """The cases whose name, or a leading part of it, matches one of the patterns; all if none.
-
-    Raises:
-        ValueError: a pattern matches no case.
-    """
-    chosen: set[str] = set()
-    for pattern in patterns or ["*"]:
-        found = [
-            name
-            for name in CASES
-            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + "/*")
-        ]
-        if not found:
-            raise ValueError(f"no case matches {pattern!r}; there are {', '.join(sorted(CASES))}")
-        chosen.update(found)
-    return [case for name, case in CASES.items() if name in chosen]
-
 
 # -- operators ------------------------------------------------------------------------------------
 

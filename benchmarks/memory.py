@@ -1,6 +1,6 @@
 """Peak memory of training steps, each in a fresh process.
 
-`python -m benchmarks.memory CONTENDER DTYPE THREADS STEPS SETTING_JSON` is that process.
+`python -m benchmarks.memory CONTENDER DTYPE THREADS STEPS NETWORK SETTING_JSON` is that process.
 """
 
 from __future__ import annotations
@@ -36,10 +36,17 @@ class Peak:
     loss: float
 
 
-def measure_peak(setting: Setting, dtype: torch.dtype, contender: str, steps: bool = True) -> Peak:
+def measure_peak(
+    setting: Setting,
+    dtype: torch.dtype,
+    contender: str,
+    steps: bool = True,
+    network: str | None = None,
+) -> Peak:
     """Peak memory of a fresh process that takes a step of one image and one of the whole batch.
 
-    Without `steps` it only builds the model.
+    Without `steps` it only builds the model. With a `network` of timm it runs that instead, forward
+    and backward.
 
     On a CPU that is the resident memory by `getrusage`, Python and PyTorch included; on a GPU
     what PyTorch's allocator has handed out.
@@ -49,7 +56,7 @@ def measure_peak(setting: Setting, dtype: torch.dtype, contender: str, steps: bo
     """
     facts = json.dumps(asdict(setting) | {"device": str(setting.device)})
     command = [sys.executable, "-m", "benchmarks.memory", contender, str(dtype)[6:]]
-    command += [str(torch.get_num_threads()), str(int(steps)), facts]
+    command += [str(torch.get_num_threads()), str(int(steps)), network or "", facts]
     root = str(Path(__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     watch = subprocess.run(
@@ -76,6 +83,24 @@ def take_steps(
         pixels, noise = models.images(setting), setting.noise()
         step(pixels[:1], noise[:1])
         loss = float(step(pixels, noise))
+    return _found(setting, loss)
+
+
+def run_network(
+    setting: Setting, dtype: torch.dtype, contender: str, steps: bool, name: str
+) -> dict[str, float]:
+    """Forward and backward of a network of timm, twice: gradients are there in the second."""
+    from benchmarks import networks
+
+    model, mask = networks.build(name, setting), networks.network_mask(setting)
+    loss = 0.0
+    for _ in range(2 if steps else 0):
+        (features,) = networks.forward_backward(model, setting, dtype, contender, mask)
+        loss = float(features.float().square().mean())
+    return _found(setting, loss)
+
+
+def _found(setting: Setting, loss: float) -> dict[str, float]:
     on_gpu = setting.device.type == "cuda"
     return {
         "loss": loss,
@@ -84,8 +109,9 @@ def take_steps(
 
 
 if __name__ == "__main__":
-    contender, dtype, threads, steps, facts = sys.argv[1:]
+    contender, dtype, threads, steps, network, facts = sys.argv[1:]
     torch.set_num_threads(int(threads))
     values = json.loads(facts)
     chosen = Setting(**values | {"device": torch.device(values["device"])})
-    print(json.dumps(take_steps(chosen, getattr(torch, dtype), contender, steps == "1")))
+    arguments = (chosen, getattr(torch, dtype), contender, steps == "1")
+    print(json.dumps(run_network(*arguments, network) if network else take_steps(*arguments)))

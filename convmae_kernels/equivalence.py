@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from convmae_kernels.ops import gather_visible
+from convmae_kernels.ops.arithmetic import multiply
 from convmae_kernels.packed import ELEMENTWISE, OPERATORS, MapLike, Packed
 
 if TYPE_CHECKING:
@@ -290,9 +291,17 @@ _handles(F.linear, torch._C._nn.linear, F.layer_norm, torch.layer_norm, F.interp
 )
 
 
+@_handles(F.linear, torch._C._nn.linear)
+def _linear(func, input, weight, bias=None):
+    return input.like(multiply(F.linear, input.values, weight, bias))
+
+
 @_handles(torch.conv2d, torch.conv_transpose2d)
-def _convolution(func, input, *args, **kwargs):
-    return input.like(func(input.masked(), *args, **kwargs))
+def _convolution(func, input, weight, bias=None, *args, **kwargs):
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return func(x, weight, bias, *args, **kwargs)
+
+    return input.like(multiply(convolve, input.masked(), weight, bias))
 
 
 @_handles(F.batch_norm)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
-from benchmarks import cases, limits, models, report, runner, work
+from benchmarks import cases, limits, models, registry, report, runner, work
 from benchmarks.setting import Setting
 from convmae_kernels import BlockMask
 
@@ -204,12 +204,12 @@ IN_BFLOAT16 = ("gather/images", "depthwise/stage1/forward_backward", "stages12",
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, torch.float32) for name in cases.CASES]
+    [(name, torch.float32) for name in registry.CASES]
     + [(name, torch.bfloat16) for name in IN_BFLOAT16],
 )
 def test_case_compares_the_same_work(name, dtype):
     """`measure` itself checks that packed and dense results agree."""
-    comparison = cases.CASES[name].build(TINY, dtype)
+    comparison = registry.CASES[name].build(TINY, dtype)
     times = runner.measure(comparison, dtype, repeats=1, budget=0)
     rows = runner.make_rows(name, comparison, times, RATES, dtype)
     assert [row.contender for row in rows] == ["packed", "MAE ViT-B" if name == "mae" else "dense"]
@@ -242,21 +242,21 @@ def test_mae_is_the_published_one():
 )
 def test_compiled_opponent():
     setting = replace(TINY, compile=True)
-    comparison = cases.CASES["depthwise/stage2/forward"].build(setting, torch.float32)
+    comparison = registry.CASES["depthwise/stage2/forward"].build(setting, torch.float32)
     times = runner.measure(comparison, torch.float32, repeats=1, budget=0)
     assert list(times) == ["packed", "dense", "dense compiled"]
 
 
 def test_no_compiler_is_said(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    comparison = cases.CASES["scatter/stage2"].build(replace(TINY, compile=True), torch.float32)
+    comparison = registry.CASES["scatter/stage2"].build(replace(TINY, compile=True), torch.float32)
     assert [c.name for c in comparison.contenders] == ["packed", "dense"]
     assert "needs a C++ compiler" in comparison.notes[0]
 
 
 def test_cases_are_chosen_by_name_part_or_glob():
     def names(*patterns):
-        return [case.name for case in cases.select(patterns)]
+        return [case.name for case in registry.select(patterns)]
 
     assert names("step") == ["step"]
     assert names("gather") == ["gather/images", "gather/stage1", "gather/stage2"]
@@ -265,14 +265,14 @@ def test_cases_are_chosen_by_name_part_or_glob():
         "depthwise/stage1/forward_backward",
         "step",
     ]
-    assert names() == list(cases.CASES)
+    assert names() == list(registry.CASES)
     with pytest.raises(ValueError, match="no case matches 'stepp'; there are depthwise/stage1"):
-        cases.select(["stepp"])
+        registry.select(["stepp"])
 
 
 def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="two cases of the name 'step'"):
-        cases.register("step")(lambda setting, dtype: None)
+        registry.register("step")(lambda setting, dtype: None)
 
 
 # -- limits and environment -----------------------------------------------------------------------
@@ -357,8 +357,8 @@ def test_a_run_that_stops_keeps_what_it_measured(quick_rates, tmp_path, monkeypa
     def stop(setting, dtype):
         raise KeyboardInterrupt
 
-    broken = replace(cases.CASES["scatter/stage2"], build=stop)
-    monkeypatch.setitem(cases.CASES, "scatter/stage2", broken)
+    broken = replace(registry.CASES["scatter/stage2"], build=stop)
+    monkeypatch.setitem(registry.CASES, "scatter/stage2", broken)
     path = tmp_path / "results.json"
     flags = ["--case", "gather/stage2", "scatter/stage2", "--dtype", "float32", "--no-compile"]
     with pytest.raises(KeyboardInterrupt):
@@ -399,7 +399,9 @@ def test_dtypes_that_are_measured(flags, dtypes, monkeypatch):
 
 def test_list_prints_every_case(capsys):
     command.main(["--list"])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(cases.CASES)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(
+        registry.CASES
+    )
 
 
 @pytest.mark.parametrize(
