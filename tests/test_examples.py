@@ -1,0 +1,42 @@
+"""The examples run."""
+
+import math
+
+import pytest
+import torch
+
+from examples import masked_pretrain_cnn
+
+pytest.importorskip("timm")
+
+
+@pytest.mark.parametrize("model", ["resnet18", "convnext_atto"])
+def test_masked_pretraining_of_a_cnn(model, tmp_path, capsys):
+    path = tmp_path / "encoder.pt"
+    flags = ["--model", model, "--steps", "4", "--batch_size", "2", "--img_size", "64"]
+    losses = masked_pretrain_cnn.main([*flags, "--output", str(path)])
+    assert len(losses) == 4 and all(map(math.isfinite, losses))
+    assert f"wrote {path}" in capsys.readouterr().out
+    encoder = masked_pretrain_cnn.MaskedPretraining(model).encoder.model
+    encoder.load_state_dict(torch.load(path, weights_only=True))
+
+
+def test_the_loss_is_that_of_hidden_blocks():
+    torch.manual_seed(0)
+    model = masked_pretrain_cnn.MaskedPretraining("resnet18", width=16).eval()
+    visible = torch.tensor([[[True, False], [False, False]]])
+    mask = masked_pretrain_cnn.ck.BlockMask.from_visible(visible)
+    images = torch.randn(1, 3, 64, 64)
+    loss = model(images, mask)
+    other = images.clone()
+    other[..., 32:, 32:] = torch.randn(3, 32, 32)
+    assert model(other, mask) != loss  # a target, so the loss changes
+    brighter = images.clone()
+    brighter[..., 32:, 32:] = 3 * images[..., 32:, 32:] + 1
+    torch.testing.assert_close(model(brighter, mask), loss, rtol=1e-4, atol=0)
+
+
+def test_wrong_size(capsys):
+    with pytest.raises(SystemExit):
+        masked_pretrain_cnn.main(["--img_size", "100"])
+    assert "--img_size must be a multiple of 32, got 100" in capsys.readouterr().err
