@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from convmae_kernels.ops import gather_visible
+from convmae_kernels.ops import gather_visible, scatter_visible
 from convmae_kernels.ops.arithmetic import multiply
 from convmae_kernels.packed import ELEMENTWISE, OPERATORS, MapLike, Packed
 
@@ -77,14 +77,14 @@ def check_equivalence(
     if tolerance is None:
         tolerance = 1e-9 if dtype == torch.float64 else 1e-3
     images = images.detach().to(dtype)
-    dense = _Run(model, dtype, seed, None)
-    dense_images = images.clone().requires_grad_()
-    dense.run(MaskedDense(dense_images, mask), mask)
-    packed = _Run(model, dtype, seed, dense.outputs)
+    packed = _Run(model, dtype, seed, None)  # first, for its errors name what is not supported
     packed_images = images.clone().requires_grad_()
-    packed.run(Packed.gather(packed_images, mask), mask)
+    packed.run(Packed.gather(packed_images, mask))
+    dense = _Run(model, dtype, seed, packed.outputs)
+    dense_images = images.clone().requires_grad_()
+    dense.run(MaskedDense(dense_images, mask).cleared())
 
-    first = next((name for name, e in packed.errors.items() if not e <= tolerance), None)
+    first = next((name for name, e in dense.errors.items() if not e <= tolerance), None)
     gradients = _largest(
         {**packed.gradients(), "images": packed_images.grad},
         {**dense.gradients(), "images": dense_images.grad},
@@ -98,7 +98,7 @@ def check_equivalence(
         kind = type(packed.model.get_submodule(first.partition("#")[0])).__name__
         raise EquivalenceError(
             f"packed and dense runs differ: first in the output of module {first!r} ({kind}), by a "
-            f"relative error of {packed.errors[first]:.2e}; at most {tolerance:.0e} was expected"
+            f"relative error of {dense.errors[first]:.2e}; at most {tolerance:.0e} was expected"
         )
     for what, (name, error) in worst.items():
         if not error <= tolerance:
@@ -107,7 +107,7 @@ def check_equivalence(
                 f"{error:.2e}; at most {tolerance:.0e} was expected. No module's output differs"
             )
     return Equivalence(
-        max(packed.errors.values(), default=0.0), gradients[1], buffers[1], packed.errors
+        max(dense.errors.values(), default=0.0), gradients[1], buffers[1], dense.errors
     )
 
 
@@ -121,7 +121,7 @@ def _error(a: Tensor, b: Tensor, scale: float) -> float:
 
 
 def _magnitude(x: Tensor) -> float:
-    return float(x.abs().max()) if x.numel() else 0.0
+    return float(x.double().abs().max()) if x.numel() else 0.0
 
 
 def _largest(found: dict, expected: dict, floor: float = 0.0) -> tuple[str, float]:
@@ -137,16 +137,14 @@ def _largest(found: dict, expected: dict, floor: float = 0.0) -> tuple[str, floa
 
 
 class _Run:
-    """One run of a copy of a model; notes what its modules give, or compares it."""
+    """One run of a copy of a model; notes what its modules give, or compares another with it."""
 
-    def __init__(
-        self, model: nn.Module, dtype: torch.dtype, seed: int, expected: dict | None
-    ) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, seed: int, other: dict | None) -> None:
         self.model = copy.deepcopy(model).to(dtype)
         self.seed = seed
         self.outputs: dict[str, list[Tensor]] = {}
         self.errors: dict[str, float] = {}
-        self._expected = expected
+        self._other = other
         self._calls: dict[str, int] = {}
         for name, module in self.model.named_modules():
             module.register_forward_hook(self._hook(name))
@@ -156,17 +154,17 @@ class _Run:
             self._calls[name] = self._calls.get(name, 0) + 1
             key = name if self._calls[name] == 1 else f"{name}#{self._calls[name]}"
             tensors = [t.detach() for t in visible_values(output)]
-            if self._expected is None:
+            if self._other is None:
                 self.outputs[key] = [t.clone() for t in tensors]
                 return
-            expected = self._expected.get(key, [])
-            errors = [_error(a, b, _magnitude(b)) for a, b in zip(tensors, expected)]
-            same = len(tensors) == len(expected)
+            other = self._other.get(key, [])
+            errors = [_error(a, b, _magnitude(b)) for a, b in zip(other, tensors)]
+            same = len(tensors) == len(other)
             self.errors[key] = max(errors, default=0.0) if same else float("inf")
 
         return note
 
-    def run(self, x: MapLike, mask: BlockMask) -> None:
+    def run(self, x: MapLike) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             values = visible_values(self.model(x))
@@ -189,14 +187,17 @@ def visible_values(output: object) -> list[Tensor]:
     for leaf in leaves:
         if isinstance(leaf, Packed):
             tensors.append(leaf.features)
-        elif isinstance(leaf, MaskedDense):
+        elif isinstance(leaf, MaskedDense) and leaf.dtype.is_floating_point:
             tensors.append(gather_visible(leaf.nchw(), leaf.mask))
-        elif isinstance(leaf, Tensor) and leaf.is_floating_point():
+        elif isinstance(leaf, Tensor):
             tensors.append(leaf)
-    return tensors
+    return [x for x in tensors if x.is_floating_point()]
 
 
 # -- dense-times-mask -----------------------------------------------------------------------------
+
+
+RANDOM = ("bernoulli", "bernoulli_", "dropout", "dropout_")
 
 
 class MaskedDense(MapLike):
@@ -257,6 +258,10 @@ class MaskedDense(MapLike):
         """The map with `hidden` at hidden positions."""
         return torch.where(self.visible(), self.values, hidden)
 
+    def cleared(self) -> MaskedDense:
+        """Zero at hidden positions, where a NaN or an infinity would spoil the gradients."""
+        return self.like(self.masked())
+
     @property
     def positions(self) -> tuple[int, int]:
         """The axes of rows and columns."""
@@ -286,14 +291,32 @@ for _space in (torch, Tensor, F, torch._C._nn):
                 MaskedDense.handlers[getattr(_space, _variant)] = _positionwise
 for _name in OPERATORS.split():
     MaskedDense.handlers[getattr(Tensor, f"__{_name}__")] = _positionwise
-_handles(F.linear, torch._C._nn.linear, F.layer_norm, torch.layer_norm, F.interpolate)(
-    _positionwise
-)
+_handles(F.layer_norm, torch.layer_norm, F.interpolate)(_positionwise)
 
 
 @_handles(F.linear, torch._C._nn.linear)
 def _linear(func, input, weight, bias=None):
     return input.like(multiply(F.linear, input.values, weight, bias))
+
+
+@_handles(Tensor.to, Tensor.type, Tensor.type_as)
+def _cast(func, input, *args, **kwargs):
+    plain = [x.values if isinstance(x, MaskedDense) else x for x in args]
+    if not isinstance(input, MaskedDense):
+        return func(input, *plain, **kwargs)
+    values = func(input.values, *plain, **kwargs)
+    return input.like(values) if isinstance(values, Tensor) else values
+
+
+@_handles(*(getattr(x, n) for n in RANDOM for x in (torch, Tensor, F) if hasattr(x, n)))
+def _random(func, input, *args, **kwargs):
+    """Draws numbers for visible positions only, those that packed features draw."""
+    packed = gather_visible(input.nchw(), input.mask)
+    values = scatter_visible(func(packed, *args, **kwargs), input.mask).clone()
+    values = values.permute(0, 2, 3, 1) if input._channels_last else values
+    if kwargs.get("inplace") or func.__name__.endswith("_"):
+        values = input.values.copy_(values)
+    return input.like(values)
 
 
 @_handles(torch.conv2d, torch.conv_transpose2d)
@@ -327,7 +350,7 @@ def _group_norm(func, input, num_groups, weight=None, bias=None, eps=1e-5, *_):
 
 @_handles(torch.max_pool2d, F.max_pool2d)
 def _max_pool2d(func, input, *args, **kwargs):
-    return input.like(func(input.masked(float("-inf")), *args, **kwargs))
+    return input.like(func(input.masked(float("-inf")), *args, **kwargs)).cleared()
 
 
 @_handles(torch._C._nn.avg_pool2d, F.avg_pool2d)
@@ -348,7 +371,8 @@ def _adaptive_max_pool2d(func, input, output_size, return_indices=False):
 
 
 @_handles(torch.mean, Tensor.mean)
-def _mean(func, input, dim=None, keepdim=False):
+def _mean(func, input, dim=None, keepdim=False, *, dtype=None):
+    input = input if dtype is None else input.to(dtype)
     if dim is not None and not _over_positions(input, dim):
         return input.like(input.values.mean(dim, keepdim))
     dim = tuple(range(4)) if dim is None else tuple(dim)
@@ -357,14 +381,17 @@ def _mean(func, input, dim=None, keepdim=False):
 
 
 @_handles(torch.sum, Tensor.sum)
-def _sum(func, input, dim=None, keepdim=False):
+def _sum(func, input, dim=None, keepdim=False, *, dtype=None):
+    input = input if dtype is None else input.to(dtype)
     if dim is not None and not _over_positions(input, dim):
         return input.like(input.values.sum(dim, keepdim))
     return input.masked().sum(dim, keepdim)
 
 
 @_handles(torch.amax, Tensor.amax)
-def _amax(func, input, dim, keepdim=False):
+def _amax(func, input, dim=None, keepdim=False):
+    if dim is None:
+        return input.masked(float("-inf")).amax()
     if not _over_positions(input, dim):
         return input.like(input.values.amax(dim, keepdim))
     return input.masked(float("-inf")).amax(tuple(dim), keepdim)
@@ -383,7 +410,8 @@ def _over_positions(x: MaskedDense, dim: Any) -> bool:
 
 
 @_handles(torch.permute, Tensor.permute)
-def _permute(func, input, *dims):
+def _permute(func, input, *dims, **named):
+    dims = (*dims, *named.values())
     order = [d % 4 for d in (dims[0] if len(dims) == 1 else dims)]
     turned = order != [0, 1, 2, 3]
     return input.like(input.values.permute(order), input._channels_last ^ turned)

@@ -26,13 +26,15 @@ ELEMENTWISE = (
     "isnan le leaky_relu lerp log log1p log_sigmoid logsigmoid lt masked_fill maximum minimum "
     "mish mul multiply nan_to_num ne neg negative pow reciprocal relu relu6 round rsqrt rsub "
     "selu sigmoid sign silu sin softplus softshrink softsign sqrt square sub subtract tanh "
-    "tanhshrink threshold to true_divide type type_as where"
+    "tanhshrink threshold true_divide where"
 )
 OPERATORS = (
     "add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv pow rpow ipow neg abs eq "
     "ne lt le gt ge"
 )
-
+ABSENT_OPERATORS = (  # of tensors: there to say so
+    "getitem setitem bool matmul rmatmul floordiv rfloordiv mod rmod and or xor invert"
+)
 
 HANDLERS: dict[Callable, Callable] = {}  # of Packed: function -> handler(function, *arguments)
 
@@ -57,8 +59,13 @@ class MapLike:
     ) -> Any:
         handler = cls.handlers.get(func)
         if handler is None:
-            raise NotImplementedError(unsupported(func, "packed features do not have it"))
-        return handler(func, *args, **(kwargs or {}))
+            raise NotImplementedError(_named(func, "packed features do not have it"))
+        try:
+            return handler(func, *args, **(kwargs or {}))
+        except (NotImplementedError, TypeError, ValueError) as error:
+            if type(error) not in (NotImplementedError, TypeError, ValueError):
+                raise
+            raise type(error)(_named(func, str(error))) from error
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(Tensor, name, None)
@@ -100,12 +107,15 @@ def _operator(method: Callable) -> Callable:
     return operator
 
 
-for _name in OPERATORS.split():
+for _name in f"{OPERATORS} {ABSENT_OPERATORS}".split():
     setattr(MapLike, f"__{_name}__", _operator(getattr(Tensor, f"__{_name}__")))
 
 
-def unsupported(func: Callable, why: str) -> str:
-    """The message for an operation that packed features do not have, or not with such arguments."""
+def _named(func: Callable, why: str) -> str:
+    """The message for an operation that packed features do not have, or not with such arguments.
+
+    It names the operation and the module that asks for it.
+    """
     where = ""
     for frame in inspect.stack()[2:]:
         owner = frame.frame.f_locals.get("self")
@@ -142,7 +152,8 @@ class Packed(MapLike):
     mask: BlockMask
 
     def __init__(self, features: Tensor, mask: BlockMask, channels_last: bool = False) -> None:
-        check_packed("features", features, mask)
+        is_bool = isinstance(features, Tensor) and features.dtype == torch.bool  # of comparisons
+        check_packed("features", features.half() if is_bool else features, mask)
         self.features = features
         self.mask = mask
         self._channels_last = channels_last
@@ -250,7 +261,7 @@ def broadcast(value: Any, to: Packed) -> Any:
     if to._channels_last:
         shaped = shaped.permute(0, 3, 1, 2)
     batch, channels, height, width = Packed(to.features, to.mask).shape
-    fits = shaped.shape[0] in (1, batch) and shaped.shape[1] in (1, channels)
+    fits = shaped.shape[0] in (1, batch) and (shaped.shape[1] in (1, channels) or channels == 1)
     if fits and shaped.shape[2:] == (1, 1):
         rows = shaped.flatten(1).unsqueeze(1)  # [B or 1, 1, C or 1]
         return rows if len(rows) == 1 else pooling.of_images(rows, to.mask)

@@ -1,6 +1,7 @@
 """What the functions and methods of PyTorch do with `Packed`; fills the table `packed.HANDLERS`.
 
 A handler is called with the function and its arguments. `_` parameters are of no consequence here.
+The errors that it raises say why; `Packed` adds which operation of which module it was.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from convmae_kernels.packed import (
     Packed,
     broadcast,
     first_packed,
-    unsupported,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ def _handles(*functions: Callable) -> Callable:
 
 def _elementwise(func: Callable, *args: Any, **kwargs: Any) -> Packed:
     first = first_packed([*args, *kwargs.values()])
+    if func in IN_PLACE and not isinstance(args[0], Packed):
+        # Not a TypeError: Python would call the operator that is not in place instead.
+        raise ValueError("packed features cannot be written into a tensor")
     arguments = [broadcast(value, first) for value in args]
     options = {key: broadcast(value, first) for key, value in kwargs.items()}
     if options.get("memory_format") is not None:
@@ -48,28 +51,45 @@ def _elementwise(func: Callable, *args: Any, **kwargs: Any) -> Packed:
         arguments.remove(torch.channels_last)
     features = func(*arguments, **options)
     if features.shape[:2] != first.features.shape[:2]:
-        raise ValueError(f"{func.__name__} of {tuple(first.shape)} does not keep the positions")
+        raise ValueError(f"the result does not keep the positions of {tuple(first.shape)}")
     return first.like(features)
 
 
+IN_PLACE = set()
 for _name in OPERATORS.split():
-    HANDLERS[getattr(Tensor, f"__{_name}__")] = _elementwise
+    _function = getattr(Tensor, f"__{_name}__")
+    HANDLERS[_function] = _elementwise
+    if _name[0] == "i":
+        IN_PLACE.add(_function)
 for _name in ELEMENTWISE.split():
     for _variant in (_name, _name + "_"):
         for _space in (torch, Tensor, F, torch._C._nn):
-            if callable(getattr(_space, _variant, None)):
-                HANDLERS[getattr(_space, _variant)] = _elementwise
+            _function = getattr(_space, _variant, None)
+            if callable(_function):
+                HANDLERS[_function] = _elementwise
+                if _variant != _name:
+                    IN_PLACE.add(_function)
 
 
-def _nchw(func: Callable, x: Packed) -> None:
+@_handles(Tensor.to, Tensor.type, Tensor.type_as)
+def _cast(func, input, *args, **kwargs):
+    """The dtype or device of another tensor, whose shape is of no consequence."""
+    plain = [x.features if isinstance(x, Packed) else x for x in args]
+    if not isinstance(input, Packed):
+        return func(input, *plain, **kwargs)
+    kwargs.pop("memory_format", None)
+    features = func(input.features, *plain, **kwargs)
+    return input.like(features) if isinstance(features, Tensor) else features
+
+
+def _nchw(x: Packed) -> None:
     if not isinstance(x, Packed) or x._channels_last:
-        found = tuple(x.shape)
-        raise ValueError(unsupported(func, f"it needs [B, C, H, W], got {found}"))
+        raise ValueError(f"it needs [B, C, H, W], got {tuple(x.shape)}")
 
 
 @_handles(torch.conv2d, F.conv2d)
 def _conv2d(func, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    _nchw(func, input)
+    _nchw(input)
     y = ops.masked_conv2d(
         input.features,
         weight,
@@ -95,10 +115,11 @@ def _conv_transpose2d(
     groups=1,
     dilation=1,
 ):
-    _nchw(func, input)
+    _nchw(input)
     if {*_both(padding), *_both(output_padding)} != {0} or groups != 1 or {*_both(dilation)} != {1}:
-        why = "only a kernel as large as its stride is supported, without padding, groups, dilation"
-        raise NotImplementedError(unsupported(func, why))
+        raise NotImplementedError(
+            "only a kernel as large as its stride is supported, without padding, groups, dilation"
+        )
     y = ops.masked_conv_transpose2d(input.features, weight, bias, input.mask, _plain(stride))
     return input.like(y)
 
@@ -117,8 +138,7 @@ def _plain(value: Any) -> Any:
 @_handles(torch._C._nn.linear, F.linear)
 def _linear(func, input, weight, bias=None):
     if not isinstance(input, Packed) or not input._channels_last:
-        why = f"it needs [B, H, W, C], got {tuple(input.shape)}"
-        raise ValueError(unsupported(func, why))
+        raise ValueError(f"it needs [B, H, W, C], got {tuple(input.shape)}")
     return input.like(multiply(F.linear, input.features, weight, bias))
 
 
@@ -137,7 +157,7 @@ def _batch_norm(
     momentum=0.1,
     eps=1e-5,
 ):
-    _nchw(func, input)
+    _nchw(input)
     y = norm.masked_batch_norm(
         input.features, input.mask, running_mean, running_var, weight, bias, training, momentum, eps
     )
@@ -147,17 +167,16 @@ def _batch_norm(
 @_handles(torch.layer_norm, F.layer_norm)
 def _layer_norm(func, input, normalized_shape, weight=None, bias=None, eps=1e-5, *_):
     if not input._channels_last or tuple(normalized_shape) != (input.features.shape[2],):
-        why = (
+        raise ValueError(
             f"it needs [B, H, W, C] and a norm over C, got {tuple(input.shape)} and a norm over "
             f"{tuple(normalized_shape)}"
         )
-        raise ValueError(unsupported(func, why))
     return input.like(F.layer_norm(input.features, normalized_shape, weight, bias, eps))
 
 
 @_handles(torch.group_norm, F.group_norm)
 def _group_norm(func, input, num_groups, weight=None, bias=None, eps=1e-5, *_):
-    _nchw(func, input)
+    _nchw(input)
     y = norm.masked_group_norm(input.features, input.mask, num_groups, weight, bias, eps)
     return input.like(y)
 
@@ -176,10 +195,10 @@ def _max_pool2d(
     ceil_mode=False,
     return_indices=False,
 ):
-    _nchw(func, input)
-    _check_ceil(func, kernel_size, stride, padding, dilation, ceil_mode)
+    _nchw(input)
+    _check_ceil(kernel_size, stride, padding, dilation, ceil_mode)
     if return_indices:
-        raise NotImplementedError(unsupported(func, "there are no indices"))
+        raise NotImplementedError("there are no indices")
     sizes = (_plain(v) for v in (kernel_size, stride or kernel_size, padding, dilation))
     return input.like(ops.masked_max_pool2d(input.features, input.mask, *sizes))
 
@@ -195,36 +214,35 @@ def _avg_pool2d(
     count_include_pad=True,
     divisor_override=None,
 ):
-    _nchw(func, input)
-    _check_ceil(func, kernel_size, stride, padding, 1, ceil_mode)
+    _nchw(input)
+    _check_ceil(kernel_size, stride, padding, 1, ceil_mode)
     if divisor_override is not None:
-        why = "the divisor is the number of visible positions"
-        raise NotImplementedError(unsupported(func, why))
+        raise NotImplementedError("the divisor is the number of visible positions")
     sizes = (_plain(v) for v in (kernel_size, stride or kernel_size, padding))
     return input.like(ops.masked_avg_pool2d(input.features, input.mask, *sizes))
 
 
-def _check_ceil(func, kernel, stride, padding, dilation, ceil_mode):
+def _check_ceil(kernel, stride, padding, dilation, ceil_mode):
     """Rounding up must not make another output."""
     parts = zip(*map(_both, (kernel, stride or kernel, padding, dilation)))
     if ceil_mode and any((2 * p - d * (k - 1) - 1) % s for k, s, p, d in parts):
-        raise ValueError(unsupported(func, "ceil_mode=True would make a larger map"))
+        raise ValueError("ceil_mode=True would make a larger map")
 
 
 @_handles(F.adaptive_avg_pool2d, torch._C._nn.adaptive_avg_pool2d)
 def _adaptive_avg_pool2d(func, input, output_size):
-    return _to_one(func, input, output_size, pooling.image_mean)
+    return _to_one(input, output_size, pooling.image_mean)
 
 
 @_handles(F.adaptive_max_pool2d, torch._C._nn.adaptive_max_pool2d)
 def _adaptive_max_pool2d(func, input, output_size, return_indices=False):
-    return _to_one(func, input, output_size, pooling.image_max)
+    return _to_one(input, output_size, pooling.image_max)
 
 
-def _to_one(func, input, output_size, reduce):
-    _nchw(func, input)
+def _to_one(input, output_size, reduce):
+    _nchw(input)
     if {*_both(output_size)} != {1}:
-        raise NotImplementedError(unsupported(func, "only an output of 1 x 1 is supported"))
+        raise NotImplementedError("only an output of 1 x 1 is supported")
     return reduce(input.features, input.mask)[:, :, None, None]
 
 
@@ -247,8 +265,9 @@ def _reduction(over_positions: Callable, over_channels: Callable) -> Callable:
             )
         if dims == {channels} and keepdim:
             return input.like(over_channels(x, 2, True))
-        why = f"it reduces positions, or channels with keepdim=True, not dim={dim}"
-        raise NotImplementedError(unsupported(func, why))
+        raise NotImplementedError(
+            f"it reduces positions, or channels with keepdim=True, not dim={dim}"
+        )
 
     return reduce
 
@@ -275,7 +294,7 @@ _norm2 = _reduction(norm.image_norm, lambda x, dim, keep: x.norm(2, dim, keep))
 def _norm(func, input, p=2, dim=None, keepdim=False, **options):
     p = options.pop("ord", p)
     if p not in (2, 2.0, "fro", None):
-        raise NotImplementedError(unsupported(func, f"only p=2 is supported, got p={p}"))
+        raise NotImplementedError(f"only p=2 is supported, got p={p}")
     return _norm2(func, input, dim, keepdim, dtype=options.get("dtype"))
 
 
@@ -283,7 +302,8 @@ def _norm(func, input, p=2, dim=None, keepdim=False, **options):
 
 
 @_handles(torch.permute, Tensor.permute)
-def _permute(func, input, *dims):
+def _permute(func, input, *dims, **named):
+    dims = (*dims, *named.values())
     order = tuple(d % 4 for d in (dims[0] if len(dims) == 1 else dims))
     layouts = (
         {(0, 1, 2, 3): False, (0, 2, 3, 1): True}
@@ -291,36 +311,34 @@ def _permute(func, input, *dims):
         else {(0, 1, 2, 3): True, (0, 3, 1, 2): False}
     )
     if order not in layouts:
-        raise NotImplementedError(
-            unsupported(func, f"only [B, C, H, W] and [B, H, W, C] are supported, not {order}")
-        )
+        raise NotImplementedError(f"only [B, C, H, W] and [B, H, W, C] are supported, not {order}")
     return Packed(input.features, input.mask, layouts[order])
 
 
 @_handles(torch.cat, torch.concat, torch.concatenate)
 def _cat(func, tensors, dim=0, **options):
     first = first_packed(tensors)
-    _channels(func, first, dim)
+    _channels(first, dim)
     if not all(isinstance(x, Packed) for x in tensors):
-        raise ValueError(unsupported(func, "all tensors must be Packed"))
+        raise ValueError("all tensors must be Packed")
     return first.like(torch.cat([x.features for x in tensors], 2))
 
 
 @_handles(torch.chunk, Tensor.chunk, torch.split, Tensor.split, torch.tensor_split)
-def _chunk(func, input, sizes, dim=0):
-    _channels(func, input, dim)
+def _chunk(func, input, sizes=None, dim=0, **named):
+    sizes = next(iter(named.values()), sizes)  # each function has another name for it
+    _channels(input, dim)
     return tuple(input.like(part) for part in func(input.features, sizes, 2))
 
 
-def _channels(func: Callable, x: Packed, dim: int) -> None:
+def _channels(x: Packed, dim: int) -> None:
     if dim % 4 != (3 if x._channels_last else 1):
-        why = f"only along channels, got dim={dim} of {tuple(x.shape)}"
-        raise NotImplementedError(unsupported(func, why))
+        raise NotImplementedError(f"only along channels, got dim={dim} of {tuple(x.shape)}")
 
 
 @_handles(F.interpolate)
 def _interpolate(func, input, size=None, scale_factor=None, mode="nearest", **options):
-    _nchw(func, input)
+    _nchw(input)
     height = input.shape[2]
     times = scale_factor if size is None else _both(size)[0] / height
     times = _both(times) if not isinstance(times, float) else (times, times)
@@ -328,8 +346,7 @@ def _interpolate(func, input, size=None, scale_factor=None, mode="nearest", **op
         len({*times}) == 1 and times[0] == int(times[0]) and int(times[0]) & int(times[0]) - 1 == 0
     )
     if mode != "nearest" or not whole or (size and _both(size)[1] != input.shape[3] * times[0]):
-        why = 'only mode="nearest" by a power of two is supported'
-        raise NotImplementedError(unsupported(func, why))
+        raise NotImplementedError('only mode="nearest" by a power of two is supported')
     return input.like(input.features.repeat_interleave(int(times[0]) ** 2, dim=1))
 
 

@@ -114,12 +114,11 @@ def register(
         backward, setup_context = derivatives(getattr(torch.ops, library.ns))
         torch.library.register_autograd(op, backward, setup_context=setup_context, lib=library)
         if composed is not None:
-            library.impl(
-                name, composed(getattr(torch.ops, library.ns)), "CompositeExplicitAutograd"
-            )
+            kernel = composed(getattr(torch.ops, library.ns))
+            library.impl(name, _without_views(kernel), "CompositeExplicitAutograd")
     if reference is None:
         return
-    LIB.impl(name, reference, "CompositeExplicitAutograd")
+    LIB.impl(name, _without_views(reference), "CompositeExplicitAutograd")
     if WHY_NOT_TRITON is not None:
         return
 
@@ -132,6 +131,17 @@ def register(
         TRITON_LIB.impl(name, run_triton, "CPU")
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"convmae::{name}", "CUDA"):
         LIB.impl(name, run_triton, "CUDA")
+
+
+def _without_views(kernel: Callable) -> Callable:
+    """The kernel, whose outputs may be written into: else autograd refuses where they are views."""
+
+    def run(*arguments):
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return kernel(*arguments)
+
+    return run
 
 
 def why_not_cuda() -> str | None:
