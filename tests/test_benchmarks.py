@@ -199,12 +199,13 @@ def test_other_shapes_are_not_compared():
 
 # -- every case -----------------------------------------------------------------------------------
 
+LIKE_ANOTHER = ("network/convnext_tiny/memory",)  # and takes long
 IN_BFLOAT16 = ("gather/images", "depthwise/stage1/forward_backward", "stages12", "step")
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, torch.float32) for name in registry.CASES]
+    [(name, torch.float32) for name in registry.CASES if name not in LIKE_ANOTHER]
     + [(name, torch.bfloat16) for name in IN_BFLOAT16],
 )
 def test_case_compares_the_same_work(name, dtype):
