@@ -67,13 +67,21 @@ def test_gradients_reach_parameters_and_input():
     assert not found[0][~visible.expand_as(images)].any()
 
 
-def test_modules_that_have_no_kernel_work_without_a_mask_only():
-    dense = ck.nn.MaskedConv2d(6, 4, 3)
-    assert dense(torch.zeros(2, 6, 12, 16)).shape == (2, 4, 12, 16)
-    with pytest.raises(NotImplementedError, match="depthwise only"):
-        dense(torch.zeros(2, 6, 12, 16), make_mask("equal"))
-    with pytest.raises(ValueError, match="odd and at most 15, got 4 x 4"):
-        ck.nn.MaskedConv2d(6, 6, 4, groups=6)(torch.zeros(2, 6, 12, 16), make_mask("equal"))
+@pytest.mark.parametrize("groups", [1, 2])
+def test_any_channels_and_groups(groups):
+    module = ck.nn.MaskedConv2d(6, 4, 3, groups=groups, dtype=torch.float64)
+    mask = make_mask("ragged")
+    images = random_tensor((4, 6, 12, 16), torch.float64)
+    visible = mask.to_dense(4)
+    expected = torch.where(visible, module(torch.where(visible, images, 0)), 0)
+    torch.testing.assert_close(module(images, mask), expected)
+
+
+def test_even_kernels_of_stride_1_work_without_a_mask_only():
+    module = ck.nn.MaskedConv2d(6, 6, 4, groups=6)
+    assert module(torch.zeros(2, 6, 12, 16)).shape == (2, 6, 12, 16)
+    with pytest.raises(ValueError, match=r"padding .* kernel \(4, 4\), stride 1 .* impossible"):
+        module(torch.zeros(2, 6, 12, 16), make_mask("equal"))
 
 
 def test_same_padding_by_numbers():

@@ -64,7 +64,8 @@ def samples(dtype, requires_grad):
     images = tensor(4, 7, 3 * side, 4 * side, layout="channels_last")
     x, grad, far = tensor(t, 4, 7), tensor(t, 4, 7), mask.neighbours(2)
     weight, bias = tensor(7, 1, *kernel), tensor(7)
-    single = make_mask("single_block")
+    single, halo = make_mask("single_block"), [1, 3, 0, -1]
+    dense = (x, tensor(5, 7, 3, 2), tensor(5), mask.neighbours(1), 2, [1, 0], [1, 1], 1)
     return [
         (OPS.gather_visible.default, (images, mask.block_index, *GRID)),
         (OPS.scatter_visible.default, (x, mask.block_index, 4, *GRID, 0.5)),
@@ -73,12 +74,15 @@ def samples(dtype, requires_grad):
         (OPS.masked_conv2d.default, (x, weight, None, far, [2, 1])),
         (OPS.masked_conv2d_weight_grad.default, (grad, x, far, list(kernel), [1, 1])),
         (OPS.neighbour_table.default, (mask.visible, mask.block_index, 2)),
+        (OPS.gather_windows.default, (x, far, halo, 0.5)),
+        (OPS.gather_windows_grad.default, (tensor(t, 6, 1, 7), far, halo)),
+        (OPS.window_conv2d.default, dense),
     ]
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(10))
 def test_opcheck(number, dtype, requires_grad):
     op, arguments = samples(dtype, requires_grad)[number]
     opcheck(op, arguments)

@@ -56,6 +56,8 @@ def multiply(
         The result, in the dtype of `x` or autocast's.
     """
     dtype = autocast_dtype(x)
+    if dtype == torch.float64:  # autocast leaves it, but not what it is multiplied with
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.device.type != "cpu" or dtype not in SLOW_ON_CPU:
         return function(x, weight, bias)
     with torch.autocast("cpu", enabled=False):

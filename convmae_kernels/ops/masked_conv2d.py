@@ -118,9 +118,9 @@ def masked_conv2d(
         stride: a power of two up to `s`, the same in both directions.
         dilation: distance between the taps, at least 1.
         groups: as in `torch.nn.functional.conv2d`.
-        padding: "same", which is `dilation * (k - 1) // 2`, or a number or a pair of numbers of
-            positions with which a map's side shrinks by `stride`, no more and no less: patch
-            embeddings, whose kernel is their stride, have 0.
+        padding: "same", which is `dilation * (k - 1) // 2`, "valid", which is 0, or a number or a
+            pair of numbers of positions with which a map's side shrinks by `stride`, no more and
+            no less: patch embeddings, whose kernel is their stride, have 0.
         impl: which implementation runs; "auto" is the fastest that is there.
 
     Returns:
@@ -132,7 +132,7 @@ def masked_conv2d(
 
     Raises:
         TypeError: an argument is not a tensor of one of the dtypes, or dtypes differ.
-        ValueError: shapes, devices, kernel size, stride, padding or dilation do not fit.
+        ValueError: shapes, devices, kernel size, groups, stride, padding or dilation do not fit.
         RuntimeError: `impl` was named and cannot run.
     """
     side = check_packed("x", x, mask)
@@ -145,8 +145,9 @@ def masked_conv2d(
     dtype = autocast_dtype(x)
     if kernel == (1, 1) and groups == 1:
         return multiply(linear, x[:, :: step * step], weight.flatten(1), bias)
-    if kernel == (step, step) and groups == 1:
-        patches = x.reshape(x.shape[0], -1, step * step * x.shape[2])
+    if kernel == (step, step) and padding == (0, 0) and groups == 1:
+        outputs = x.shape[1] // (step * step)
+        patches = x.reshape(x.shape[0], outputs, step * step * x.shape[2])
         matrix = to_zorder(weight).transpose(1, 2).flatten(1)
         return multiply(linear, patches, matrix, bias)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -196,9 +197,18 @@ def masked_conv_transpose2d(
     if bias is not None and bias.shape != (out_channels,):
         raise ValueError(f"bias must be [{out_channels}], got {list(bias.shape)}")
     matrix = to_zorder(weight).permute(2, 1, 0).flatten(0, 1)  # [stride**2 * C_out, C_in]
-    bias = None if bias is None else bias.repeat(rows * rows)
-    y = multiply(linear, x, matrix, bias)
-    return y.reshape(x.shape[0], -1, out_channels)
+    outputs = x.shape[1] * rows * rows
+
+    def product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None or autocast_dtype(x).itemsize > 2:
+            y = linear(x, matrix, None if bias is None else bias.repeat(rows * rows))
+            return y.reshape(x.shape[0], outputs, out_channels)
+        # A repeated bias would have a gradient of sums that are each rounded to the half type.
+        return linear(x, matrix).reshape(x.shape[0], outputs, out_channels) + bias.to(
+            autocast_dtype(x)
+        )
+
+    return multiply(product, x, matrix, bias)
 
 
 def _is_depthwise(
@@ -221,11 +231,14 @@ def pair(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[int, 
     Raises:
         ValueError: it is not such a number or pair of numbers.
     """
-    both = (value, value) if isinstance(value, int) else tuple(value)
+    try:
+        both = (value, value) if isinstance(value, int) else tuple(value)
+    except TypeError:
+        both = ()
     if len(both) != 2 or not all(isinstance(v, int) and v >= least for v in both):
         kind = "positive" if least == 1 else "non-negative"
         raise ValueError(f"{name} must be a {kind} integer or a pair of them, got {value!r}")
-    return both
+    return both[0], both[1]
 
 
 def check_stride(stride: int | tuple[int, int], side: int) -> int:
@@ -257,18 +270,23 @@ def check_padding(
     """
     spans = [d * (k - 1) for d, k in zip(dilation, kernel)]
 
-    def fits(positions: tuple[int, ...]) -> bool:
-        return all(span < 2 * p + stride <= span + stride for p, span in zip(positions, spans))
-
+    good = [
+        [p for p in range(span // 2 + 1) if span < 2 * p + stride <= span + stride]
+        for span in spans
+    ]
     if padding in ("same", "valid"):
         wanted = tuple(span // 2 if padding == "same" else 0 for span in spans)
     elif isinstance(padding, str):
         raise ValueError(f'padding must be "same", "valid" or numbers, got {padding!r}')
     else:
         wanted = pair("padding", padding, least=0)
-    if not fits(wanted):
-        good = [p for p in range(max(spans) + 1) if fits((p, p))]
-        expected = f"one of {good}" if good else "impossible here"
+    if not all(p in fitting for p, fitting in zip(wanted, good)):
+        rows, columns = good
+        expected = f"one of {rows} in rows and one of {columns} in columns"
+        if not (rows and columns):
+            expected = "impossible"
+        elif rows == columns:
+            expected = f"one of {rows}"
         raise ValueError(
             f"padding must keep the grid of blocks: with kernel {kernel}, stride {stride} and "
             f"dilation {dilation} that is {expected}, got {padding!r}"
@@ -297,9 +315,14 @@ def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -
     channels = x.shape[2]
     check_parameters(x, weight, bias)
     if weight.dim() != 4 or 0 in weight.shape[2:]:
-        raise ValueError(f"weight must be [C_out, C_in / groups, kh, kw], got {list(weight.shape)}")
+        raise ValueError(
+            f"weight must be [C_out, C_in / groups, kh, kw] with a kernel of at least 1 x 1, got "
+            f"{list(weight.shape)}"
+        )
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups must be a positive integer, got {groups!r}")
     out_channels, in_channels = weight.shape[:2]
-    if not isinstance(groups, int) or groups < 1 or in_channels * groups != channels:
+    if in_channels * groups != channels:
         raise ValueError(
             f"x has {channels} channels, but weight {list(weight.shape)} with groups={groups} "
             f"takes {in_channels * groups}"

@@ -66,11 +66,13 @@ def masked_group_norm(
         Like `x`; statistics are computed in float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: `x` is not packed with this mask, or `num_groups` does not divide C.
+        TypeError, ValueError: `x` is not packed with this mask, `num_groups` does not divide C, or
+            `weight` or `bias` is not `[C]`.
     """
     side, channels = check_packed("x", x, mask), x.shape[2]
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
+    if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups!r}")
+    _check_affine(channels, weight, bias)
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     number = image_counts(mask, side).clamp_min(1).view(-1, 1, 1) * (channels // num_groups)
 
@@ -107,11 +109,13 @@ def masked_grn(
         Like `x`. One image's result does not depend on the others of the batch.
 
     Raises:
-        TypeError, ValueError: `x` is not packed with this mask.
+        TypeError, ValueError: `x` is not packed with this mask, or `weight` or `bias` is not `[C]`.
     """
+    check_packed("x", x, mask)
+    _check_affine(x.shape[2], weight, bias)
     norms = image_norm(x, mask)
     n = norms / (norms.mean(1, keepdim=True) + eps)
-    return x + weight * (x * of_images(n, mask).unsqueeze(1)) + bias
+    return (x + weight * (x * of_images(n, mask).unsqueeze(1)) + bias).to(x.dtype)
 
 
 def image_norm(x: Tensor, mask: BlockMask) -> Tensor:
@@ -123,3 +127,12 @@ def image_norm(x: Tensor, mask: BlockMask) -> Tensor:
     squares = image_sum(wide.square(), mask)
     some = squares > 0
     return torch.where(some, torch.where(some, squares, 1).sqrt(), 0).to(x.dtype)
+
+
+def _check_affine(channels: int, weight: Tensor | None, bias: Tensor | None) -> None:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.shape != (channels,):
+            raise ValueError(
+                f"{name} must be [{channels}], one number for each channel of x, got "
+                f"{list(tensor.shape)}"
+            )

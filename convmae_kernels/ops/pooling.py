@@ -87,7 +87,13 @@ def image_index(mask: BlockMask) -> Tensor:
 
 
 def of_images(values: Tensor, mask: BlockMask) -> Tensor:
-    """`[B, ...] -> [T, ...]`: to every visible block the values of its image."""
+    """`[B, ...] -> [T, ...]`: to every visible block the values of its image.
+
+    Raises:
+        ValueError: `values` is for another number of images.
+    """
+    if values.shape[0] != mask.batch_size:
+        raise ValueError(f"values is for {values.shape[0]} images, the mask for {mask.batch_size}")
     if mask.visible_per_image is None:
         return values.index_select(0, image_index(mask))
     repeated = values.unsqueeze(1).expand(-1, mask.visible_per_image, *values.shape[1:])
@@ -108,7 +114,8 @@ def image_sum(x: Tensor, mask: BlockMask) -> Tensor:
     check_packed("x", x, mask)
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     if mask.visible_per_image is not None:
-        return x.view(mask.batch_size, -1, x.shape[2]).sum(1, dtype=wide)
+        positions = mask.visible_per_image * x.shape[1]
+        return x.reshape(mask.batch_size, positions, x.shape[2]).sum(1, dtype=wide)
     blocks = x.sum(1, dtype=wide)
     zeros = blocks.new_zeros(mask.batch_size, x.shape[2])
     return zeros.index_add(0, image_index(mask), blocks)
@@ -133,4 +140,5 @@ def image_max(x: Tensor, mask: BlockMask) -> Tensor:
     check_packed("x", x, mask)
     blocks = x.amax(1)
     lowest = blocks.new_full((mask.batch_size, x.shape[2]), float("-inf"))
-    return lowest.index_reduce(0, image_index(mask), blocks, "amax")
+    index = image_index(mask).unsqueeze(1).expand_as(blocks)
+    return lowest.scatter_reduce(0, index, blocks, "amax")

@@ -6,6 +6,7 @@ Differentiable by autograd, `torch.func` and forward-mode alike. Half types accu
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from convmae_kernels.block_mask import from_zorder, to_zorder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
 
 def neighbour_table(visible: Tensor, block_index: Tensor, radius: int) -> Tensor:
@@ -101,6 +103,14 @@ def _taps(x: Tensor, neighbours: Tensor, kernel: Sequence[int], dilation: Sequen
             yield i, j, windows[:, top : top + side, left : left + side]
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Turns autocast off where the device of `x` has it."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
@@ -154,15 +164,9 @@ def window_conv2d(
     dtype = _accumulation_dtype(x.dtype)
     halo = window_halo(weight.shape[2:], stride, padding, dilation)
     windows = gather_windows(x.to(dtype), neighbours, halo, 0.0).permute(0, 3, 1, 2)
-    y = torch.nn.functional.conv2d(
-        windows,
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        stride,
-        0,
-        dilation,
-        groups,
-    )
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    with without_autocast(x):
+        y = torch.nn.functional.conv2d(windows, weight, bias, stride, 0, dilation, groups)
     return to_zorder(y).transpose(1, 2).contiguous().to(x.dtype)
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import conv2d, linear
 from convmae_kernels.block_mask import block_side, rows_from_zorder, rows_to_zorder
 from convmae_kernels.ops.arithmetic import product_dtype
 from convmae_kernels.ops.library import register
-from convmae_kernels.ops.reference import window_halo
+from convmae_kernels.ops.reference import window_halo, without_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,8 +48,9 @@ def _add_patches(
     """The gradient of `_patches` in the windows."""
     tiles = rows_from_zorder(patches)
     blocks, side = tiles.shape[:2]
-    tiles = tiles.view(blocks, side, side, *kernel, -1)
-    windows = patches.new_zeros(blocks, rows, columns, tiles.shape[5])
+    channels = patches.shape[2] // (kernel[0] * kernel[1])
+    tiles = tiles.view(blocks, side, side, *kernel, channels)
+    windows = patches.new_zeros(blocks, rows, columns, channels)
     last = stride * (side - 1) + 1
     for i in range(kernel[0]):
         top = i * dilation[0]
@@ -76,7 +77,7 @@ def _composed(ops):
         halo = window_halo(kernel, stride, padding, dilation)
         windows = ops.gather_windows(x, neighbours, halo, 0.0).to(dtype)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             if _is_product(x, stride, groups):
                 y = linear(_patches(windows, kernel, stride, dilation), _matrix(weight), bias)
             else:
@@ -110,7 +111,7 @@ def _grads_of_product(ops, ctx, grad, x, weight, neighbours):
     halo = window_halo(kernel, ctx.stride, ctx.padding, ctx.dilation)
     wide = grad.to(dtype)
     grad_x = grad_weight = grad_bias = None
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if ctx.needs_input_grad[1]:
             windows = ops.gather_windows(x, neighbours, halo, 0.0).to(dtype)
             patches = _patches(windows, kernel, ctx.stride, ctx.dilation)
