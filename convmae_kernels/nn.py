@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from convmae_kernels.block_mask import BlockMask
 from convmae_kernels.ops import gather_visible, masked_conv2d, scatter_visible
 from convmae_kernels.ops.masked_conv2d import check_padding, pair
 from convmae_kernels.packed import Packed
-
-if TYPE_CHECKING:
-    from convmae_kernels.block_mask import BlockMask
 
 # The density from which a dense map is convolved densely: measured on a CPU with 3x3 convolutions
 # of 256 channels, forward and backward, map in and map out (`benchmarks`, cases `layer/*`).
@@ -27,8 +25,8 @@ class MaskedConv2d(torch.nn.Conv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias, device, dtype: as in
             `torch.nn.Conv2d`; the stride is a power of two, the same in both directions.
-        padding: "same", which is `dilation * (kernel_size - 1) // 2`, or numbers of positions with
-            which a map's side shrinks by `stride` exactly.
+        padding: "same", or numbers of positions with which a map's side shrinks by `stride`
+            exactly; see `masked_conv2d`.
         dense_above: from this density of the mask on, a dense map is convolved by PyTorch's
             convolution of the map times the mask, as skipping does not pay; 0 always does so, and a
             number above 1 never. If None it is `DENSE_ABOVE`, and for depthwise convolutions, where
@@ -98,6 +96,8 @@ class MaskedConv2d(torch.nn.Conv2d):
                     "(an image without a batch needs unsqueeze(0))"
                 )
             return super().forward(x)
+        if not isinstance(mask, BlockMask):
+            raise TypeError(f"mask must be a BlockMask, got {type(mask).__name__}")
         if x.dim() == 4 and mask.density >= self.dense_above:
             return self._dense(x, mask)
         dense = x.dim() == 4
@@ -112,8 +112,17 @@ class MaskedConv2d(torch.nn.Conv2d):
 
     def _dense(self, x: Tensor, mask: BlockMask) -> Tensor:
         """The same by the dense convolution; a hidden NaN reaches nothing here either."""
+        if x.shape[0] != mask.batch_size:
+            raise ValueError(
+                f"x has batch size {x.shape[0]}, but the mask is for {mask.batch_size}"
+            )
+        side = x.shape[2] // mask.grid[0]
+        if x.shape[2:] != (mask.grid[0] * side, mask.grid[1] * side) or side % self.stride[0]:
+            raise ValueError(
+                f"x of {x.shape[2]} x {x.shape[3]} does not divide into a grid of {mask.grid[0]} x "
+                f"{mask.grid[1]} square blocks whose side the stride {self.stride[0]} divides"
+            )
         if mask.num_visible == mask.num_blocks:
             return super().forward(x)
-        side = x.shape[2] // mask.grid[0]
         y = super().forward(torch.where(mask.to_dense(side), x, 0))
         return torch.where(mask.to_dense(side // self.stride[0]), y, 0)

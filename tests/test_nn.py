@@ -77,11 +77,54 @@ def test_any_channels_and_groups(groups):
     torch.testing.assert_close(module(images, mask), expected)
 
 
-def test_even_kernels_of_stride_1_work_without_a_mask_only():
-    module = ck.nn.MaskedConv2d(6, 6, 4, groups=6)
-    assert module(torch.zeros(2, 6, 12, 16)).shape == (2, 6, 12, 16)
-    with pytest.raises(ValueError, match=r"padding .* kernel \(4, 4\), stride 1 .* impossible"):
-        module(torch.zeros(2, 6, 12, 16), make_mask("equal"))
+@pytest.mark.parametrize("dense_above", [0.0, None, 2.0])
+@pytest.mark.parametrize("name", ["ragged", "all"])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "groups"), [(3, 1, 1), (3, 2, 2), (4, 4, 1), (7, 2, 1)]
+)
+def test_strides_and_the_dense_path(kernel, stride, groups, name, dense_above):
+    """The same whether a dense map is convolved densely or not, in either layout."""
+    mask, padding = make_mask(name), 0 if kernel == stride else kernel // 2
+    options = {"stride": stride, "groups": groups, "dtype": torch.float64}
+    module = ck.nn.MaskedConv2d(6, 4, kernel, dense_above=dense_above, **options)
+    assert module.padding == (padding, padding)
+    before, after = mask.to_dense(4), mask.to_dense(4 // stride)
+    for layout in ("contiguous", "channels_last"):
+        images = random_tensor((mask.batch_size, 6, 12, 16), torch.float64, layout)
+        images = torch.where(before, images, float("nan")).requires_grad_()
+        y = module(images, mask)
+        expected = torch.where(after, module(torch.where(before, images, 0)), 0)
+        torch.testing.assert_close(y, expected)
+        (found,) = torch.autograd.grad(y.sin().sum(), images, retain_graph=True)
+        (grad,) = torch.autograd.grad(expected.sin().sum(), images)
+        torch.testing.assert_close(found, grad)
+
+
+def test_which_densities_are_dense(monkeypatch):
+    half = ck.BlockMask.random(2, (4, 4), 0.5)
+    images = torch.zeros(2, 4, 8, 8)
+    dense = []
+    monkeypatch.setattr(
+        ck.nn.MaskedConv2d, "_dense", lambda self, x, mask: dense.append(mask.density)
+    )
+    ck.nn.MaskedConv2d(4, 4, 3)(images, half)
+    ck.nn.MaskedConv2d(4, 4, 3, groups=4)(images, ck.BlockMask.full(2, (4, 4)))
+    assert not dense
+    ck.nn.MaskedConv2d(4, 4, 3)(images, ck.BlockMask.full(2, (4, 4)))
+    ck.nn.MaskedConv2d(4, 4, 3, dense_above=0.5)(images, half)
+    ck.nn.MaskedConv2d(4, 4, 3, dense_above=0.5)(ck.gather_visible(images, half), half)
+    assert dense == [1.0, 0.5]
+
+
+def test_packed_in_and_out():
+    mask = make_mask("ragged")
+    module = ck.nn.MaskedConv2d(6, 4, 3, stride=2)
+    images = random_tensor((4, 6, 12, 16))
+    packed = module(ck.Packed.gather(images, mask))
+    assert isinstance(packed, ck.Packed) and packed.shape == (4, 4, 6, 8)
+    torch.testing.assert_close(packed.dense(), module(images, mask))
+    with pytest.raises(ValueError, match="a Packed has its own mask"):
+        module(ck.Packed.gather(images, mask), mask)
 
 
 def test_same_padding_by_numbers():
@@ -92,8 +135,19 @@ def test_same_padding_by_numbers():
 
 def test_rejects():
     for padding in (1, "valid", (2, 1)):
-        with pytest.raises(ValueError, match=r'padding must be "same" or \(2, 2\).*got'):
+        with pytest.raises(ValueError, match=r"padding must keep the grid .* one of \[2\], got"):
             ck.nn.MaskedConv2d(4, 4, 5, padding=padding, groups=4)
+    with pytest.raises(ValueError, match=r"padding .* kernel \(4, 4\), stride 1 .* impossible"):
+        ck.nn.MaskedConv2d(6, 6, 4, groups=6)
+    for stride in (3, (1, 2)):
+        with pytest.raises(ValueError, match="stride must be a power of two, the same in both"):
+            ck.nn.MaskedConv2d(4, 4, 3, stride=stride)
+    dense = ck.nn.MaskedConv2d(4, 4, 3, stride=2, dense_above=0)
+    with pytest.raises(ValueError, match="x has batch size 3, but the mask is for 2"):
+        dense(torch.zeros(3, 4, 12, 16), make_mask("equal"))
+    for size in ((12, 12), (3, 4)):
+        with pytest.raises(ValueError, match="does not divide into a grid of 3 x 4 square blocks"):
+            dense(torch.zeros(2, 4, *size), make_mask("equal"))
     module = ck.nn.MaskedConv2d(4, 4, 3, groups=4)
     with pytest.raises(ValueError, match="need their mask, got mask=None"):
         module(torch.zeros(8, 16, 4))

@@ -42,7 +42,10 @@ class Case(NamedTuple):
     def numbers(self):
         """The padding in positions."""
         spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
-        named = {"same": tuple(span // 2 for span in spans), "valid": (0, 0)}
+        named = {
+            "same": tuple(span // 2 if span >= self.stride else 0 for span in spans),
+            "valid": (0, 0),
+        }
         return named.get(self.padding, self.padding)
 
 

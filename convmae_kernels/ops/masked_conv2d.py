@@ -118,7 +118,8 @@ def masked_conv2d(
         stride: a power of two up to `s`, the same in both directions.
         dilation: distance between the taps, at least 1.
         groups: as in `torch.nn.functional.conv2d`.
-        padding: "same", which is `dilation * (k - 1) // 2`, "valid", which is 0, or a number or a
+        padding: "same", which is `dilation * (k - 1) // 2`, or 0 where the taps reach no farther
+            than the stride, as in patch embeddings; "valid", which is 0; or a number or a
             pair of numbers of positions with which a map's side shrinks by `stride`, no more and
             no less: patch embeddings, whose kernel is their stride, have 0.
         impl: which implementation runs; "auto" is the fastest that is there.
@@ -143,8 +144,10 @@ def masked_conv2d(
     padding = check_padding(padding, kernel, step, dilation)
     run = select(impl, "masked_conv2d", reference.masked_conv2d, x)
     dtype = autocast_dtype(x)
+    if kernel == (1, 1):  # of the positions in Z-order every step^2-th, as a new map
+        x, side, step = x[:, :: step * step], side // step, 1
     if kernel == (1, 1) and groups == 1:
-        return multiply(linear, x[:, :: step * step], weight.flatten(1), bias)
+        return multiply(linear, x, weight.flatten(1), bias)
     if kernel == (step, step) and padding == (0, 0) and groups == 1:
         outputs = x.shape[1] // (step * step)
         patches = x.reshape(x.shape[0], outputs, step * step * x.shape[2])
@@ -275,7 +278,9 @@ def check_padding(
         for span in spans
     ]
     if padding in ("same", "valid"):
-        wanted = tuple(span // 2 if padding == "same" else 0 for span in spans)
+        # a kernel within its stride, as a patch embedding has it, looks at its own positions
+        half = [span // 2 if span >= stride else 0 for span in spans]
+        wanted = tuple(half) if padding == "same" else (0, 0)
     elif isinstance(padding, str):
         raise ValueError(f'padding must be "same", "valid" or numbers, got {padding!r}')
     else:
