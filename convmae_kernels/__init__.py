@@ -14,6 +14,7 @@ from convmae_kernels.ops import (
     masked_grn,
     masked_group_norm,
     masked_max_pool2d,
+    masked_sync_batch_norm,
     scatter_visible,
 )
 from convmae_kernels.packed import Packed
@@ -37,6 +38,7 @@ __all__ = [
     "masked_grn",
     "masked_group_norm",
     "masked_max_pool2d",
+    "masked_sync_batch_norm",
     "nn",
     "scatter_visible",
     "sparsify",

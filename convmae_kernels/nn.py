@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from convmae_kernels.block_mask import BlockMask
-from convmae_kernels.ops import gather_visible, masked_conv2d, scatter_visible
+from convmae_kernels.ops import (
+    gather_visible,
+    masked_conv2d,
+    masked_sync_batch_norm,
+    scatter_visible,
+)
 from convmae_kernels.ops.masked_conv2d import check_padding, pair
 from convmae_kernels.packed import Packed
 
@@ -126,3 +131,70 @@ class MaskedConv2d(torch.nn.Conv2d):
             return super().forward(x)
         y = super().forward(torch.where(mask.to_dense(side), x, 0))
         return torch.where(mask.to_dense(side // self.stride[0]), y, 0)
+
+
+class SyncBatchNorm(torch.nn.SyncBatchNorm):
+    """A `torch.nn.SyncBatchNorm` that takes `Packed`: the statistics of visible positions.
+
+    PyTorch's own takes tensors only. Arguments, parameters and buffers are the same; for a `Packed`
+    any backend of `torch.distributed` does, on CPUs too.
+    """
+
+    def forward(self, input: Any) -> Any:
+        """Like `input`, a `Packed` or what `torch.nn.SyncBatchNorm` takes.
+
+        Raises:
+            ValueError: there is a single value for each channel in all processes.
+        """
+        alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+        batch_statistics = self.training or self.running_mean is None
+        if not isinstance(input, Packed) or not batch_statistics or alone:
+            return super().forward(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        updates = self.training and self.track_running_stats
+        if updates and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        y = masked_sync_batch_norm(
+            input.features,
+            input.mask,
+            self.running_mean if updates else None,
+            self.running_var if updates else None,
+            self.weight,
+            self.bias,
+            momentum,
+            self.eps,
+            self.process_group,
+        )
+        return input.like(y)
+
+    @classmethod
+    def convert_sync_batchnorm(
+        cls,
+        module: torch.nn.Module,
+        process_group: torch.distributed.ProcessGroup | None = None,
+    ) -> torch.nn.Module:
+        """Replaces every `torch.nn.BatchNorm2d` and `torch.nn.SyncBatchNorm` in a module by this.
+
+        Parameters and buffers stay the same tensors. Subclasses of the two are left as they are,
+        as what else they do is unknown.
+        """
+        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.SyncBatchNorm) and type(module) in (
+            torch.nn.BatchNorm2d,
+            torch.nn.SyncBatchNorm,
+        ):
+            new = cls(
+                module.num_features,
+                module.eps,
+                module.momentum,
+                module.affine,
+                module.track_running_stats,
+                process_group,
+            )
+            new.weight, new.bias = module.weight, module.bias
+            new._buffers.update(module._buffers)
+            return new.train(module.training)
+        for name, child in module.named_children():
+            setattr(module, name, cls.convert_sync_batchnorm(child, process_group))
+        return module

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from convmae_kernels.testing import (
     make_mask,
     oracle,
     random_tensor,
+    value_and_grads,
 )
 
 DEVICE = "cuda"
@@ -101,6 +103,49 @@ def test_gather_and_scatter(impl, dtype, layout, name):
         assert torch.equal(y, ck.scatter_visible(x, mask, fill=2.0, impl="reference"))
         (grad,) = torch.autograd.grad(y, x, images)
         assert torch.equal(grad, ck.gather_visible(images, mask, impl="reference"))
+
+
+@impls
+@dtypes
+@pytest.mark.parametrize("name", MASKS)
+def test_gather_windows(impl, dtype, name):
+    mask = make_mask(name, DEVICE)
+    for side, channels, halo in (
+        (1, 255, (2, 1, 0, 3)),
+        (4, 64, (1, 1, 1, 1)),
+        (8, 7, (-1, 3, 9, 0)),
+    ):
+        x = random_tensor((mask.num_visible, side * side, channels), dtype, device=DEVICE)
+        found, expected = (
+            ck.gather_windows(x.requires_grad_(), mask, halo, -1.5, impl=name)
+            for name in (impl, "reference")
+        )
+        assert torch.equal(found, expected)
+        grad = random_tensor(found.shape, dtype, device=DEVICE).mul(2).round()  # exact sums
+        gradients = [torch.autograd.grad(y, x, grad)[0] for y in (found, expected)]
+        assert torch.equal(*gradients)
+
+
+@impls
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolution_of_dense_channels(impl, dtype, stride):
+    mask = make_mask("ragged", DEVICE)
+    for side in (4, 16):
+        shapes = ((mask.num_visible, side * side, 24), (40, 24, 3, 3), (40,))
+        inputs = [random_tensor(shape, dtype, device=DEVICE) for shape in shapes]
+
+        def conv(x, w, b, impl=impl):
+            return ck.masked_conv2d(x, w, b, mask, stride, impl=impl)
+
+        grad = random_tensor(conv(*inputs).shape, dtype, device=DEVICE)
+        exact = [t.double() for t in inputs]
+        plain = value_and_grads(partial(conv, impl="reference"), inputs, grad)
+        terms = value_and_grads(conv, [t.abs() for t in exact], grad.double().abs())
+        found = value_and_grads(conv, inputs, grad)
+        expected = value_and_grads(partial(conv, impl="reference"), exact, grad.double())
+        for values in zip(found, expected, plain, terms, NAMES, strict=False):
+            assert_within_budget(*values)
 
 
 @impls

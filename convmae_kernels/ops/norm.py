@@ -47,6 +47,61 @@ def masked_batch_norm(
     return y.permute(0, 2, 3, 1).reshape(x.shape)
 
 
+def masked_sync_batch_norm(
+    x: Tensor,
+    mask: BlockMask,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:
+    """`masked_batch_norm` in training, with the statistics of all processes of a group.
+
+    Every visible position counts once, wherever it is: processes with more of them weigh more.
+    Works with any backend of `torch.distributed`, and is differentiable through the statistics.
+
+    Args:
+        x: packed features `[T, s*s, C]` of this process; `T` may differ between processes.
+        mask: the mask that `x` was packed with.
+        running_mean, running_var, weight, bias, momentum, eps: as in `masked_batch_norm`.
+        group: the processes; all if None.
+
+    Returns:
+        Like `x`; statistics are computed in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: `x` is not packed with this mask; there is a single value for each
+            channel in all processes.
+    """
+    from torch.distributed.nn.functional import all_reduce
+
+    check_packed("x", x, mask)
+    group = torch.distributed.group.WORLD if group is None else group
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    rows = wide.reshape(-1, x.shape[2])
+    number = rows.new_tensor([len(rows)])
+    total = all_reduce(torch.cat([rows.sum(0), number]), group=group)
+    count = total[-1].detach()
+    if count.device.type == "cpu" and count <= 1:  # a GPU is not waited for
+        found = f"got {int(count)}"
+        raise ValueError(f"x must have more than 1 value per channel in all processes, {found}")
+    mean = total[:-1] / count
+    centred = rows - mean
+    variance = all_reduce(centred.square().sum(0), group=group) / count
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            unbiased = variance * (count / (count - 1))
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    y = centred * (variance + eps).rsqrt()
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    return y.view(x.shape).to(x.dtype)
+
+
 def masked_group_norm(
     x: Tensor,
     mask: BlockMask,
