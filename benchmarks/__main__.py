@@ -15,6 +15,7 @@ from benchmarks import cases, models, networks, registry, report  # noqa: F401  
 from benchmarks.limits import environment, measure_rates
 from benchmarks.runner import DisagreementError, Row, make_rows, measure
 from benchmarks.setting import Setting
+from convmae_kernels.ops.arithmetic import SLOW_ON_CPU
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,6 +96,10 @@ def run(
     results = report.Results(environment(setting.device), _facts(setting), rates.copy, gemm, [])
     for case in chosen:
         for dtype in dtypes:
+            if not case.emulated and setting.device.type == "cpu" and dtype in SLOW_ON_CPU:
+                note = f"networks and layers in {str(dtype)[6:]}: left out, the CPU emulates it"
+                results.notes.extend([note] if note not in results.notes else [])
+                continue
             print(f"measuring {case.name} in {str(dtype)[6:]} ...", file=sys.stderr, flush=True)
             comparison = case.build(setting, dtype)
             times = measure(comparison, dtype, repeats=repeats, budget=budget)

@@ -114,8 +114,8 @@ def network_memory(setting: Setting, dtype: torch.dtype, network_name: str) -> C
 
 if importlib.util.find_spec("timm") is not None:
     for _name in NETWORKS:
-        register(f"network/{_name}/memory", network_name=_name)(network_memory)
-        register(f"network/{_name}", network_name=_name)(network)
+        register(f"network/{_name}/memory", emulated=False, network_name=_name)(network_memory)
+        register(f"network/{_name}", emulated=False, network_name=_name)(network)
 
 
 # -- layers ---------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def layer(setting: Setting, dtype: torch.dtype, shape: Layer) -> Comparison:
 
 
 for _name, _layer in LAYERS.items():
-    register(f"layer/{_name}", shape=_layer)(layer)
+    register(f"layer/{_name}", emulated=False, shape=_layer)(layer)
 
 
 def drop_in(setting: Setting, dtype: torch.dtype, density: float) -> Comparison:
@@ -240,5 +240,5 @@ def drop_in(setting: Setting, dtype: torch.dtype, density: float) -> Comparison:
     return Comparison(contenders, counted, clock_for(setting.device))
 
 
-register("drop_in/full", density=1.0)(drop_in)
-register("drop_in/quarter", density=0.25)(drop_in)
+register("drop_in/full", emulated=False, density=1.0)(drop_in)
+register("drop_in/quarter", emulated=False, density=0.25)(drop_in)

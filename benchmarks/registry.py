@@ -14,17 +14,22 @@ Build = Callable[..., Comparison]
 
 @dataclass(frozen=True)
 class Case:
-    """A name, one line about what is measured, and the function that builds it."""
+    """A name, one line about what is measured, and the function that builds it.
+
+    Without `emulated` it is left out in half types that the CPU does not multiply: dense PyTorch
+    takes minutes for it.
+    """
 
     name: str
     about: str
     build: Build
+    emulated: bool = True
 
 
 CASES: dict[str, Case] = {}
 
 
-def register(name: str, **options: object) -> Callable[[Build], Build]:
+def register(name: str, *, emulated: bool = True, **options: object) -> Callable[[Build], Build]:
     """Registers a case under `name`, described by its docstring's first line.
 
     Keyword arguments are handed to the function. Decorators stack, one case each, lowest first.
@@ -37,7 +42,7 @@ def register(name: str, **options: object) -> Callable[[Build], Build]:
         if name in CASES:
             raise ValueError(f"there are two cases of the name {name!r}")
         about = (build.__doc__ or "").strip().splitlines()[0]
-        CASES[name] = Case(name, about, partial(build, **options))
+        CASES[name] = Case(name, about, partial(build, **options), emulated)
         return build
 
     return add

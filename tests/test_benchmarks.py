@@ -324,6 +324,15 @@ def test_command_json_summary_and_markdown(quick_rates, tmp_path, capsys):
     assert all(line.count("|") == lines[0].count("|") for line in lines[:4])
 
 
+def test_what_a_cpu_emulates_is_left_out(quick_rates, monkeypatch, capsys):
+    monkeypatch.setattr(command, "SLOW_ON_CPU", frozenset([torch.bfloat16]))
+    flags = ["--case", "drop_in/quarter", "mask", "--dtype", "bfloat16", "--repeats", "1"]
+    command.main([*TINY_FLAGS, *flags])
+    printed = capsys.readouterr().out
+    assert "note: networks and layers in bfloat16: left out, the CPU emulates it" in printed
+    assert "\nmask " in printed and "\ndrop_in" not in printed
+
+
 def results_of(packed, dense):
     comparison, _ = scripted([], [])
     times = {"packed": [packed], "dense": [dense]}
