@@ -53,3 +53,11 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of twelve random pictures."""
+    from tests.training_runs import folder_of
+
+    return folder_of(tmp_path_factory.mktemp("pictures") / "data", 12)

@@ -1,0 +1,80 @@
+"""Short runs of pretraining on random pictures, for the tests of training."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from convmae.training import (
+    PretrainConfig,
+    pretraining,
+)
+from convmae.training import checkpoint as checkpoints
+from convmae.training import log as logs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("torchvision")
+
+
+def folder_of(path: Path, count: int, size: int = 48) -> Path:
+    """A folder of `count` random pictures."""
+    rng = np.random.default_rng(0)
+    path.mkdir(parents=True)
+    for index in range(count):
+        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((size, size)).save(path / f"{index:03}.png")
+    return path
+
+
+def options(pictures: Path, output: Path, **changes: Any) -> PretrainConfig:
+    """A run of 2 epochs of 3 steps that takes under a second."""
+    values: dict[str, Any] = {
+        "model": "convmae_tiny",
+        "data_path": str(pictures),
+        "output_dir": str(output),
+        "input_size": (32, 48),
+        "batch_size": 4,
+        "epochs": 2,
+        "warmup_epochs": 40,
+        "lr": 1e-3,
+        "log_every": 1,
+        "save_every": 100,
+        "num_workers": 0,
+        "device": "cpu",
+    }
+    return PretrainConfig(**(values | changes))
+
+
+def curve(folder: Path) -> list[tuple[Any, ...]]:
+    """What a resumed run must repeat to the last bit."""
+    entries = [entry for entry in logs.read_log(folder) if "loss" in entry]
+    return [(entry["step"], entry["epoch"], entry["loss"], entry["lr"]) for entry in entries]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoints.read_weights(folder, "--checkpoint").state
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Sends this process SIGINT in the middle of step `steps` (from 1)."""
+    accumulate, count = pretraining._accumulate, [0]
+
+    def counting(*args: Any) -> torch.Tensor:
+        count[0] += 1
+        if count[0] == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return accumulate(*args)
+
+    monkeypatch.setattr(pretraining, "_accumulate", counting)
