@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from convmae_kernels.ops import gather_visible, scatter_visible
 from convmae_kernels.ops.arithmetic import multiply
-from convmae_kernels.packed import ELEMENTWISE, OPERATORS, MapLike, Packed
+from convmae_kernels.packed import ELEMENTWISE, OPERATORS, MapLike, Packed, handles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -268,12 +269,7 @@ class MaskedDense(MapLike):
         return (1, 2) if self._channels_last else (2, 3)
 
 
-def _handles(*functions: Callable) -> Callable:
-    def add(handler: Callable) -> Callable:
-        MaskedDense.handlers.update(dict.fromkeys(functions, handler))
-        return handler
-
-    return add
+_handles = partial(handles, MaskedDense.handlers)
 
 
 def _positionwise(func: Callable, *args: Any, **kwargs: Any) -> MaskedDense:

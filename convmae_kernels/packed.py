@@ -39,6 +39,16 @@ ABSENT_OPERATORS = (  # of tensors: there to say so
 HANDLERS: dict[Callable, Callable] = {}  # of Packed: function -> handler(function, *arguments)
 
 
+def handles(table: dict[Callable, Callable], *functions: Callable) -> Callable:
+    """Decorates a handler of `functions`, and enters it into their table."""
+
+    def add(handler: Callable) -> Callable:
+        table.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return add
+
+
 class MapLike:
     """What functions and modules take for a map `[B, C, H, W]`, by torch's override protocol.
 

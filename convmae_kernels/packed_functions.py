@@ -6,6 +6,7 @@ The errors that it raises say why; `Packed` adds which operation of which module
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from convmae_kernels.packed import (
     Packed,
     broadcast,
     first_packed,
+    handles,
 )
 
 if TYPE_CHECKING:
@@ -30,12 +32,7 @@ if TYPE_CHECKING:
     from convmae_kernels.block_mask import BlockMask
 
 
-def _handles(*functions: Callable) -> Callable:
-    def add(handler: Callable) -> Callable:
-        HANDLERS.update(dict.fromkeys(functions, handler))
-        return handler
-
-    return add
+_handles = partial(handles, HANDLERS)
 
 
 def _elementwise(func: Callable, *args: Any, **kwargs: Any) -> Packed:

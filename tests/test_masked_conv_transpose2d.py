@@ -14,22 +14,13 @@ from convmae_kernels.testing import (
     random_tensor,
     value_and_grads,
 )
+from tests.conv_results import NAMES, check_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 all_impls = pytest.mark.parametrize("impl", implementations())
-NAMES = ("output", "gradient of x", "gradient of weight", "gradient of bias")
 HALF = (torch.bfloat16, torch.float16)
 NAN = float("nan")
-
-
-def check_close(found, expected):
-    """Equal in float64 but for the order of sums."""
-    for a, b, name in zip(found, expected, NAMES, strict=True):
-        size = b.abs().max().item() if b.numel() else 0.0
-        torch.testing.assert_close(
-            a, b, rtol=1e-12, atol=1e-12 * size, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 TRANSPOSED = [(1, 3, 5, 2), (2, 4, 3, 2), (4, 2, 3, 4), (8, 3, 2, 1), (1, 2, 3, 32), (16, 2, 1, 2)]
