@@ -17,8 +17,8 @@ from convmae_kernels.ops import (
 from convmae_kernels.ops.masked_conv2d import check_padding, pair
 from convmae_kernels.packed import Packed
 
-# The density from which a dense map is convolved densely: where both ways took as long on a CPU, with
-# 3x3 convolutions of 64 to 256 channels, forward and backward, from dense map to dense map.
+# The density from which a dense map is convolved densely: where both ways took as long on a CPU,
+# with 3x3 convolutions of 64 to 256 channels, forward and backward, from dense map to dense map.
 DENSE_ABOVE = 0.65
 
 
