@@ -204,13 +204,14 @@ inline void correlate_segment(int64_t channels, const T* const* x, const T* cons
   unroll<Seg::kLastOutput, Seg::kFirstOutput>([&](auto o) { g[o] = grad[o]; });
   for_vectors<Acc<T>>(channels, [&](auto n, int64_t c) {
     Vec<Acc<T>, n> sum[K], weight[Strip], value[Strip + K - 1];
-    unroll<Seg::kLastTap, Seg::kFirstTap>(
-        [&](auto j) { sum[j] = load<n>(sums + j * channels + c); });
+    // From zero, as each addition to a long sum rounds anew.
+    unroll<Seg::kLastTap, Seg::kFirstTap>([&](auto j) { sum[j] = Vec<Acc<T>, n>{}; });
     unroll<Seg::kLastOutput, Seg::kFirstOutput>([&](auto o) { weight[o] = load<n>(g[o] + c); });
     unroll<Seg::kEnd, Seg::kBegin>([&](auto i) { value[i] = load<n>(at[i] + c); });
     for_meetings<K, Strip, S>([&](auto i, auto j, auto o) { sum[j] += value[i] * weight[o]; });
-    unroll<Seg::kLastTap, Seg::kFirstTap>(
-        [&](auto j) { store<n>(sums + j * channels + c, sum[j]); });
+    unroll<Seg::kLastTap, Seg::kFirstTap>([&](auto j) {
+      store<n>(sums + j * channels + c, load<n>(sums + j * channels + c) + sum[j]);
+    });
   });
 }
 
