@@ -14,8 +14,10 @@ if TYPE_CHECKING:
         ConvMAE,
         ConvMAEOutput,
         ConvViT,
+        FastConvMAE,
         Reconstruction,
         create_model,
+        full_name,
         list_models,
     )
 
@@ -25,11 +27,25 @@ __all__ = [
     "ConvMAE",
     "ConvMAEOutput",
     "ConvViT",
+    "FastConvMAE",
     "Reconstruction",
     "__version__",
     "create_model",
+    "full_name",
     "list_models",
+    "register_timm",
 ]
+
+
+def register_timm() -> None:
+    """Makes `timm.create_model("convvit_base", ...)` and its like work: see `timm_models`.
+
+    timm cannot find models of other packages by itself. Calling it again does nothing.
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
+    """
+    import_module("convmae.models.timm_models")
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS, MODELS = ROOT / "convmae_kernels", ROOT / "convmae"
 OPTIONAL = [
     *("triton", "torchvision", "timm", "PIL", "tqdm", "tensorboard", "safetensors", "tyro"),
-    *("matplotlib", "skimage", "scipy", "yaml", "hypothesis", "pytest"),
+    *("matplotlib", "skimage", "scipy", "webdataset", "yaml", "hypothesis", "pytest"),
 ]
 OPS = [
     *("gather_visible", "gather_windows", "gather_windows_grad", "masked_conv2d"),
@@ -145,6 +145,7 @@ def test_top_level_imports(package):
     if package is MODELS:
         core |= {"convmae"}
     extras = ("convmae.data", "convmae.training", "convmae.cli", "convmae_kernels.triton")
+    extras += ("convmae.models.timm_models",)
     wrong = [
         (module, name)
         for module, name, lazy in all_imports(package)

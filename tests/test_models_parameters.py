@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import convmae
-from convmae.models import ConvMAE, ConvViT
+from convmae.models import ConvMAE, ConvViT, FastConvMAE
 from convmae.models.layers import sincos_pos_embed
 from convmae.models.registry import MODELS
 
@@ -166,14 +166,18 @@ def test_sincos_values():
 
 def test_registry():
     sizes = ("base", "huge", "large", "small", "tiny")
-    assert convmae.list_models("convmae_*") == [f"convmae_{size}" for size in sizes]
+    for kind in ("convmae", "convvit", "fastconvmae"):
+        assert convmae.list_models(f"{kind}_*") == [f"{kind}_{size}" for size in sizes]
     assert convmae.list_models() == sorted(MODELS)
     for alias in ("convmae_convvit_base_patch16", "convmae_convvit_base_patch16_dec512d8b"):
         assert on_meta(alias).config == on_meta("convmae_base").config
+        assert type(on_meta(alias)) is ConvMAE
+        fast = on_meta(f"fast{alias}")
+        assert type(fast) is FastConvMAE and fast.config == on_meta("fastconvmae_base").config
     assert on_meta("convvit_base_patch16").config == on_meta("convvit_base").config
 
 
-@pytest.mark.parametrize("name", ["convmae_tiny", "convvit_tiny"])
+@pytest.mark.parametrize("name", ["convmae_tiny", "convvit_tiny", "fastconvmae_tiny"])
 def test_config_rebuilds_the_model(name):
     model = on_meta(name, img_size=(64, 32), in_chans=2, depth=(1, 1, 1))
     assert model.grid == (4, 2) and model.img_size == (64, 32) and model.patch_size == 16

@@ -171,6 +171,12 @@ class ConvMAE(Trunk):
                 given, or an image has no visible patch.
         """
         mask = self.make_mask(images, mask_ratio, noise, mask, generator)
+        return self.forward_masked(images, mask, return_pred)
+
+    def forward_masked(
+        self, images: Tensor, mask: BlockMask, return_pred: bool = False
+    ) -> ConvMAEOutput:
+        """`forward` with a mask that fits the images; arguments and result are those of it."""
         latent = self.forward_encoder(images, mask)
         hidden = None if return_pred or self.every_token else hidden_patches(mask)
         pred = self.forward_decoder(latent, mask, hidden)
@@ -185,24 +191,31 @@ class ConvMAE(Trunk):
         mask: BlockMask | None = None,
         generator: torch.Generator | None = None,
     ) -> BlockMask:
-        """The mask that `forward` works with; arguments and errors are those of `forward`."""
+        """One mask for each image, as in `forward`: the same arguments, the same errors."""
         self.check_images(images)
         if mask is None:
-            shape = (images.shape[0], self.num_patches)
-            if noise is None:
-                device = images.device if generator is None else generator.device
-                noise = torch.rand(shape, generator=generator, device=device).to(images.device)
-            elif not isinstance(noise, Tensor):
-                raise TypeError(f"noise must be a floating tensor, got {type(noise).__name__}")
-            elif noise.shape != shape:
-                raise ValueError(
-                    f"noise must be {list(shape)} (images, patches), got {list(noise.shape)}"
-                )
+            noise = self.make_noise(images, noise, generator)
             mask = BlockMask.from_noise(noise, self.grid, mask_ratio)
         elif noise is not None:
             raise ValueError("noise and mask are both given, expected at most one of them")
         self.check_mask(images, mask)
         return mask
+
+    def make_noise(
+        self, images: Tensor, noise: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """`noise` if it is `[N, L]`; drawn uniformly if it is None."""
+        shape = (images.shape[0], self.num_patches)
+        if noise is None:
+            device = images.device if generator is None else generator.device
+            return torch.rand(shape, generator=generator, device=device).to(images.device)
+        if not isinstance(noise, Tensor):
+            raise TypeError(f"noise must be a floating tensor, got {type(noise).__name__}")
+        if noise.shape != shape:
+            raise ValueError(
+                f"noise must be {list(shape)} (images, patches), got {list(noise.shape)}"
+            )
+        return noise
 
     def forward_encoder(self, images: Tensor, mask: BlockMask) -> Tensor:
         """`norm(blocks3(tokens + pos_embed) + decode1(stage 1) + decode2(stage 2))`.
@@ -223,7 +236,7 @@ class ConvMAE(Trunk):
         padding = key_padding(mask)
         tokens, decoded1, decoded2 = (pad(x, mask, padding) for x in self.embed(images, mask))
         for block in self.blocks3:
-            tokens = block(tokens, padding)
+            tokens = self.run(block, tokens, padding)
         latent = self.norm(tokens + decoded1 + decoded2)
         return latent if padding is None else latent.masked_fill(padding.unsqueeze(2), 0.0)
 
@@ -264,8 +277,9 @@ class ConvMAE(Trunk):
         x = x.index_copy(0, mask.block_index, rows.to(x.dtype))
         x = x.view(mask.batch_size, self.num_patches, -1) + self.decoder_pos_embed
         for block in self.decoder_blocks[:-1]:
-            x = block(x)
-        x = self.decoder_blocks[-1](x, index=None if hidden is None else hidden.patches)
+            x = self.run(block, x)
+        wanted = None if hidden is None else hidden.patches
+        x = self.run(self.decoder_blocks[-1], x, None, wanted)
         return self.decoder_pred(self.decoder_norm(x))
 
     def forward_loss(
@@ -276,7 +290,7 @@ class ConvMAE(Trunk):
         Args:
             images: `[N, in_chans, H, W]`.
             pred: from `forward_decoder`, with the same `hidden`.
-            mask: the mask.
+            mask: the mask; of `G * N` images if each is masked in `G` ways, one after the other.
             hidden: the patches that `pred` is of; None for all.
 
         Returns:
@@ -287,14 +301,16 @@ class ConvMAE(Trunk):
             weight: Tensor | None = removed(mask)
         else:
             weight = hidden.real
-            image = torch.arange(mask.batch_size, device=images.device).unsqueeze(1)
+            image = torch.arange(mask.batch_size, device=images.device) % images.shape[0]
+            image = image.unsqueeze(1)
             row, column = hidden.patches // self.grid[1], hidden.patches % self.grid[1]
             patches = patches[image, row, column].unsqueeze(1)  # hidden patches only
         target = at_least_float(patches.flatten(3).flatten(1, 2))
         if self.norm_pix_loss:
             mean, deviation = patch_statistics(target)
             target = (target - mean) / deviation
-        error = (at_least_float(pred) - target).square().mean(dim=2)
+        pred = at_least_float(pred).unflatten(0, (-1, target.shape[0]))  # one target, G masks
+        error = (pred - target).square().mean(dim=3).flatten(0, 1)
         if weight is None:
             return error.mean()
         return (error * weight).sum() / weight.sum().clamp(min=1)
@@ -349,19 +365,19 @@ class ConvMAE(Trunk):
         Raises:
             TypeError, ValueError: as in `forward`.
         """
-        output = self(images, mask_ratio, noise, mask, generator, return_pred=True)
+        mask = self.make_mask(images, mask_ratio, noise, mask, generator)
+        pred = at_least_float(self.forward_decoder(self.forward_encoder(images, mask), mask, None))
         patches = self.patchify(images)
-        pred = at_least_float(output.pred)
         if self.norm_pix_loss:
             mean, deviation = patch_statistics(at_least_float(patches))
             pred = pred * deviation + mean
         pred = pred.to(images.dtype)
-        hidden = output.mask.unsqueeze(2) > 0
+        hidden = ~mask.visible.flatten(1).unsqueeze(2)
         return Reconstruction(
             self.unpatchify(patches.masked_fill(hidden, 0.0)),
             self.unpatchify(pred),
             self.unpatchify(torch.where(hidden, pred, patches)),
-            output.mask,
+            removed(mask),
         )
 
     def _patches(self, images: Tensor) -> Tensor:

@@ -49,6 +49,38 @@ def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat(parts, dim=1).float().unsqueeze(0)
 
 
+def resample_pos_embed(
+    pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Tensor:
+    """`interpolate(pos_embed, new_grid, mode="bicubic", antialias=True)`, in float32.
+
+    For position embeddings of images of another size.
+
+    Args:
+        pos_embed: `[1, gh * gw, D]` of `old_grid`, in raster order, without a class token.
+        old_grid: `(gh, gw)` patches of it.
+        new_grid: `(gh, gw)` patches of the result.
+
+    Returns:
+        `[1, gh * gw, D]` of `new_grid`, in the dtype of `pos_embed`; the same tensor if the grids
+        are equal.
+
+    Raises:
+        ValueError: `pos_embed` does not have the patches of `old_grid`.
+    """
+    rows, columns = old_grid
+    if pos_embed.dim() != 3 or pos_embed.shape[:2] != (1, rows * columns):
+        raise ValueError(
+            f"pos_embed must be [1, {rows * columns}, D] for a grid of {rows} x {columns}, got "
+            f"{list(pos_embed.shape)}"
+        )
+    if tuple(old_grid) == tuple(new_grid):
+        return pos_embed
+    image = pos_embed.float().unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=tuple(new_grid), mode="bicubic", antialias=True)
+    return image.flatten(2).transpose(1, 2).contiguous().to(pos_embed.dtype)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear` by `multiply`."""
     return multiply(F.linear, x, weight, bias)
@@ -65,9 +97,9 @@ class Linear(nn.Linear):
 def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
     """`softmax(q @ k.T / sqrt(d)) @ v`.
 
-    On a CPU in bfloat16 or float16 it is computed as written, with `q` scaled first (so that
-    float16 does not overflow): `scaled_dot_product_attention` is several times slower there. Where
-    the CPU does not multiply that type it is computed in float32, as in `multiply`.
+    On a CPU in bfloat16 it is computed as written: `scaled_dot_product_attention` is several times
+    slower there. In float16, whose logits would overflow from 65504, it is computed in float32, and
+    so is bfloat16 where the CPU does not multiply it, as in `multiply`.
 
     Args:
         q: `[N, heads, Q, d]`.
@@ -78,10 +110,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
     Returns:
         `[N, heads, Q, d]` in the dtype of `q`; the softmax accumulates in float32 at least.
     """
-    if q.device.type == "cpu" and q.dtype in arithmetic.SLOW_ON_CPU:
+    wide = q.dtype == torch.float16 or q.dtype in arithmetic.SLOW_ON_CPU
+    if q.device.type == "cpu" and wide:
         with torch.autocast("cpu", enabled=False):
             return _plain_attention(q.float(), k.float(), v.float(), key_padding).to(q.dtype)
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return _plain_attention(q, k, v, key_padding)
     keys = None if key_padding is None else ~key_padding[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keys)

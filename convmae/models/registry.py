@@ -9,6 +9,7 @@ from typing import Any
 
 from convmae.models.convmae import ConvMAE
 from convmae.models.convvit import ConvViT
+from convmae.models.fastconvmae import FastConvMAE
 
 # Base is the official size. Official code has no other: small is that of moreh-dev/FastConvMAE,
 # large that of MCG-NJU/MixFormer, huge that of a public denoising fork ("dconvmae"); so do not
@@ -52,6 +53,8 @@ ALIASES = {
     "convmae_convvit_base_patch16": "convmae_base",
     "convmae_convvit_base_patch16_dec512d8b": "convmae_base",
     "convvit_base_patch16": "convvit_base",
+    "fastconvmae_convvit_base_patch16": "fastconvmae_base",
+    "fastconvmae_convvit_base_patch16_dec512d8b": "fastconvmae_base",
 }
 
 
@@ -60,6 +63,7 @@ def _models() -> dict[str, tuple[type[ConvMAE] | type[ConvViT], dict[str, Any]]]
     for size, config in SIZES.items():
         decoder = TINY_DECODER if size == "tiny" else DECODER
         models[f"convmae_{size}"] = ConvMAE, config | decoder
+        models[f"fastconvmae_{size}"] = FastConvMAE, config | decoder
         models[f"convvit_{size}"] = ConvViT, config
     return models
 
@@ -76,26 +80,32 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(MODELS, pattern))
 
 
+def full_name(name: str) -> str:
+    """The name that an alias stands for; other names as they are."""
+    return ALIASES.get(name, name)
+
+
 def create_model(name: str, **overrides: Any) -> ConvMAE | ConvViT:
-    """`ConvMAE(**sizes_of_name, **overrides)`, or `ConvViT(...)`, with fresh parameters.
+    """`ConvMAE(**sizes_of_name, **overrides)` or another model, with fresh parameters.
 
     Args:
-        name: `convmae_{tiny,small,base,large,huge}` to pretrain, `convvit_{...}` to classify; or
-            the official `convmae_convvit_base_patch16`, the same with `_dec512d8b`, or
+        name: `convmae_{tiny,small,base,large,huge}` and `fastconvmae_{...}` to pretrain,
+            `convvit_{...}` to classify; or the official `convmae_convvit_base_patch16`,
+            `fastconvmae_convvit_base_patch16`, either of them with `_dec512d8b`, or
             `convvit_base_patch16`. Base is the official size, tiny is ours; small, large and huge
             are sizes of third-party code, as there are no official ones.
-        **overrides: any argument of `ConvMAE` or `ConvViT`, such as `img_size=(128, 256)`.
+        **overrides: any argument of the model's class, such as `img_size=(128, 256)`.
 
     Raises:
         ValueError: there is no such model, or a size does not fit.
         TypeError: the model has no such argument.
     """
-    full_name = ALIASES.get(name, name)
-    if full_name not in MODELS:
+    known_name = full_name(name)
+    if known_name not in MODELS:
         close = difflib.get_close_matches(str(name), [*MODELS, *ALIASES])
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(MODELS)}"
         raise ValueError(f"there is no model {name!r}; {hint}")
-    model, config = MODELS[full_name]
+    model, config = MODELS[known_name]
     known = list(inspect.signature(model).parameters)
     for key in overrides:
         if key not in known:
