@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import convmae_kernels as ck
-from convmae.data import CropDataset, DemoPhotos, FolderPhotos, find_pictures, normalise
+from convmae.data import PretrainTransform, normalise, open_source
 
 BLOCK = 32  # pixels
 
@@ -92,17 +92,15 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    demo = args.data_path == "demo"
-    photos = DemoPhotos() if demo else FolderPhotos(find_pictures(args.data_path))
-    data = CropDataset(photos, (args.img_size, args.img_size), min_crop=0.5)
+    transform = PretrainTransform((args.img_size, args.img_size), min_crop=0.5)
+    source = open_source(args.data_path)
     model = MaskedPretraining(args.model).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.04)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
     grid = (args.img_size // BLOCK,) * 2
     losses, start = [], time.perf_counter()
-    for step in range(args.steps):
-        batch = [data[step, i % len(data)][0] for i in range(args.batch_size)]
-        images = normalise(torch.stack(batch).to(device))
+    for step, batch in enumerate(source.batches(transform, args.batch_size, 0, args.steps)):
+        images = normalise(batch.images.to(device))
         mask = ck.BlockMask.random(args.batch_size, grid, args.mask_ratio, device=device)
         loss = model(images, mask)
         optimizer.zero_grad()

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,24 +15,27 @@ import pytest
 import torch
 
 from convmae.data import (
-    CropDataset,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     DataError,
     DemoPhotos,
+    EvalTransform,
     FolderPhotos,
+    PretrainTransform,
     check_readable,
     denormalise,
     derive_seed,
     find_pictures,
-    make_loader,
     normalise,
     read_picture,
 )
-from convmae.data.crops import IMAGENET_MEAN, IMAGENET_STD, centre_box, random_box, seeded
-from convmae.data.loader import RunSampler
+from convmae.data.base import PhotoSource
+from convmae.data.crops import centre_box, random_box, seeded
+from convmae.data.loader import PictureDataset, RunSampler
 from convmae.data.picture import to_rgb, upright_size
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from convmae.data import Failure, Photos
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("torchvision")
@@ -43,6 +52,17 @@ def write(path: Path, height: int = 40, width: int = 60) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(gradient(height, width)).save(path)
     return path
+
+
+class Crops:
+    """Crops of `photos` by `[epoch, sample]`."""
+
+    def __init__(self, photos: Photos, size: tuple[int, int], seed: int = 0, **options) -> None:
+        self.data = PictureDataset(photos, PretrainTransform(size, **options), seed)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, list[Failure]]:
+        (image, _), failures = self.data.sample(*key)
+        return image, failures
 
 
 def picked(photos: FolderPhotos | DemoPhotos, index: int, size: tuple[int, int]) -> torch.Tensor:
@@ -175,17 +195,17 @@ def test_the_check_names_every_broken_file(tmp_path: Path) -> None:
     failures, checked = check_readable(broken_folder(tmp_path))
     assert checked == 6
     reasons = dict(failures)
-    assert set(reasons) == {1, 2, 4}
-    assert reasons[1] == "the file is empty"
-    assert reasons[2] == "not a picture that Pillow knows"
+    assert set(reasons) == {str(tmp_path / f"{index}.png") for index in (1, 2, 4)}
+    assert reasons[str(tmp_path / "1.png")] == "the file is empty"
+    assert reasons[str(tmp_path / "2.png")] == "not a picture that Pillow knows"
     assert all(reason and str(tmp_path) not in reason for reason in reasons.values())
 
 
 def test_a_broken_picture_is_replaced_by_the_next(tmp_path: Path) -> None:
     photos = FolderPhotos(broken_folder(tmp_path))
-    data = CropDataset(photos, (32, 32), seed=1)
+    data = Crops(photos, (32, 32), seed=1)
     image, failures = data[0, 1]
-    assert [index for index, _ in failures] == [1, 2]
+    assert [failure.name for failure in failures] == [photos.name(1), photos.name(2)]
     again, _ = data[0, 1]
     assert torch.equal(image, again)
     assert data[0, 3][1] == []
@@ -194,7 +214,7 @@ def test_a_broken_picture_is_replaced_by_the_next(tmp_path: Path) -> None:
 def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
     for index in range(3):
         (tmp_path / f"{index}.png").write_text("no")
-    data = CropDataset(FolderPhotos(find_pictures(tmp_path)), (32, 32))
+    data = Crops(FolderPhotos(find_pictures(tmp_path)), (32, 32))
     with pytest.raises(DataError, match="none of the 3 pictures can be read; the first, .*0.png"):
         data[0, 0]
 
@@ -213,19 +233,19 @@ def test_the_demo_photographs_are_there() -> None:
 
 
 def test_a_crop_depends_on_seed_epoch_and_sample_alone() -> None:
-    first, second = (CropDataset(DemoPhotos(), (32, 48), seed=3) for _ in range(2))
+    first, second = (Crops(DemoPhotos(), (32, 48), seed=3) for _ in range(2))
     torch.manual_seed(0)
     wanted = first[2, 11][0]
     first[0, 0], first[7, 1]
     torch.manual_seed(99)
     assert torch.equal(second[2, 11][0], wanted)
     assert wanted.shape == (3, 32, 48)
-    for other in (first[3, 11], first[2, 19], CropDataset(DemoPhotos(), (32, 48), seed=4)[2, 11]):
+    for other in (first[3, 11], first[2, 19], Crops(DemoPhotos(), (32, 48), seed=4)[2, 11]):
         assert not torch.equal(other[0], wanted)
 
 
 def test_cropping_leaves_the_global_generator_alone() -> None:
-    data = CropDataset(DemoPhotos(), (32, 32))
+    data = Crops(DemoPhotos(), (32, 32))
     state = torch.get_rng_state()
     data[0, 0]
     assert torch.equal(torch.get_rng_state(), state)
@@ -255,7 +275,7 @@ def test_random_boxes_follow_the_recipe() -> None:
 @pytest.mark.parametrize(("hflip", "low", "high"), [(0.5, 70, 130), (0.0, 0, 0), (1.0, 200, 200)])
 def test_the_share_of_flipped_crops(tmp_path: Path, hflip: float, low: int, high: int) -> None:
     photos = FolderPhotos([write(tmp_path / "a.png", 64, 64)])
-    data = CropDataset(photos, (32, 32), samples_per_epoch=200, hflip=hflip)
+    data = Crops(photos, (32, 32), hflip=hflip)
     images = (data[0, sample][0] for sample in range(200))
     flipped = sum(bool(image[1, 0, 0] > image[1, 0, -1]) for image in images)
     assert low <= flipped <= high
@@ -292,18 +312,113 @@ def test_a_run_that_begins_later_sees_the_same_batches() -> None:
     assert order(9, 9) == []
 
 
-def test_workers_change_nothing() -> None:
-    data = CropDataset(DemoPhotos(), (32, 32), seed=5, samples_per_epoch=16)
+@pytest.mark.parametrize("first", [2, 511])
+def test_workers_change_nothing(first: int) -> None:
+    source = PhotoSource(DemoPhotos(), repeats=64)
+    transform = PretrainTransform((32, 32))
     alone, shared = (
-        [batch.images for batch in make_loader(data, RunSampler(16, 4, 4, 2, 6, 5), workers)]
+        list(source.batches(transform, 4, first, first + 4, seed=5, workers=workers))
         for workers in (0, 2)
     )
     assert len(alone) == 4
-    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    for one, other in zip(alone, shared, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.keys, other.keys)
+        assert one.seconds > 0 and other.seconds > 0
+    assert (alone[0].labels == -1).all()
+
+
+def test_two_processes_see_what_one_sees() -> None:
+    source = PhotoSource(DemoPhotos(), repeats=64)
+    transform = PretrainTransform((32, 32))
+    whole = source.batches(transform, 8, 62, 66, 64, seed=3)
+    parts = [source.batches(transform, 4, 62, 66, 64, 3, rank, 2) for rank in (0, 1)]
+    for one, *halves in zip(whole, *parts, strict=True):
+        for name in ("images", "labels", "keys"):
+            both = torch.cat([getattr(half, name) for half in halves])
+            assert torch.equal(getattr(one, name), both)
 
 
 def test_a_batch_carries_its_failures(tmp_path: Path) -> None:
-    data = CropDataset(FolderPhotos(broken_folder(tmp_path)), (32, 32))
-    (batch,) = make_loader(data, RunSampler(6, 6, 1, 0, 1, 0))
+    paths = broken_folder(tmp_path)
+    source = PhotoSource(FolderPhotos(paths, labels=range(6)))
+    (batch,) = source.batches(PretrainTransform((32, 32)), 6, 0, 1)
     assert batch.images.shape == (6, 3, 32, 32)
-    assert {index for index, _ in batch.failures} == {1, 2, 4}
+    assert {failure.name for failure in batch.failures} == {str(paths[i]) for i in (1, 2, 4)}
+    replaced = {1: 3, 2: 3, 4: 5}  # by the next that can be read, whose label it is
+    samples = batch.keys[:, 1].tolist()
+    assert batch.labels.tolist() == [replaced.get(sample, sample) for sample in samples]
+
+
+def test_batches_that_cannot_be_made_are_refused() -> None:
+    source = PhotoSource(DemoPhotos())
+    transform = PretrainTransform((32, 32))
+    with pytest.raises(DataError, match="--batch_size 5 in 2 processes needs 10 pictures a step"):
+        source.batches(transform, 5, 0, 1, world=2)
+    with pytest.raises(ValueError, match=r"batches_per_epoch must be in \[1, 2\], got 3"):
+        source.batches(transform, 4, 0, 1, 3)
+    with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):
+        source.batches(transform, 4, 0, 1, rank=2, world=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_sees_every_picture_once(tmp_path: Path, workers: int) -> None:
+    paths = broken_folder(tmp_path)
+    source = PhotoSource(FolderPhotos(paths, labels=range(6)))
+    ranks = [
+        list(source.evaluation_batches(EvalTransform((32, 32)), 2, rank, 2, workers))
+        for rank in (0, 1)
+    ]
+    assert [len(batches) for batches in ranks] == [2, 2] == [source.evaluation_steps(2, 2)] * 2
+    batches = [batch for of_rank in ranks for batch in of_rank]
+    label_of = {
+        sample: label
+        for batch in batches
+        for (_, sample), label in zip(batch.keys.tolist(), batch.labels.tolist())
+    }
+    assert label_of == {0: 0, 1: -1, 2: -1, 3: 3, 4: -1, 5: 5, 6: -1, 7: -1}
+    named = [failure.name for batch in batches for failure in batch.failures]
+    assert sorted(named) == [str(paths[i]) for i in (1, 2, 4)]
+    blank = torch.cat([batch.images[batch.labels < 0] for batch in batches])
+    assert len(blank) == 5 and not blank.any()
+
+
+def test_loading_processes_survive_the_signals_of_the_group() -> None:
+    source = PhotoSource(DemoPhotos(), repeats=64)
+    batches = source.batches(PretrainTransform((32, 32)), 4, 0, 30, workers=1)
+    next(batches)
+    (child,) = multiprocessing.active_children()
+    for name in ("INT", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(child.pid)], check=True)
+    assert len(list(batches)) == 29
+    child.join()
+    assert child.exitcode == 0
+
+
+def test_a_program_that_fails_ends_its_loading_processes() -> None:
+    code = """
+import multiprocessing
+from convmae.data import PretrainTransform, open_source
+batches = open_source("demo").batches(PretrainTransform((32, 32)), 4, 0, 99, workers=1)
+next(batches)
+print(multiprocessing.active_children()[0].pid)
+raise RuntimeError("as planned")
+"""
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert "as planned" in run.stderr and run.returncode == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(run.stdout), 0)
+
+
+def test_an_error_is_told_without_its_process_and_ends_the_others(tmp_path: Path) -> None:
+    for index in range(3):
+        (tmp_path / f"{index}.png").write_text("no")
+    source = PhotoSource(FolderPhotos(find_pictures(tmp_path)))
+    gc.disable()  # no cycle may keep the loading processes
+    try:
+        with pytest.raises(DataError, match="^none of the 3 pictures can be read") as caught:
+            list(source.batches(PretrainTransform((32, 32)), 1, 0, 3, workers=2))
+        assert multiprocessing.active_children() == []
+        assert "Traceback" not in str(caught.value)
+    finally:
+        gc.enable()

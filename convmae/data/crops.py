@@ -1,48 +1,26 @@
-"""Random-resized-crops that depend on (seed, epoch, sample) alone, whoever computes them."""
+"""Boxes, resizing and the seeds they are drawn from: a crop is the same whoever computes it."""
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
-
-from convmae.data.picture import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 MIN_CROP = 0.2  # share of the picture's area, as the official recipe
-CROP_RATIO = (3 / 4, 4 / 3)
+CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 
 Box = tuple[int, int, int, int]  # top, left, height, width
-Failure = tuple[int, str]  # index of the picture, why it could not be read
-
-
-class UnreadableError(Exception):
-    """One picture could not be decoded; the message says why."""
-
-
-class Photos(Protocol):
-    """Pictures that can be cropped by index."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """What to call picture `index` in messages."""
-
-    def crop(self, index: int, pick: Callable[[int, int], Box], size: tuple[int, int]) -> Tensor:
-        """`resize(picture[pick(height, width)], size)`, uint8 `[3, H, W]`, bicubic, antialiased.
-
-        Raises:
-            UnreadableError: the picture cannot be decoded.
-        """
+Size = tuple[int, int]  # height, width
+Pick = Callable[[int, int], Box]  # from the height and width of a picture
 
 
 def derive_seed(*keys: int) -> int:
@@ -52,13 +30,17 @@ def derive_seed(*keys: int) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Runs its body on torch's CPU generator seeded with `seed`, and puts the old state back."""
-    state = torch.get_rng_state()
+    """Seeds the global generators of torch (CPU), `random` and NumPy; puts their states back."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
     try:
         yield
     finally:
-        torch.set_rng_state(state)
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
 
 
 def random_box(height: int, width: int, min_crop: float = MIN_CROP) -> Box:
@@ -71,7 +53,21 @@ def random_box(height: int, width: int, min_crop: float = MIN_CROP) -> Box:
     return top, left, h, w
 
 
-def centre_box(size: tuple[int, int]) -> Callable[[int, int], Box]:
+def single_draw_box(height: int, width: int, min_crop: float = 0.08) -> Box:
+    """One draw of area (from `min_crop` on) and ratio (3:4 to 4:3), cut off at the picture's edges.
+
+    What TensorFlow's pipelines do: where the box does not fit it is clamped, not drawn again.
+    """
+    area = height * width * float(torch.empty(()).uniform_(min_crop, 1.0))
+    low, high = (math.log(ratio) for ratio in CROP_RATIO)
+    ratio = math.exp(float(torch.empty(()).uniform_(low, high)))
+    w = min(width, max(1, round(math.sqrt(area * ratio))))
+    h = min(height, max(1, round(math.sqrt(area / ratio))))
+    top = int(torch.randint(0, height - h + 1, ()))
+    return top, int(torch.randint(0, width - w + 1, ())), h, w
+
+
+def centre_box(size: Size) -> Pick:
     """Picks the largest centred box of the aspect ratio of `size`, `(H, W)`."""
 
     def pick(height: int, width: int) -> Box:
@@ -82,98 +78,24 @@ def centre_box(size: tuple[int, int]) -> Callable[[int, int], Box]:
     return pick
 
 
-def resized_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
-    """`resize(image[box], size)`, uint8 `[3, h, w]` -> `[3, H, W]`, bicubic, antialiased."""
+def resized(image: Tensor, size: Size) -> Tensor:
+    """`resize(image, size)`, `[C, h, w] -> [C, H, W]`, bicubic, antialiased, in the same dtype.
+
+    uint16 is resized in float32, rounded and clamped. float32 is not clamped: bicubic
+    interpolation may overshoot.
+    """
     from torchvision.transforms.v2 import InterpolationMode
-    from torchvision.transforms.v2.functional import resized_crop
+    from torchvision.transforms.v2.functional import resize
 
+    wide = image.float() if image.dtype == torch.uint16 else image
     bicubic = InterpolationMode.BICUBIC
-    return resized_crop(image, *box, size=list(size), interpolation=bicubic, antialias=True)
+    result = resize(wide, size=list(size), interpolation=bicubic, antialias=True)
+    if image.dtype == torch.uint16:
+        return result.round().clamp(0, 65535).to(torch.uint16)
+    return result
 
 
-def normalise(images: Tensor) -> Tensor:
-    """`(images / 255 - mean) / std` with ImageNet's statistics, uint8 `[N, 3, H, W]` -> float32."""
-    mean, std = _statistics(images)
-    return images.float().div_(255).sub_(mean).div_(std)
-
-
-def denormalise(images: Tensor) -> Tensor:
-    """`images * std + mean`, clamped to [0, 1]: the inverse of `normalise`, but for the 255."""
-    mean, std = _statistics(images)
-    return images.float().mul(std).add_(mean).clamp_(0, 1)
-
-
-def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    as_column = [
-        torch.tensor(values, device=images.device).view(3, 1, 1)
-        for values in (IMAGENET_MEAN, IMAGENET_STD)
-    ]
-    return as_column[0], as_column[1]
-
-
-class CropDataset(Dataset[tuple[Tensor, list[Failure]]]):
-    """Random-resized-crop and horizontal flip of sample `i` of epoch `e`: `dataset[e, i]`.
-
-    Sample `i` comes from picture `i % len(photos)`. A picture that cannot be decoded is replaced by
-    the next one that can (so the replacement is the same in every run), and reported.
-
-    Args:
-        photos: where the pictures come from.
-        size: `(H, W)` of the crops in pixels.
-        seed: with the epoch and the sample, all that the crop depends on.
-        samples_per_epoch: how many crops make an epoch; one of each picture if None.
-        min_crop: smallest share of a picture's area that a crop takes, in `(0, 1]`.
-        hflip: share of the crops that is flipped left to right, in `[0, 1]`.
-    """
-
-    def __init__(
-        self,
-        photos: Photos,
-        size: tuple[int, int],
-        seed: int = 0,
-        samples_per_epoch: int | None = None,
-        min_crop: float = MIN_CROP,
-        hflip: float = 0.5,
-    ) -> None:
-        self.photos = photos
-        self.size = size
-        self.seed = seed
-        self.samples_per_epoch = samples_per_epoch or len(photos)
-        self.hflip = hflip
-        self.pick = partial(random_box, min_crop=min_crop)
-
-    def __len__(self) -> int:
-        return self.samples_per_epoch
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, list[Failure]]:
-        """uint8 `[3, H, W]`, and the pictures that could not be read on the way.
-
-        Raises:
-            DataError: no picture at all could be read.
-        """
-        from torchvision.transforms.v2.functional import horizontal_flip
-
-        epoch, sample = key
-        with seeded(derive_seed(self.seed, epoch, sample)):
-            flip = bool(torch.rand(()) < self.hflip)
-            image, failures = read_or_next(self.photos, sample, self.pick, self.size)
-        return (horizontal_flip(image) if flip else image), failures
-
-
-def read_or_next(
-    photos: Photos, index: int, pick: Callable[[int, int], Box], size: tuple[int, int]
-) -> tuple[Tensor, list[Failure]]:
-    """The crop of picture `index`, or of the first readable one after it; and who failed.
-
-    Raises:
-        DataError: not one of the pictures can be read.
-    """
-    failures: list[Failure] = []
-    for step in range(len(photos)):
-        candidate = (index + step) % len(photos)
-        try:
-            return photos.crop(candidate, pick, size), failures
-        except UnreadableError as error:
-            failures.append((candidate, str(error)))
-    name, reason = (photos.name(failures[0][0]), failures[0][1]) if failures else ("none", "")
-    raise DataError(f"none of the {len(photos)} pictures can be read; the first, {name}: {reason}")
+def resized_crop(image: Tensor, box: Box, size: Size) -> Tensor:
+    """`resize(image[box], size)`, `[C, h, w] -> [C, H, W]`; see `resized`."""
+    top, left, height, width = box
+    return resized(image[:, top : top + height, left : left + width], size)

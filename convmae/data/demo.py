@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convmae.data.crops import Box, resized_crop
+from convmae.data.photos import NO_LABEL, Pixels
 from convmae.data.picture import DataError, read_picture
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from convmae.data.crops import Pick, Size
 
 # The colour photographs among scikit-image's built-in files (public domain or CC0):
 # a portrait, a cat, a cup of coffee, the Hubble deep field, a rocket, a motorcycle, a retina and a
@@ -34,6 +34,9 @@ CROPS_PER_PHOTO = 64  # an epoch of the demo is this many crops of every photogr
 class DemoPhotos:
     """Eight colour photographs, decoded once and kept in memory as uint8 tensors."""
 
+    channels = 3
+    dtype = torch.uint8
+
     def __init__(self) -> None:
         """Decodes the photographs (0.2 s).
 
@@ -48,10 +51,15 @@ class DemoPhotos:
     def name(self, index: int) -> str:
         return DEMO_FILES[index]
 
-    def crop(self, index: int, pick: Callable[[int, int], Box], size: tuple[int, int]) -> Tensor:
+    def label(self, index: int) -> int:
+        return NO_LABEL
+
+    def load(self, index: int) -> Tensor:
+        return self._images[index]
+
+    def crop(self, index: int, pick: Pick, size: Size) -> Tensor:
         """`resize(photograph[pick(height, width)], size)`, uint8 `[3, H, W]`."""
-        image = self._images[index]
-        return resized_crop(image, pick(image.shape[1], image.shape[2]), size)
+        return Pixels(self._images[index]).crop(pick, size)
 
 
 @cache

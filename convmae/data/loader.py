@@ -2,40 +2,73 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from typing import TYPE_CHECKING, NamedTuple
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from convmae.data.crops import CropDataset, Failure, derive_seed
+from convmae.data.crops import derive_seed, seeded
+from convmae.data.photos import NO_LABEL, Chosen, Failure, UnreadableError
+from convmae.data.picture import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from convmae.data.photos import Photos
+    from convmae.data.transforms import Transform
 
 ORDER_STREAM = 1  # keeps the seeds of the shuffling apart from those of the crops
 
 
 class Batch(NamedTuple):
-    """uint8 `images` `[N, 3, H, W]`, and the pictures that could not be read on the way."""
+    """What one step of one process sees."""
 
     images: Tensor
+    """uint8, uint16 or float32 `[N, C, H, W]`, as stored (not normalised)."""
+    labels: Tensor
+    """int64 `[N]`; -1 where there is none."""
+    keys: Tensor
+    """int64 `[N, 2]`, the epoch and the sample: what random numbers for a picture derive from."""
     failures: list[Failure]
+    """The pictures that could not be read on the way."""
+    seconds: float
+    """What preparing this batch took in the process that did it."""
 
 
-class RunSampler(Sampler[list[tuple[int, int]]]):
+Sample = tuple[Tensor, int]  # image, label
+Key = tuple[int, int]  # epoch, sample
+
+
+def make_batch(
+    samples: list[Sample], keys: list[Key], failures: list[Failure], began: float
+) -> Batch:
+    """Stacks samples; `began` is `time.perf_counter()` at the start of the work."""
+    images = torch.stack([image.contiguous() for image, _ in samples])
+    labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
+    key_tensor = torch.tensor(keys, dtype=torch.int64)
+    return Batch(images, labels, key_tensor, failures, time.perf_counter() - began)
+
+
+class RunSampler(Sampler[list[Key]]):
     """The batches of steps `first` to `last - 1` of a run, as lists of `(epoch, sample)`.
 
     Every epoch is a fresh permutation from `(seed, epoch)`, cut into `batches_per_epoch` whole
-    batches (what is left over is dropped).
+    batches of `batch_size * world` (what is left over is dropped), of which process `rank` takes
+    its contiguous part.
 
     Args:
         num_samples: samples in an epoch.
-        batch_size: samples in a batch.
-        batches_per_epoch: at most `num_samples // batch_size`.
+        batch_size: samples in a batch of one process.
+        batches_per_epoch: at most `num_samples // (batch_size * world)`.
         first, last: batches counted over the whole run.
         seed: of the permutations.
+        rank, world: which process this is, of how many.
     """
 
     def __init__(
@@ -46,15 +79,18 @@ class RunSampler(Sampler[list[tuple[int, int]]]):
         first: int,
         last: int,
         seed: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.num_samples, self.batch_size = num_samples, batch_size
         self.batches_per_epoch = batches_per_epoch
         self.first, self.last, self.seed = first, last, seed
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         return max(0, self.last - self.first)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         order: list[int] = []
         order_of = -1
         for step in range(self.first, self.last):
@@ -64,29 +100,163 @@ class RunSampler(Sampler[list[tuple[int, int]]]):
                 generator.manual_seed(derive_seed(self.seed, ORDER_STREAM, epoch, 0))
                 order = torch.randperm(self.num_samples, generator=generator).tolist()
                 order_of = epoch
-            start = position * self.batch_size
+            start = (position * self.world + self.rank) * self.batch_size
             yield [(epoch, sample) for sample in order[start : start + self.batch_size]]
 
 
-def make_loader(
-    dataset: CropDataset, sampler: RunSampler, num_workers: int = 0, pin_memory: bool = False
-) -> Iterable[Batch]:
-    """A DataLoader over all the steps of `sampler`: its workers live as long as the run."""
-    return DataLoader(
+class EvaluationSampler(Sampler[list[Key]]):
+    """Every sample once over all processes, as lists of `(0, sample)`, in order.
+
+    All processes get the same number of whole batches: where the samples end, numbers from
+    `num_samples` on stand for fillers.
+
+    Args:
+        num_samples: samples in all.
+        batch_size: samples in a batch of one process.
+        rank, world: which process this is, of how many.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.rank, self.world = rank, world
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // (self.batch_size * self.world))
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for number in range(len(self)):
+            start = (number * self.world + self.rank) * self.batch_size
+            yield [(0, start + place) for place in range(self.batch_size)]
+
+
+class PictureDataset(Dataset[Sample]):
+    """`transform` of sample `i` of epoch `e`: random numbers depend on `(seed, e, i)` alone.
+
+    Sample `i` comes from picture `i % len(photos)`. A picture that cannot be read is replaced,
+    label and all, by the next one that can (the same in every run), and reported.
+
+    Args:
+        photos: where the pictures come from.
+        transform: what is made of a picture.
+        seed: with the epoch and the sample, all that randomness depends on.
+    """
+
+    def __init__(self, photos: Photos, transform: Transform, seed: int = 0) -> None:
+        self.photos, self.transform, self.seed = photos, transform, seed
+
+    def sample(self, epoch: int, sample: int) -> tuple[Sample, list[Failure]]:
+        """`(image, label)`, and the pictures that could not be read on the way.
+
+        Raises:
+            DataError: no picture at all could be read.
+        """
+        with seeded(derive_seed(self.seed, epoch, sample)):
+            return read_or_next(self.photos, sample, self.transform)
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        began = time.perf_counter()
+        done = [self.sample(*key) for key in keys]
+        failures = [failure for _, of_sample in done for failure in of_sample]
+        return make_batch([sample for sample, _ in done], keys, failures, began)
+
+
+class EvaluationDataset(PictureDataset):
+    """Each picture once: one that cannot be read is a filler (zeros, label -1), and reported."""
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        began = time.perf_counter()
+        samples, failures = [], []
+        blank = torch.zeros(self.photos.channels, *self.transform.size, dtype=self.photos.dtype)
+        for _, index in keys:
+            sample: Sample = (blank, NO_LABEL)
+            if index < len(self.photos):
+                try:
+                    with seeded(derive_seed(self.seed, 0, index)):
+                        image = self.transform(Chosen(self.photos, index))
+                    sample = (image, self.photos.label(index))
+                except UnreadableError as error:
+                    failures.append(Failure(self.photos.name(index), str(error)))
+            samples.append(sample)
+        return make_batch(samples, keys, failures, began)
+
+
+def read_or_next(photos: Photos, index: int, transform: Transform) -> tuple[Sample, list[Failure]]:
+    """Picture `index % len(photos)` and its label, or the first readable after it; and who failed.
+
+    Raises:
+        DataError: not one of the pictures can be read.
+    """
+    failures: list[Failure] = []
+    for step in range(len(photos)):
+        candidate = (index + step) % len(photos)
+        try:
+            image = transform(Chosen(photos, candidate))
+            return (image, photos.label(candidate)), failures
+        except UnreadableError as error:
+            failures.append(Failure(photos.name(candidate), str(error)))
+    name, reason = failures[0] if failures else ("none", "")
+    raise DataError(f"none of the {len(photos)} pictures can be read; the first, {name}: {reason}")
+
+
+def run_batches(
+    dataset: Dataset[Any],
+    sampler: Iterable[list[Any]] | None,
+    workers: int = 0,
+    pin: bool = False,
+) -> Iterator[Any]:
+    """What `dataset.__getitems__` makes of each list of `sampler`, or what `dataset` yields.
+
+    The loading processes live until the iterator ends or is deleted.
+
+    Args:
+        dataset: by index, or iterable where `sampler` is None.
+        sampler: lists of indices.
+        workers: loading processes; 0 loads in this one.
+        pin: copies tensors to page-locked memory.
+
+    Raises:
+        DataError: from the dataset, without the traceback of another process.
+    """
+    loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=_collate,
-        worker_init_fn=_ignore_interrupts,
+        batch_size=1 if sampler is not None else None,
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=pin,
+        collate_fn=as_it_is,
+        worker_init_fn=_ignore_signals,
     )
+    reason = ""
+    try:
+        yield from loader
+        return
+    except Exception as error:
+        # Else the traceback keeps the loading processes alive: torch's frame in it names the error.
+        traceback.clear_frames(error.__traceback__)
+        if not isinstance(error, DataError):
+            raise
+        reason = str(error).rpartition("DataError: ")[2].strip()
+    raise DataError(reason)
 
 
-def _collate(samples: list[tuple[Tensor, list[Failure]]]) -> Batch:
-    failures = [failure for _, of_sample in samples for failure in of_sample]
-    return Batch(torch.stack([image.contiguous() for image, _ in samples]), failures)
+def as_it_is(value: Any) -> Any:
+    """No collation: the dataset makes whole batches."""
+    return value
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; only the main process is to act on it."""
+def _ignore_signals(worker: int) -> None:
+    """Signals reach the whole process group, but only the main process is to act on them.
+
+    SIGTERM of the main process itself is obeyed: Python's clean-up at exit sends it, and waits.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_with_parent(parent: int) -> None:
+    """Takes the place of a handler, which would not be told who sent the signal."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -8,6 +8,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import BinaryIO
 
     from PIL import Image as PILImage
 
@@ -53,7 +54,9 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
     return image.convert("RGB")
 
 
-def read_picture(path: Path, shrink: float = 1.0) -> PILImage.Image:
+def read_picture(
+    path: Path | BinaryIO, shrink: float = 1.0, formats: tuple[str, ...] | None = None
+) -> PILImage.Image:
     """The picture at `path` as an upright RGB image.
 
     Args:
@@ -61,6 +64,7 @@ def read_picture(path: Path, shrink: float = 1.0) -> PILImage.Image:
         shrink: how many times smaller the picture will be used. A JPEG is then decoded directly at
             1/2, 1/4 or 1/8 of its size, the smallest that is still at least `size / shrink`;
             other formats ignore it.
+        formats: Pillow's names of the formats to try; all if None.
 
     Raises:
         OSError, ValueError, SyntaxError: the file cannot be decoded.
@@ -68,7 +72,7 @@ def read_picture(path: Path, shrink: float = 1.0) -> PILImage.Image:
     """
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
+    with Image.open(path, formats=formats) as image:
         if shrink >= 2:
             width, height = image.size
             image.draft(None, (int(width / shrink), int(height / shrink)))

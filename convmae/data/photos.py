@@ -1,0 +1,138 @@
+"""What a picture is to the rest of the package: something to load whole, or to crop and resize."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from convmae.data.crops import resized_crop
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from convmae.data.crops import Pick, Size
+
+NO_LABEL = -1
+
+
+class Failure(NamedTuple):
+    """A picture that could not be read: what it is called, and why."""
+
+    name: str
+    reason: str
+
+
+class UnreadableError(Exception):
+    """One picture could not be decoded; the message says why."""
+
+
+class Picture(Protocol):
+    """One picture that is decoded when it is used."""
+
+    def load(self) -> Tensor:
+        """The whole picture as stored, `[C, h, w]`.
+
+        Raises:
+            UnreadableError: the picture cannot be decoded.
+        """
+
+    def crop(self, pick: Pick, size: Size) -> Tensor:
+        """`resize(picture[pick(h, w)], size)`, `[C, H, W]`, bicubic, antialiased, same dtype.
+
+        Raises:
+            UnreadableError: the picture cannot be decoded.
+        """
+
+
+class Photos(Protocol):
+    """Pictures by index: all of the same number of channels and dtype."""
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """uint8, uint16 or float32."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call picture `index` in messages."""
+
+    def label(self, index: int) -> int:
+        """The class of picture `index`, or -1."""
+
+    def load(self, index: int) -> Tensor:
+        """Picture `index` as stored, `[C, h, w]`.
+
+        Raises:
+            UnreadableError: the picture cannot be decoded.
+        """
+
+    def crop(self, index: int, pick: Pick, size: Size) -> Tensor:
+        """`resize(picture[pick(h, w)], size)`, `[C, H, W]`, bicubic, antialiased, same dtype.
+
+        Raises:
+            UnreadableError: the picture cannot be decoded.
+        """
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Picture `index` of `photos`."""
+
+    photos: Photos
+    index: int
+
+    def load(self) -> Tensor:
+        return self.photos.load(self.index)
+
+    def crop(self, pick: Pick, size: Size) -> Tensor:
+        return self.photos.crop(self.index, pick, size)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A decoded picture, `[C, h, w]`."""
+
+    image: Tensor
+
+    def load(self) -> Tensor:
+        return self.image
+
+    def crop(self, pick: Pick, size: Size) -> Tensor:
+        return resized_crop(self.image, pick(self.image.shape[1], self.image.shape[2]), size)
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The pictures `indices` of `photos`."""
+
+    photos: Photos
+    indices: Sequence[int]
+
+    @property
+    def channels(self) -> int:
+        return self.photos.channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.photos.dtype
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.photos.name(self.indices[index])
+
+    def label(self, index: int) -> int:
+        return self.photos.label(self.indices[index])
+
+    def load(self, index: int) -> Tensor:
+        return self.photos.load(self.indices[index])
+
+    def crop(self, index: int, pick: Pick, size: Size) -> Tensor:
+        return self.photos.crop(self.indices[index], pick, size)

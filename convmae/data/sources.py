@@ -1,0 +1,245 @@
+"""Where pictures come from, told apart by what lies at `--data_path`, checked before use."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from convmae.data.arrays import EXTENSION as ARRAY
+from convmae.data.arrays import ArrayPhotos
+from convmae.data.base import PhotoSource, Source, check_share, choose_balanced
+from convmae.data.demo import CROPS_PER_PHOTO, DemoPhotos
+from convmae.data.folder import (
+    EXTENSIONS,
+    FolderPhotos,
+    check_readable,
+    find_pictures,
+    walk_pictures,
+)
+from convmae.data.idx import IdxPhotos, find_idx
+from convmae.data.picture import DataError
+from convmae.data.stream import ShardSource, open_shards
+
+if TYPE_CHECKING:
+    from convmae.data.photos import Failure, Photos
+
+SPLITS = ("train", "val")
+VAL_FOLDERS = ("val", "test")
+SHARD = ".tar"
+
+
+def open_source(
+    data_path: str | os.PathLike[str],
+    split: str = "train",
+    max_unreadable: float = 0.1,
+    max_samples: int | None = None,
+    seed: int = 0,
+) -> Source:
+    """The pictures at `data_path`, their headers checked.
+
+    - `demo`: the photographs inside scikit-image; `val` is the same.
+    - A folder of pictures, flat or nested. With a `train` folder inside, that is read; `val` is the
+      folder `val` or `test` inside. Where no picture lies directly in the folder of the split, the
+      names of its sub-folders, sorted, are the classes, as in torchvision's `ImageFolder`; those of
+      `val` are those of `train`.
+    - The same with `.npy` arrays instead of pictures (`convmae.data.arrays`).
+    - A folder with the IDX files of the MNIST family, packed or not, or with them in `raw` or
+      `<name>/raw`; `val` is t10k.
+    - WebDataset shards (`convmae.data.stream`): a folder with `.tar` files (or with `train` and
+      `val` folders that have them), a pattern like `path/shard-{000000..000009}.tar`, or the same
+      at an http or https address.
+
+    Args:
+        data_path: what to open.
+        split: "train" or "val".
+        max_unreadable: share of unreadable pictures above which the source is refused; of shards,
+            share of damaged shards.
+        max_samples: train on this many pictures only, as many of each class as can be.
+        seed: of the choice of these.
+
+    Raises:
+        DataError: nothing there, nothing of the split, too much of it unreadable, or fewer pictures
+            than `max_samples`.
+        ValueError: `split` is neither "train" nor "val".
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be 'train' or 'val', got {split!r}")
+    text = os.fspath(data_path)
+    if text == "demo":
+        demo, limits = DemoPhotos(), (max_unreadable, max_samples, seed)
+        words = f"demo: {len(demo)} photographs of scikit-image"
+        return _of_photos(demo, words, None, *limits, repeats=CROPS_PER_PHOTO, workers=0)
+    folder = Path(text).expanduser()
+    if not folder.is_dir():
+        if text.endswith(SHARD) or _is_address(text):
+            return _of_shards(text, split, max_unreadable, max_samples)
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise DataError(f"--data_path {text!r} {what}; expected 'demo' or a folder of pictures")
+    idx = find_idx(folder)
+    if idx is not None:
+        numbers = IdxPhotos(idx, split)
+        words = f"{len(numbers)} pictures of {idx} ({split})"
+        classes = list(numbers.classes)
+        return _of_photos(numbers, words, classes, max_unreadable, max_samples, seed)
+    here = split_folder(folder, split, text)
+    if _has_shards(here):
+        return _of_shards(str(here), None, max_unreadable, max_samples)
+    return _of_folder(here, folder, max_unreadable, max_samples, seed)
+
+
+def _is_address(text: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text) is not None
+
+
+def _of_shards(
+    where: str, split: str | None, max_unreadable: float, max_samples: int | None
+) -> ShardSource:
+    if max_samples is not None:
+        raise DataError(
+            f"--max_samples {max_samples} cannot choose from shards, which are read in order; "
+            "expected a folder of pictures, or write smaller shards"
+        )
+    return open_shards(where, split, max_unreadable, default_workers())
+
+
+def split_folder(folder: Path, split: str, told: str) -> Path:
+    """Where the pictures of `split` lie.
+
+    Raises:
+        DataError: there is no such folder, or there is a `val` but no `train`.
+    """
+    names = ("train",) if split == "train" else VAL_FOLDERS
+    for name in names:
+        if (folder / name).is_dir():
+            return folder / name
+    others = [name for name in VAL_FOLDERS if (folder / name).is_dir()]
+    if split == "train" and not others:
+        return folder
+    looked = " or ".join(str(folder / name) for name in names)
+    beside = f"; found {folder / others[0]} alone" if others else ""
+    raise DataError(f"--data_path {told!r} has no {split} pictures: looked for {looked}{beside}")
+
+
+def _has_shards(folder: Path) -> bool:
+    """Whether `folder` itself holds `.tar` files.
+
+    Raises:
+        DataError: it holds pictures as well.
+    """
+    names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    shards = [name for name in names if name.endswith(SHARD)]
+    others = [n for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS | {ARRAY}]
+    if shards and others:
+        raise _mixed(folder, min(shards), min(others))
+    return bool(shards)
+
+
+def _mixed(folder: Path, one: str, other: str) -> DataError:
+    return DataError(
+        f"--data_path: {folder} holds files of two kinds, {one} and {other}; expected pictures, "
+        ".npy arrays or .tar shards, in a folder of their own"
+    )
+
+
+def _of_folder(
+    here: Path, root: Path, max_unreadable: float, max_samples: int | None, seed: int
+) -> PhotoSource:
+    paths = find_pictures(here, extensions=EXTENSIONS | {ARRAY})
+    classes = class_folders(root / "train" if (root / "train").is_dir() else here)
+    labels = None if classes is None else _labels(paths, here, classes)
+    arrays = [path for path in paths if path.suffix.lower() == ARRAY]
+    words = f"{len(paths)} pictures in {here}"
+    if not arrays:
+        failures, checked = check_readable(paths)
+        check_share(failures, checked, max_unreadable)
+        photos: Photos = FolderPhotos(paths, labels)
+    elif len(arrays) < len(paths):
+        other = next(path for path in paths if path.suffix.lower() != ARRAY)
+        names = (str(path.relative_to(here)) for path in (arrays[0], other))
+        raise _mixed(here, *names)
+    else:
+        of_arrays = ArrayPhotos(paths, labels)
+        failures = of_arrays.failures
+        check_share(failures, len(of_arrays), max_unreadable)
+        photos = of_arrays
+        kind = f"{photos.channels} channels of {str(photos.dtype).removeprefix('torch.')}"
+        words = f"{len(photos)} arrays of {kind} in {here}"
+    if classes is not None:
+        words += f", {len(classes)} classes"
+    return _of_photos(
+        photos, words, classes, max_unreadable, max_samples, seed, failures=tuple(failures)
+    )
+
+
+def class_folders(folder: Path) -> list[str] | None:
+    """The sorted sub-folders that hold pictures; None where pictures lie in `folder` itself."""
+    extensions = EXTENSIONS | {ARRAY}
+    names = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if next(walk_pictures(path, extensions), None) is not None:
+                names.append(path.name)
+        elif path.suffix.lower() in extensions:
+            return None
+    return names
+
+
+def _labels(paths: list[Path], here: Path, classes: list[str]) -> list[int]:
+    """The number of each picture's class folder.
+
+    Raises:
+        DataError: a picture lies in no folder, or in one that is no class.
+    """
+    number = {name: index for index, name in enumerate(classes)}
+    labels = []
+    for path in paths:
+        parts = path.relative_to(here).parts
+        name = parts[0] if len(parts) > 1 else None
+        if name not in number:
+            raise DataError(
+                f"{path} belongs to none of the {len(classes)} classes of training "
+                f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}); expected a "
+                f"folder of that name under {here}"
+            )
+        labels.append(number[name])
+    return labels
+
+
+def _of_photos(
+    photos: Photos,
+    words: str,
+    classes: list[str] | None,
+    max_unreadable: float,
+    max_samples: int | None,
+    seed: int,
+    repeats: int = 1,
+    workers: int | None = None,
+    failures: tuple[Failure, ...] = (),
+) -> PhotoSource:
+    if max_samples is not None:
+        broken = {failure.name for failure in failures}
+        photos = choose_balanced(photos, max_samples, seed, broken, len(classes or "1"))
+        words += f"; {max_samples} of them chosen"
+        failures = ()
+    if repeats > 1:
+        words += f", {repeats * len(photos)} crops of them an epoch"
+    return PhotoSource(
+        photos,
+        classes=classes,
+        repeats=repeats,
+        description=words,
+        workers=default_workers() if workers is None else workers,
+        failures=list(failures),
+        max_unreadable=max_unreadable,
+    )
+
+
+def default_workers() -> int:
+    """Loading processes: one for each core that this process may use but one, at most 8."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)) - 1)
+    return min(8, (os.cpu_count() or 1) - 1)

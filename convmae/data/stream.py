@@ -1,0 +1,448 @@
+"""Shards read as a stream: shuffled, shared among processes, and resumable at any batch.
+
+The order of epoch `e` is that of its shards, shuffled by `(seed, e)`, one after the other. It is
+cut into contiguous ranges, one for each loading process of each rank, whatever the sizes of the
+shards: so all ranks have as many batches, no sample comes twice, and those after the last whole
+batch are dropped. A loading process reads its range, through a buffer that shuffles by
+`(seed, e, process)`. Where a run goes on, the samples before are passed over without being decoded,
+and in local shards without being read.
+
+Nothing is lost silently. A sample that cannot be decoded is reported and replaced by the next that
+can. A shard that ends early is found when its headers are counted, and reported then; where an
+address yields less than `sizes.json` says, each sample that is missing is reported and replaced.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from convmae.data.arrays import decode_array
+from convmae.data.base import Source, check_share
+from convmae.data.crops import derive_seed, seeded
+from convmae.data.folder import EncodedPicture
+from convmae.data.loader import ORDER_STREAM, Batch, make_batch, run_batches
+from convmae.data.photos import NO_LABEL, Failure, Pixels, UnreadableError
+from convmae.data.picture import DataError
+from convmae.data.shards import (
+    DAMAGED,
+    FORMATS,
+    LABEL,
+    PICTURES,
+    Shards,
+    is_address,
+    list_shards,
+    opened,
+    samples_of,
+    what_broke,
+)
+from convmae.data.transforms import CentreTransform
+
+if TYPE_CHECKING:
+    import tarfile
+    from collections.abc import Callable, Iterator
+    from collections.abc import Set as AbstractSet
+
+    from convmae.data.base import Plan
+    from convmae.data.crops import Size
+    from convmae.data.photos import Picture
+    from convmae.data.transforms import Transform
+
+BUFFER = 1000  # samples, not decoded, that one loading process shuffles
+BUFFER_STREAM = 4  # keeps the seeds of the buffers apart from all others
+GIVE_UP = 1000  # unreadable samples in a row
+
+
+class Raw(NamedTuple):
+    """A sample that is not decoded yet, or why there is none."""
+
+    epoch: int
+    sample: int
+    """Its number: samples of all shards, counted in the order of the shards' names."""
+    name: str
+    content: dict[str, bytes] | None = None
+    reason: str = ""
+
+
+class Kind(NamedTuple):
+    """What the samples of a source have in common."""
+
+    channels: int
+    dtype: torch.dtype
+    classes: list[str] | None
+    labelled: bool
+
+
+def decode(raw: Raw) -> tuple[Picture, str | None]:
+    """The picture of a sample, and its label as text.
+
+    Raises:
+        UnreadableError: there is none, or the array cannot be decoded.
+    """
+    if raw.content is None:
+        raise UnreadableError(raw.reason)
+    suffix = next(suffix for suffix in raw.content if suffix in PICTURES)
+    data = raw.content[suffix]
+    text = raw.content.get(LABEL)
+    label = None if text is None else text.decode("ascii", "replace").strip()
+    if suffix == "npy":
+        return decode_array(data), label
+    return EncodedPicture(data, formats=(FORMATS[suffix],)), label
+
+
+def label_of(text: str | None, kind: Kind) -> int:
+    """The number of a label, -1 in a source that has none.
+
+    Raises:
+        UnreadableError: it is missing, or no whole number of a class.
+    """
+    if not kind.labelled:
+        return NO_LABEL
+    if text is None:
+        raise UnreadableError(f"it has no .{LABEL}, as others have")
+    if not text.isdecimal():
+        raise UnreadableError(f"its .{LABEL} is {text[:32]!r}; expected a whole number")
+    if kind.classes is not None and int(text) >= len(kind.classes):
+        raise UnreadableError(f"its .{LABEL} is {text}, but there are {len(kind.classes)} classes")
+    return int(text)
+
+
+def read_shard(
+    name: str,
+    size: int,
+    start: int,
+    stop: int,
+    offset: int,
+    epoch: int,
+    wanted: AbstractSet[int],
+) -> Iterator[Raw]:
+    """Samples `start` to `stop - 1` of a shard; always that many.
+
+    Args:
+        name: path or address.
+        size: samples in the shard.
+        start, stop: which of them.
+        offset: number of the shard's first sample.
+        epoch: told with each sample.
+        wanted: the samples of the shard whose contents are needed.
+
+    Raises:
+        DataError: the shard holds more than `size` samples.
+    """
+    done, reason = start, f"the shard ends before its {size} samples"
+    try:
+        with opened(name) as (archive, stream):
+            samples = samples_of(archive, stream, name, read=is_address(name))
+            for index, sample in enumerate(islice(samples, stop)):
+                if index < start:
+                    continue
+                label = f"{name}: {sample['__key__']}"
+                content = _contents(archive, sample) if index in wanted else None
+                yield Raw(epoch, offset + index, label, content)
+                done = index + 1
+            if stop == size and done == stop and next(samples, None) is not None:
+                raise DataError(
+                    f"{name} holds more than {size} samples, which sizes.json or its headers told"
+                )
+    except DataError:
+        raise
+    except DAMAGED as error:
+        reason = what_broke(error)
+    for index in range(done, stop):
+        yield Raw(epoch, offset + index, f"{name}: sample {index}", None, reason)
+
+
+def _contents(archive: tarfile.TarFile, sample: dict[str, Any]) -> dict[str, bytes]:
+    return {
+        suffix: value if isinstance(value, bytes) else archive.extractfile(value).read()  # type: ignore[union-attr]
+        for suffix, value in sample.items()
+        if suffix in PICTURES or suffix == LABEL
+    }
+
+
+def in_order(
+    shards: Shards, order: list[int], epoch: int, low: int, count: int, skipped: AbstractSet[int]
+) -> Iterator[Raw]:
+    """Samples `low` to `low + count - 1` of the shards in `order`, then fillers without a name.
+
+    The contents of those at the places `skipped`, counted from `low`, are not read.
+    """
+    offsets = torch.tensor((0, *shards.sizes)).cumsum(0).tolist()
+    place = 0
+    for number in order:
+        size = shards.sizes[number]
+        start, stop = max(low - place, 0), min(low + count - place, size)
+        if start < stop:
+            wanted = {index for index in range(start, stop) if index + place - low not in skipped}
+            part = (size, start, stop, offsets[number])
+            yield from read_shard(shards.names[number], *part, epoch, wanted)
+        place += size
+    for sample in range(max(low, place), low + count):
+        yield Raw(epoch, sample, "")
+
+
+class StreamDataset(IterableDataset[Batch]):
+    """Whole batches of one process, each prepared by the loading process whose turn it is.
+
+    Args:
+        shards: where the samples are.
+        kind: what they have in common.
+        transform: what is made of a picture.
+        plan: which batches.
+        training: shuffles, and replaces what cannot be read; else everything comes once, in order,
+            with zeros and the label -1 for what cannot be read and after the end.
+    """
+
+    def __init__(
+        self, shards: Shards, kind: Kind, transform: Transform, plan: Plan, training: bool
+    ) -> None:
+        self.shards, self.kind, self.transform = shards, kind, transform
+        self.plan, self.training = plan, training
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        plan = self.plan
+        mine = range(plan.first + worker, plan.last, workers)
+        if not mine:
+            return
+        raws = _Ahead(self._stream(mine[0], workers))
+        for _ in mine:
+            began = time.perf_counter()
+            chosen = list(islice(raws, plan.batch_size))
+            make = self._train_batch if self.training else self._evaluation_batch
+            yield make(chosen, raws, began)
+
+    def _stream(self, number: int, workers: int) -> Iterator[Raw]:
+        """All that this loading process reads, from batch `number` on, without end."""
+        epoch, reader = number // self.plan.batches_per_epoch, number % workers
+        skip = self._turns(epoch, reader, workers).index(number)
+        while True:
+            yield from self._epoch(epoch, reader, workers, skip * self.plan.batch_size)
+            epoch, skip = epoch + 1, 0
+
+    def _turns(self, epoch: int, reader: int, workers: int) -> range:
+        """The batches `b` of an epoch with `b % workers == reader`: that this process prepares."""
+        start = epoch * self.plan.batches_per_epoch
+        shift = (reader - start) % workers
+        return range(start + shift, start + self.plan.batches_per_epoch, workers)
+
+    def _epoch(self, epoch: int, reader: int, workers: int, skip: int) -> Iterator[Raw]:
+        """The samples of one epoch in this loading process, but for the first `skip`."""
+        plan = self.plan
+        turns = [len(self._turns(epoch, other, workers)) for other in range(workers)]
+        before = plan.rank * plan.batches_per_epoch + sum(turns[:reader])
+        low, count = before * plan.batch_size, turns[reader] * plan.batch_size
+        if not self.training:
+            return in_order(self.shards, _all(self.shards), epoch, low, count, frozenset())
+
+        from webdataset.filters import _shuffle as shuffle
+
+        seed = derive_seed(plan.seed, BUFFER_STREAM, epoch, plan.rank * workers + reader)
+        places = shuffle(iter(range(count)), BUFFER, rng=random.Random(seed))
+        skipped = set(islice(places, skip))
+        raws = in_order(self.shards, self._order(epoch), epoch, low, count, skipped)
+        return islice(shuffle(raws, BUFFER, rng=random.Random(seed)), skip, None)
+
+    def _order(self, epoch: int) -> list[int]:
+        """The shards of an epoch of training, by number."""
+        generator = torch.Generator()
+        generator.manual_seed(derive_seed(self.plan.seed, ORDER_STREAM, epoch, 0))
+        return torch.randperm(len(self.shards.names), generator=generator).tolist()
+
+    def _transformed(self, raw: Raw, epoch: int, sample: int) -> tuple[Tensor, int]:
+        """The image and label of `raw` with the random numbers of `(epoch, sample)`.
+
+        Raises:
+            UnreadableError: it cannot be decoded, or is not like the others.
+        """
+        picture, text = decode(raw)
+        label = label_of(text, self.kind)
+        with seeded(derive_seed(self.plan.seed, epoch, sample)):
+            image = self.transform(picture)
+        if (len(image), image.dtype) != (self.kind.channels, self.kind.dtype):
+            raise UnreadableError(
+                f"{len(image)} channels of {image.dtype}, where other pictures have "
+                f"{self.kind.channels} of {self.kind.dtype}"
+            )
+        return image, label
+
+    def _train_batch(self, chosen: list[Raw], raws: _Ahead, began: float) -> Batch:
+        failures: list[Failure] = []
+        samples = []
+        for place, raw in enumerate(chosen):
+            candidates = [raw, *chosen[place + 1 :]]
+            samples.append(self._readable(raw, candidates, raws, failures))
+        keys = [(raw.epoch, raw.sample) for raw in chosen]
+        return make_batch(samples, keys, failures, began)
+
+    def _readable(
+        self, raw: Raw, candidates: list[Raw], raws: _Ahead, failures: list[Failure]
+    ) -> tuple[Tensor, int]:
+        """`raw`, or the next in this loading process that can be read.
+
+        Raises:
+            DataError: none of the next `GIVE_UP` can be read.
+        """
+        tried: list[Failure] = []
+        for step in range(GIVE_UP):
+            ahead = step - len(candidates)
+            candidate = candidates[step] if ahead < 0 else raws.peek(ahead)
+            try:
+                sample = self._transformed(candidate, raw.epoch, raw.sample)
+            except UnreadableError as error:
+                tried.append(Failure(candidate.name, str(error)))
+                continue
+            failures += tried
+            return sample
+        name, reason = tried[0]
+        raise DataError(f"{GIVE_UP} samples in a row cannot be read; the first, {name}: {reason}")
+
+    def _evaluation_batch(self, chosen: list[Raw], raws: _Ahead, began: float) -> Batch:
+        blank = torch.zeros(self.kind.channels, *self.transform.size, dtype=self.kind.dtype)
+        samples, failures = [], []
+        for raw in chosen:
+            sample: tuple[Tensor, int] = (blank, NO_LABEL)
+            if raw.name:
+                try:
+                    sample = self._transformed(raw, 0, raw.sample)
+                except UnreadableError as error:
+                    failures.append(Failure(raw.name, str(error)))
+            samples.append(sample)
+        return make_batch(samples, [(0, raw.sample) for raw in chosen], failures, began)
+
+
+class _Ahead:
+    """An iterator that can look ahead."""
+
+    def __init__(self, items: Iterator[Raw]) -> None:
+        self.items, self.seen = items, deque[Raw]()
+
+    def __iter__(self) -> _Ahead:
+        return self
+
+    def __next__(self) -> Raw:
+        return self.seen.popleft() if self.seen else next(self.items)
+
+    def peek(self, ahead: int) -> Raw:
+        """The item that `ahead` others come before."""
+        while len(self.seen) <= ahead:
+            self.seen.append(next(self.items))
+        return self.seen[ahead]
+
+
+class _Mapped(IterableDataset[Any]):
+    """`function` of the first `limit` whole pictures, shared among the loading processes."""
+
+    def __init__(self, shards: Shards, function: Callable[[Tensor], Any], limit: int) -> None:
+        self.shards, self.function, self.limit = shards, function, limit
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        share = -(-self.limit // workers)
+        low = worker * share
+        count = max(0, min(share, self.limit - low))
+        for raw in in_order(self.shards, _all(self.shards), 0, low, count, frozenset()):
+            yield raw.sample, self._of(raw)
+
+    def _of(self, raw: Raw) -> Any:
+        try:
+            return self.function(decode(raw)[0].load())
+        except UnreadableError as error:
+            return Failure(raw.name, str(error))
+
+
+def _all(shards: Shards) -> list[int]:
+    return list(range(len(shards.names)))
+
+
+class ShardSource(Source):
+    """Samples of shards, read as a stream.
+
+    Args:
+        shards: where they are, and how many.
+        max_unreadable: the share of damaged shards above which they are refused.
+        workers: loading processes by default.
+
+    Raises:
+        DataError: too many shards are damaged, there is no sample, or none can be read.
+    """
+
+    def __init__(self, shards: Shards, max_unreadable: float, workers: int) -> None:
+        check_share(shards.failures, len(shards.names), max_unreadable, "shards")
+        self.shards, self.failures = shards, list(shards.failures)
+        self.pictures = self.samples_per_epoch = sum(shards.sizes)
+        self.classes, self.workers, self.max_unreadable = shards.classes, workers, max_unreadable
+        self._previews: dict[tuple[int, Size], Tensor] = {}
+        picture, text = next(self._readable())
+        image = picture.load()
+        self.channels, self.dtype = len(image), image.dtype
+        self.kind = Kind(self.channels, self.dtype, self.classes, text is not None)
+        kinds = f"{self.pictures} samples in {len(shards.names)} shards of {shards.where}"
+        self.description = kinds + (f", {len(self.classes)} classes" if self.classes else "")
+
+    def _readable(self) -> Iterator[tuple[Picture, str | None]]:
+        """The first samples that can be read, of the first `GIVE_UP`, and their labels.
+
+        Raises:
+            DataError: there is none.
+        """
+        limit = min(self.pictures, GIVE_UP)
+        tried: list[Failure] = []
+        for raw in in_order(self.shards, _all(self.shards), 0, 0, limit, frozenset()):
+            try:
+                picture, text = decode(raw)
+                whole = Pixels(picture.load())
+            except UnreadableError as error:
+                tried.append(Failure(raw.name, str(error)))
+                continue
+            yield whole, text
+        if len(tried) == limit:
+            told = f"; the first, {tried[0].name}: {tried[0].reason}" if tried else ""
+            raise DataError(
+                f"--data_path {self.shards.where!r} holds no sample that can be read{told}"
+            )
+
+    def _train(self, transform: Transform, plan: Plan) -> tuple[Dataset[Any], Any]:
+        return StreamDataset(self.shards, self.kind, transform, plan, training=True), None
+
+    def _evaluate(self, transform: Transform, plan: Plan) -> tuple[Dataset[Any], Any]:
+        return StreamDataset(self.shards, self.kind, transform, plan, training=False), None
+
+    def preview(self, count: int, size: Size) -> Tensor:
+        """Centre crops of the first `count` readable samples at most, read once: `[N, C, H, W]`."""
+        if (count, size) not in self._previews:
+            transform = CentreTransform(size)
+            alike = (p for p, _ in self._readable() if len(p.load()) == self.channels)
+            crops = [transform(picture).contiguous() for picture in islice(alike, count)]
+            self._previews[count, size] = torch.stack(crops)
+        return self._previews[count, size]
+
+    def map(
+        self,
+        function: Callable[[Tensor], Any],
+        max_pictures: int | None = None,
+        workers: int | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """`(index, function(picture))` of every picture, or of the first `max_pictures`."""
+        limit = min(self.pictures, max_pictures or self.pictures)
+        dataset = _Mapped(self.shards, function, limit)
+        return run_batches(dataset, None, self._workers(workers))
+
+
+def open_shards(where: str, split: str | None, max_unreadable: float, workers: int) -> ShardSource:
+    """The shards of a folder, a pattern or an address; see `list_shards`.
+
+    Raises:
+        DataError: missing, too many of them damaged, or nothing readable in them.
+    """
+    # One loading process at least: Ctrl-C would reach what fetches for this one.
+    return ShardSource(list_shards(where, split), max_unreadable, max(1, workers))
