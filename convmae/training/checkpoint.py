@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from convmae.data import IMAGENET_MEAN, IMAGENET_STD
 from convmae.training.config import OptionError
+from convmae.training.safe_load import load_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from torch import Tensor
 
     from convmae.models import ConvMAE, ConvViT
@@ -22,20 +26,44 @@ if TYPE_CHECKING:
 FOLDER = "checkpoint"
 WEIGHTS = "model.safetensors"
 STATE = "training_state.pt"
+_DESCRIBED = ("config", "mean", "std")  # in the metadata of a model.safetensors, as JSON
 
 
 @dataclass
 class Weights:
-    """What a weights file holds: the model's name, its configuration and its state dict."""
+    """What a weights file holds: the model's name, its configuration and its state dict.
+
+    `mean` and `std` are those of the pictures it was trained on, a number a channel; None if the
+    file does not tell.
+    """
 
     path: Path
     model: str
     config: dict[str, Any]
     state: dict[str, Tensor]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def describe(self) -> str:
         """One line that tells this model from another."""
         return describe(self.model, self.config)
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation to normalise with: those it tells, else ImageNet's.
+
+        Raises:
+            OptionError: it tells none, and is of another number of channels than 3.
+        """
+        if self.mean is not None and self.std is not None:
+            return self.mean, self.std
+        channels = self.config.get("in_chans", len(IMAGENET_MEAN))
+        if channels != len(IMAGENET_MEAN):
+            raise OptionError(
+                f"{self.path} is of {channels} channels and does not tell the mean and deviation "
+                "that its pictures were normalised with"
+            )
+        return IMAGENET_MEAN, IMAGENET_STD
 
 
 def describe(model: str, config: dict[str, Any]) -> str:
@@ -49,7 +77,13 @@ def plain(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    run: Path, model: ConvMAE | ConvViT, name: str, training_state: dict[str, Any]
+    run: Path,
+    model: ConvMAE | ConvViT,
+    name: str,
+    training_state: dict[str, Any],
+    weights: dict[str, Tensor] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Path:
     """Writes `run/checkpoint/`, so that a crash at any moment leaves a whole checkpoint behind.
 
@@ -59,25 +93,27 @@ def save_checkpoint(
 
     Args:
         run: the run's folder; it must exist.
-        model: its `state_dict()` and `config` go into `model.safetensors`.
+        model: its `config` goes into `model.safetensors`.
         name: the model's name for `convmae.create_model`.
         training_state: tensors and plain values, for `training_state.pt`.
+        weights: the state dict, if the model's own is spread over processes.
+        mean, std: what its pictures were normalised with.
 
     Raises:
         OSError: the disk refused; the previous checkpoint is still there.
     """
-    from safetensors.torch import save_file
-
     final, fresh, old = run / FOLDER, run / f".{FOLDER}.new", run / f".{FOLDER}.old"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
-    metadata = {"format": "pt", "model": name, "config": json.dumps(model.config)}
-    state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
-    save_file(state, fresh / WEIGHTS, metadata=metadata)
-    torch.save(training_state, fresh / STATE)
-    shutil.copymode(fresh / STATE, fresh / WEIGHTS)  # safetensors lets nobody else read its files
-    for path in (fresh / WEIGHTS, fresh / STATE, fresh):
-        _flush(path)
+    try:
+        state = model.state_dict() if weights is None else weights
+        write_weights(fresh / WEIGHTS, name, model.config, state, mean, std)
+        save_tensors(training_state, fresh / STATE)
+        for path in (fresh / WEIGHTS, fresh / STATE, fresh):
+            _flush(path)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)  # a full disk needs the space
+        raise
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
@@ -90,6 +126,87 @@ def save_checkpoint(
     _flush(run)
     shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def save_weights(
+    folder: Path,
+    model: ConvMAE | ConvViT,
+    name: str,
+    weights: dict[str, Tensor] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Path:
+    """Writes `folder/model.safetensors`, in place of the old one, whole or not at all.
+
+    Arguments and errors are those of `save_checkpoint`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict() if weights is None else weights
+    with replacing(folder / WEIGHTS) as fresh:
+        write_weights(fresh, name, model.config, state, mean, std)
+    return folder / WEIGHTS
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The name of a file to write beside `path`; it then takes the place of `path`, flushed.
+
+    Where writing it fails it is deleted, and `path` stays as it was.
+    """
+    fresh = path.with_name(f".new.{path.name}")
+    try:
+        yield fresh
+        _flush(fresh)
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+def save_tensors(value: Any, path: Path) -> None:
+    """`torch.save`, with an `OSError` where the disk refuses."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:  # what PyTorch's writer raises on a full disk
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: Exception) -> OSError:
+    """The `OSError` that a writer of `path` should have raised."""
+    free = shutil.disk_usage(path.parent).free
+    return OSError(
+        f"{path} could not be written: {error} (the disk has {free / 2**20:.0f} MiB left)"
+    )
+
+
+def write_weights(
+    path: Path,
+    name: str,
+    config: dict[str, Any],
+    state: Mapping[str, Tensor],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> None:
+    """Writes `path`, a `.safetensors` file that names its model; whole or not only by `replacing`.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    metadata = {"format": "pt", "model": name, "config": json.dumps(config)}
+    if mean is not None and std is not None:
+        metadata |= {"mean": json.dumps(list(mean)), "std": json.dumps(list(std))}
+    tensors = {key: value.detach().contiguous() for key, value in state.items()}
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # a full disk, too
+        raise _refused(path, error) from error
+    path.chmod(mode)  # safetensors lets nobody else read its files
 
 
 def _flush(path: Path) -> None:
@@ -132,11 +249,17 @@ def read_weights(path: str | Path, option: str) -> Weights:
     Raises:
         OptionError: there are none, the file is damaged, or it does not say which model it is.
     """
-    from safetensors import SafetensorError, safe_open
-
     given = Path(path).expanduser()
     is_weights = given.is_file() and given.suffix == ".safetensors"
-    file = given if is_weights else find_checkpoint(path, option) / WEIGHTS
+    return read_weights_file(
+        given if is_weights else find_checkpoint(path, option) / WEIGHTS, option
+    )
+
+
+def read_weights_file(file: Path, option: str) -> Weights:
+    """`read_weights` of a file, whatever its name."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -148,7 +271,16 @@ def read_weights(path: str | Path, option: str) -> Weights:
             f"{option}: {file} does not name its model; expected a file that convmae pretrain "
             f"wrote, with 'model' and 'config' in its metadata, found {sorted(metadata) or 'none'}"
         )
-    return Weights(file, metadata["model"], json.loads(metadata["config"]), state)
+    try:
+        values = {key: json.loads(metadata[key]) for key in _DESCRIBED if key in metadata}
+        mean, std = (tuple(map(float, values[k])) if k in values else None for k in ("mean", "std"))
+        config = dict(values["config"])
+    except (ValueError, TypeError) as error:
+        raise OptionError(
+            f"{option}: the metadata of {file} are damaged: {error}; expected JSON of "
+            f"{', '.join(_DESCRIBED)}"
+        ) from error
+    return Weights(file, metadata["model"], config, state, mean, std)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> ConvMAE | ConvViT:
@@ -189,8 +321,9 @@ def read_training_state(path: str | Path) -> tuple[Weights, dict[str, Any]]:
             f"--resume: {folder} holds weights only; going on with a run also needs its {STATE}"
         )
     weights = read_weights(folder, "--resume")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise OptionError(f"--resume: {file} is damaged: {error}") from error
+    state = load_tensors(file, "--resume")
+    if not isinstance(state, dict):
+        raise OptionError(
+            f"--resume: {file} holds a {type(state).__name__}, expected a training state"
+        )
     return weights, state
