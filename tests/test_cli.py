@@ -7,17 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from convmae import cli
 from convmae.training import PretrainConfig, ReconstructConfig
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 pytest.importorskip("tyro")
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 TINY = ["--model", "convmae_tiny", "--input_size", "32", "--num_workers", "0", "--device", "cpu"]
 
@@ -29,12 +27,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def parsed(*arguments: str) -> PretrainConfig:
-    config = cli._parse([cli._canonical(argument) for argument in ("pretrain", *arguments)])
+    config = cli._parse([cli._canonical(a, "pretrain") for a in ("pretrain", *arguments)])
     assert isinstance(config, PretrainConfig)
     return config
 
 
-@pytest.mark.parametrize("command", [[], ["pretrain"], ["reconstruct"], ["info"]])
+@pytest.mark.parametrize("command", [[], *([name] for name, _ in cli.NAMES)])
 def test_help_does_not_import_torch(command: list[str]) -> None:
     code = (
         "import sys\n"
@@ -87,10 +85,22 @@ def test_a_flag_beats_the_file_and_the_file_the_default(tmp_path: Path) -> None:
     assert config.norm_pix_loss and config.epochs == PretrainConfig().epochs
 
 
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_recipes_are_read_by_their_command(file: Path) -> None:
+    named = [name for name, _ in cli.NAMES if f"_{name}" in file.stem]
+    command = named[0] if named else "pretrain"
+    config = cli._parse([command, "--config", str(file), "--output_dir", "elsewhere"])
+    config.validate()
+    assert config.output_dir == "elsewhere"
+    assert f"convmae {command} --config" in file.read_text().partition("\nmodel")[0]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("modl: convmae_tiny", "unknown option 'modl' in --config; did you mean model?"),
+        ("blr: fast", "--blr must be a number, got 'fast' in --config"),
+        ("norm_pix_loss: 3", "--norm_pix_loss must be true or false, got 3 in --config"),
         ("- a list", "must hold options and values, found a list"),
         ("a: [", "cannot be read"),
         (None, "cannot be read"),
@@ -195,3 +205,37 @@ def test_a_reader_that_stops_is_no_traceback() -> None:
     reader.wait()
     done = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and done.stderr == ""
+
+
+def test_every_command_on_real_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From pictures to an accuracy, to the official format and back, by the command line alone."""
+    data = str(Path(__file__).parent / "data" / "fashion_mnist")
+    small = ["--data_path", data, "--input_size", "32", "--num_workers", "0", "--device", "cpu"]
+    steps = ["--max-samples", "60", "-b", "20", "--epochs", "1", "--warmup_epochs", "0.5"]
+    few = [*small, *steps, "--amp", "float32"]
+    folders = {name: str(tmp_path / name) for name in ("mae", "tuned", "probe", "back")}
+    statistics, official = str(tmp_path / "stats.yaml"), str(tmp_path / "official.pth")
+
+    def says(*arguments: str) -> str:
+        assert cli.main(arguments) == 0
+        return capsys.readouterr().out
+
+    assert "mean: [0.287" in says("stats", "--data_path", data, "--output", statistics)
+    mae = ["--model", "convmae_tiny", "--config", statistics, "--output_dir", folders["mae"]]
+    assert "(as given)" in says("pretrain", *few, *mae)
+    wrote = says("reconstruct", "--checkpoint", folders["mae"], "--images", data, "--output",
+                 str(tmp_path / "painted.png"))  # fmt: skip
+    assert "painted.png" in wrote and (tmp_path / "painted.png").is_file()
+    says("convert", "--checkpoint", folders["mae"], "--output", official)
+    back = ["--output", folders["back"], "--mean", "0.3", "--std", "0.36"]
+    says("convert", "--checkpoint", official, *back)
+    for command, folder, source in (
+        ("finetune", folders["tuned"], folders["mae"]),
+        ("linprobe", folders["probe"], official),
+    ):
+        weights = ["--initial-checkpoint", source, "--model", "convvit_tiny", "--output", folder]
+        text = says(command, *few, *weights)
+        accuracy = text.rpartition("accuracy ")[2].split(" ")[0]
+        again = says("evaluate", "--checkpoint", folder, "--data_path", data, "--amp", "float32")
+        assert f"accuracy {accuracy} %" in again and "200 pictures" in again
+        assert (Path(folder) / "report.html").is_file()

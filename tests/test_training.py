@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,22 +15,22 @@ import torch
 
 import convmae
 from convmae.training import (
+    FinetuneConfig,
+    LinprobeConfig,
     OptionError,
     PretrainConfig,
     ReconstructConfig,
     machine,
     pretrain,
-    pretraining,
     reconstruct,
 )
 from convmae.training import log as logs
 from convmae.training.config import config_from_mapping, config_to_mapping
-from convmae.training.optim import lr_at, make_optimiser, parameter_groups
+from convmae.training.optim import adamw, decay_groups, make_scheduler
+from convmae.training.pretraining import BETAS
 from tests.training_runs import curve, interrupt_after, options, same, tensors
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+RECIPES = Path(__file__).parent.parent / "recipes"
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("torchvision")
 
@@ -39,7 +41,7 @@ pytest.importorskip("torchvision")
 def test_base_has_105_decayed_and_206_undecayed_tensors() -> None:
     with torch.device("meta"):
         model = convmae.create_model("convmae_base")
-    plain, decayed = parameter_groups(model, 0.05)
+    plain, decayed = decay_groups(model, 0.05)
     assert (len(decayed["params"]), len(plain["params"])) == (105, 206)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     ids = {id(p) for p in decayed["params"]}
@@ -48,29 +50,84 @@ def test_base_has_105_decayed_and_206_undecayed_tensors() -> None:
 
 
 def test_the_optimiser_is_adamw_with_the_recipes_betas() -> None:
-    optimiser = make_optimiser(convmae.create_model("convmae_tiny", img_size=32), 0.05)
+    model = convmae.create_model("convmae_tiny", img_size=32)
+    optimiser = adamw(decay_groups(model, 0.05), BETAS)
     assert isinstance(optimiser, torch.optim.AdamW)
     assert all(group["betas"] == (0.9, 0.95) for group in optimiser.param_groups)
 
 
+def official_lr(epoch: float, config: PretrainConfig) -> float:
+    """Linear to the peak, then a half-cosine to the floor, with fractions of epochs."""
+    peak, floor, warmup = config.peak_lr(), config.min_lr, config.warmup_epochs
+    if epoch < warmup:
+        return peak * epoch / warmup
+    share = (epoch - warmup) / (config.epochs - warmup)
+    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def rates(config: PretrainConfig, steps_per_epoch: int, steps: list[int]) -> list[float]:
+    """Learning rates of some steps of a schedule, by the scheduler that a run uses."""
+    optimiser = adamw([{"params": [torch.nn.Parameter(torch.zeros(2))]}], BETAS)
+    scheduler = make_scheduler(optimiser, config, config.peak_lr(), steps_per_epoch)
+    found = []
+    for step in steps:
+        scheduler.step_update(step)
+        found.append(optimiser.param_groups[0]["lr"])
+    return found
+
+
 @pytest.mark.parametrize(
-    ("epoch", "lr"),
-    [(0, 0.0), (10, 0.25), (39.5, 0.9875), (40, 1.0), (220, 0.55), (400, 0.1), (500, 0.1)],
+    "config",
+    [
+        PretrainConfig(batch_size=3072, epochs=1600, blr=1.5e-4),  # ConvMAE
+        PretrainConfig(batch_size=512, epochs=50, blr=6e-4, warmup_epochs=10),  # FastConvMAE
+        FinetuneConfig(batch_size=1024),
+        LinprobeConfig(batch_size=4096),
+    ],
+    ids=["pretrain", "fast", "finetune", "linprobe"],
 )
-def test_schedule(epoch: float, lr: float) -> None:
-    assert lr_at(epoch, peak=1.0, floor=0.1, warmup_epochs=40, epochs=400) == pytest.approx(lr)
+def test_schedules_are_the_official_ones(config: Any) -> None:
+    """At 5 points: the start, within the warm-up, its end, half-way, the last step."""
+    steps_per_epoch = 1_281_167 // config.batch_size
+    last = config.epochs * steps_per_epoch
+    warm = int(config.warmup_epochs * steps_per_epoch)
+    steps = [0, warm // 3, warm, (warm + last) // 2, last - 1]
+    wanted = [official_lr(step / steps_per_epoch, config) for step in steps]
+    assert rates(config, steps_per_epoch, steps) == pytest.approx(wanted, rel=1e-9)
 
 
-def test_schedule_without_warmup_begins_at_the_peak() -> None:
-    assert lr_at(0, 1.0, 0.0, 0, 10) == 1.0
-    assert lr_at(5, 1.0, 0.0, 0, 10) == pytest.approx(0.5)
+def test_peak_rates_of_the_official_recipes() -> None:
+    peaks = {
+        "convmae-base_pretrain_1600e": (24, 1.8e-3),
+        "fastconvmae-base_pretrain_50e": (8, 1.2e-3),
+        "convvit-base_finetune_100e": (8, 2e-3),
+        "convvit-base_linprobe_90e": (8, 1.6),
+    }
+    yaml = pytest.importorskip("yaml")
+    kinds = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "linprobe": LinprobeConfig}
+    for name, (processes, peak) in peaks.items():
+        values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+        config: Any = config_from_mapping(kinds[name.split("_")[1]], values)
+        config.validate()
+        assert config.peak_lr(processes) == pytest.approx(peak)
+
+
+def test_other_schedules() -> None:
+    config = PretrainConfig(epochs=10, lr=1.0, min_lr=0.2, warmup_epochs=2, sched="linear")
+    steps = [0, 1, 2, 6, 10]
+    assert rates(config, 1, steps) == pytest.approx([0, 0.5, 1.0, 0.6, 0.2])
+    config = dataclasses.replace(config, sched="constant")
+    assert rates(config, 1, steps) == pytest.approx([0, 0.5, 1.0, 1.0, 1.0])
+    config = dataclasses.replace(config, sched="cosine", warmup_epochs=0)
+    assert rates(config, 1, [0, 5]) == pytest.approx([1.0, 0.6])
 
 
 def test_learning_rate_rule() -> None:
     config = PretrainConfig(batch_size=64, accum_iter=8, blr=1.5e-4)
-    assert config.effective_batch == 512
-    assert config.peak_lr == pytest.approx(3e-4)
-    assert dataclasses.replace(config, lr=0.01).peak_lr == 0.01
+    assert config.effective_batch() == 512 and config.effective_batch(2) == 1024
+    assert config.peak_lr() == pytest.approx(3e-4)
+    assert config.peak_lr(2) == pytest.approx(6e-4)
+    assert dataclasses.replace(config, lr=0.01).peak_lr() == 0.01
 
 
 def test_defaults_are_the_official_scripts() -> None:
@@ -82,41 +139,41 @@ def test_defaults_are_the_official_scripts() -> None:
 
 
 def test_every_step_has_the_learning_rate_of_the_schedule(pictures: Path, tmp_path: Path) -> None:
-    pretrain(options(pictures, tmp_path / "run", epochs=4, warmup_epochs=2, min_lr=1e-5))
-    rates = [point[3] for point in curve(tmp_path / "run")]
-    assert rates == [lr_at(step / 3, 1e-3, 1e-5, 2, 4) for step in range(12)]
+    config = options(pictures, tmp_path / "run", epochs=4, warmup_epochs=2, min_lr=1e-5)
+    pretrain(config)
+    found = [point[3] for point in curve(tmp_path / "run")]
+    assert found == pytest.approx([official_lr(step / 3, config) for step in range(12)])
 
 
-def test_gradients_of_accumulated_batches_are_those_of_one(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With one mask for all pictures: 2 batches of 2 are 1 batch of 4."""
-    noise = torch.arange(6.0).expand(4, -1)
-    monkeypatch.setattr(pretraining, "mask_noise", lambda n, *args, **kwargs: noise[:n])
+def test_gradients_of_accumulated_batches_are_those_of_one(pictures: Path, tmp_path: Path) -> None:
+    """2 batches of 2 are 1 batch of 4: a picture's mask does not depend on its batch."""
     for name, batch, accum in (("whole", 4, 1), ("parts", 2, 2)):
-        pretrain(options(pictures, tmp_path / name, batch_size=batch, accum_iter=accum, epochs=1))
+        sizes = {"batch_size": batch, "accum_iter": accum, "amp": "float32"}
+        pretrain(options(pictures, tmp_path / name, epochs=1, **sizes))
     whole, parts = curve(tmp_path / "whole"), curve(tmp_path / "parts")
     assert len(whole) == len(parts) == 3
     for left, right in zip(whole, parts, strict=True):
-        assert left[2] == pytest.approx(right[2], rel=1e-4)
+        assert left[2] == pytest.approx(right[2], rel=1e-6)
 
 
 def test_the_gradient_is_clipped_to_the_norm_asked_for(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     norms: list[float] = []
-    set_lr = pretraining.set_lr
+    step = torch.optim.AdamW.step
 
-    def noting(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    def noting(optimiser: torch.optim.Optimizer, *args: Any) -> Any:
         gradients = [p.grad for group in optimiser.param_groups for p in group["params"]]
-        norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
-        set_lr(optimiser, lr)
+        norms.append(float(torch.stack([g.norm() for g in gradients if g is not None]).norm()))
+        return step(optimiser, *args)
 
-    monkeypatch.setattr(pretraining, "set_lr", noting)
-    pretrain(options(pictures, tmp_path / "free", epochs=1))
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    pretrain(options(pictures, tmp_path / "free", epochs=1, save_every=100))
     pretrain(options(pictures, tmp_path / "clipped", epochs=1, clip_grad=0.25))
     assert min(norms[:3]) > 0.3
     assert max(norms[3:]) == pytest.approx(0.25, rel=1e-3)
+    logged = [e["grad_norm"] for e in logs.read_log(tmp_path / "free") if "loss" in e]
+    assert logged == pytest.approx(norms[:3])
 
 
 # -- the same run, again and in pieces ------------------------------------------------------------
@@ -200,6 +257,11 @@ def test_auto_takes_bfloat16_only_where_it_is_native(monkeypatch: pytest.MonkeyP
         assert machine.pick_dtype("auto", cpu)[0] == wanted
         assert machine.pick_dtype("float32", cpu)[0] == torch.float32
         assert machine.pick_dtype("bfloat16", cpu)[0] == torch.bfloat16
+        assert machine.pick_dtype("float16", cpu)[0] == torch.float16
+    gpu = torch.device("cuda:0")
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(machine, "native_bfloat16", lambda _, n=native: (n, "a GPU"))
+        assert machine.pick_dtype("auto", gpu)[0] == dtype
 
 
 def test_bfloat16_trains_near_float32(pictures: Path, tmp_path: Path) -> None:
@@ -228,7 +290,23 @@ def test_the_demo_trains_and_leaves_everything(
     assert "8 photographs" in text and "lr 1.000e-03 (as given)" in text and "left" in text
     entries = logs.read_log(run)
     assert [entry["step"] for entry in entries] == [5, 10, 15, 16]
-    assert set(entries[0]) == {"step", "epoch", "loss", "lr", "images_per_s", "seconds"}
+    rates = {"images_per_s", "model_images_per_s", "input_images_per_s"}
+    assert set(entries[0]) == rates | {
+        "step",
+        "epoch",
+        "loss",
+        "lr",
+        "grad_norm",
+        "bottleneck",
+        "memory_mib",
+        "seconds",
+    }
+    assert all(entry[name] > 0 for entry in entries for name in rates)
+    assert {entry["bottleneck"] for entry in entries} <= {"model", "input"}
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["command"] == "pretrain" and environment["processes"] == "1 (single)"
+    assert "finished" in (run / "report.html").read_text()
+    assert [path.name for path in (run / "reconstructions").iterdir()] == ["step-00000016.png"]
     with Image.open(run / "reconstruction.png") as picture:
         assert picture.size == (6 + 4 * (192 + 6), 26 + 6 * (192 + 6) + 6)
         assert np.asarray(picture).std() > 20
@@ -237,7 +315,9 @@ def test_the_demo_trains_and_leaves_everything(
     assert list((run / "tensorboard").glob("events*"))
     yaml = pytest.importorskip("yaml")
     stored = yaml.safe_load((run / "args.yaml").read_text())
-    assert config_from_mapping(stored) == dataclasses.replace(config, warmup_epochs=0, log_every=5)
+    assert config_from_mapping(PretrainConfig, stored) == dataclasses.replace(
+        config, warmup_epochs=0, log_every=5
+    )
 
 
 def test_tensorboard_has_scalars_and_pictures(pictures: Path, tmp_path: Path) -> None:
@@ -245,7 +325,9 @@ def test_tensorboard_has_scalars_and_pictures(pictures: Path, tmp_path: Path) ->
     pretrain(options(pictures, tmp_path / "run"))
     events = loading.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"train/loss", "train/lr", "train/images_per_s"}
+    names = {"loss", "lr", "grad_norm", "memory_mib"}
+    names |= {"images_per_s", "model_images_per_s", "input_images_per_s"}
+    assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in names}
     assert events.Tags()["images"] == ["reconstruction"]
     losses = [scalar.value for scalar in events.Scalars("train/loss")]
     assert losses == pytest.approx([point[2] for point in curve(tmp_path / "run")])
@@ -300,9 +382,9 @@ def test_reconstruct_refuses_what_it_cannot_use(pictures: Path, tmp_path: Path) 
 
 def test_options_survive_yaml() -> None:
     config = PretrainConfig(input_size=(32, 64), lr=1e-5, num_workers=3)
-    assert config_from_mapping(config_to_mapping(config)) == config
-    assert config_from_mapping({"mask-ratio": 0.5, "lr": "1e-3"}).lr == 1e-3
+    assert config_from_mapping(PretrainConfig, config_to_mapping(config)) == config
+    assert config_from_mapping(PretrainConfig, {"mask-ratio": 0.5, "lr": "1e-3"}).lr == 1e-3
     with pytest.raises(
         OptionError, match=r"unknown option 'mask_ration' .*did you mean mask_ratio"
     ):
-        config_from_mapping({"mask_ration": 0.5})
+        config_from_mapping(PretrainConfig, {"mask_ration": 0.5})

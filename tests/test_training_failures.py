@@ -14,9 +14,9 @@ from convmae.data import DataError
 from convmae.training import (
     OptionError,
     TrainingError,
+    engine,
     load_model,
     pretrain,
-    pretraining,
 )
 from convmae.training import checkpoint as checkpoints
 from convmae.training import log as logs
@@ -60,7 +60,16 @@ BAD = {
     "--num_workers must be a whole number at least 0": {"num_workers": -1},
     "--seed must be a whole number at least 0": {"seed": -1},
     "--max_unreadable must be a number at least 0 and at most 1": {"max_unreadable": 1.5},
-    "--amp must be one of auto, bfloat16, float32, got 'fp8'": {"amp": "fp8"},
+    "--max_nonfinite must be a whole number above 0, got 0": {"max_nonfinite": 0},
+    "--max_samples must be": {"max_samples": 0},
+    "--sched must be one of cosine, linear, constant, got 'step'": {"sched": "step"},
+    "--strategy must be one of auto, single, ddp, fsdp2, got 'dp'": {"strategy": "dp"},
+    "--strategy fsdp2 needs processes: torchrun": {"strategy": "fsdp2"},
+    "--mask_ratio: mask_ratio = 0.3 leaves groups of 4 of 6 patches, expected a divisor of 6": {
+        "model": "fastconvmae_tiny",
+        "mask_ratio": 0.3,
+    },
+    "--amp must be one of auto, bfloat16, float16, float32, got 'fp8'": {"amp": "fp8"},
     "--device must be auto, cpu, cuda or cuda:N, got 'gpu'": {"device": "gpu"},
     "--device 'cuda:99': this machine has": {"device": "cuda:99"},
     "did you mean convmae_tiny": {"model": "convmae_tini"},
@@ -285,39 +294,107 @@ def test_save_every_keeps_the_last_epoch_too(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
-    save = pretraining.save_checkpoint
+    save = engine.save_checkpoint
 
-    def noting(run: Path, model: Any, name: str, state: dict[str, Any]) -> Path:
+    def noting(run: Path, model: Any, name: str, state: dict[str, Any], *args: Any, **more: Any):
         saved.append(state["step"])
-        return save(run, model, name, state)
+        return save(run, model, name, state, *args, **more)
 
-    monkeypatch.setattr(pretraining, "save_checkpoint", noting)
+    monkeypatch.setattr(engine, "save_checkpoint", noting)
     pretrain(options(pictures, tmp_path / "run", epochs=5, save_every=2))
     assert saved == [6, 12, 15]
+    saved.clear()
+    pretrain(options(pictures, tmp_path / "often", epochs=1, save_every=0.34))  # a third of 3 steps
+    assert saved == [1, 2, 3]
 
 
 # -- losses that are no numbers -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_loss_that_is_not_finite_stops_the_run(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+def break_steps(
+    monkeypatch: pytest.MonkeyPatch, where: str, steps: set[int], value: float = math.nan
 ) -> None:
-    accumulate, count = pretraining._accumulate, [0]
+    """Spoils the loss, a gradient or a weight in the steps given, counted from 1 by calls."""
+    backward, count = engine.backward, [0]
 
-    def breaking(run: Any, images: torch.Tensor, number: int) -> torch.Tensor:
+    def breaking(run: Any, task: Any, batch: Any, *args: Any) -> torch.Tensor:
         count[0] += 1
-        loss = accumulate(run, images, number)
-        if where == "loss" and count[0] == 5:
-            loss = loss * math.nan
-        if where == "gradient" and count[0] == 6:  # the loss of the epoch's last step is still fine
-            run.model.mask_token.grad.fill_(math.inf)
+        if where == "weight" and count[0] in steps:
+            run.model.blocks1[0].conv1.weight.data[0, 0] = value
+        loss = backward(run, task, batch, *args)
+        if where == "loss" and count[0] in steps:
+            loss = loss * value
+        if where == "gradient" and count[0] in steps:
+            run.model.mask_token.grad.fill_(value)
         return loss
 
-    monkeypatch.setattr(pretraining, "_accumulate", breaking)
-    step = {"loss": "not finite at step 5 of 6", "gradient": "not finite after step 6"}[where]
-    with pytest.raises(TrainingError, match=f"{step}.*checkpoint before is intact.*lower --blr"):
-        pretrain(options(pictures, tmp_path / "run", lr=1e-4, save_every=1))
+    monkeypatch.setattr(engine, "backward", breaking)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+) -> None:
+    break_steps(monkeypatch, where, {3, 4}, math.inf)
+    summary = pretrain(options(pictures, tmp_path / "run", epochs=2, max_nonfinite=3))
+    assert (summary.steps, summary.skipped) == (6, 2)
+    entries = logs.read_log(tmp_path / "run")
+    events = [e for e in entries if e.get("event") == "nonfinite"]
+    assert [e["step"] for e in events] == [3, 4]
+    assert {e["loss" if where == "loss" else "grad_norm"] for e in events} == {"inf"}
+    assert [e["step"] for e in entries if "loss" in e and "event" not in e] == [1, 2, 5, 6]
+    assert "skipped step 3, not finite" in capsys.readouterr().out
+    assert all(bool(t.isfinite().all()) for t in tensors(tmp_path / "run").values())
+    assert checkpoints.read_training_state(tmp_path / "run")[1]["skipped"] == 2
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "weight"])
+def test_too_many_steps_that_are_not_finite_stop_the_run_with_a_diagnosis(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    break_steps(monkeypatch, where, {4, 5, 6})
+    what = "gradient" if where == "gradient" else "loss"
+    cause = "1 parameters are not finite, first blocks1.0.conv1.weight"
+    if where != "weight":
+        cause = "pictures, parameters and outputs are finite"
+    message = f"the {what} is not finite at step 5 of 6 .*2 steps in a row.*{cause}.*lower --blr"
+    with pytest.raises(TrainingError, match=message) as error:
+        pretrain(options(pictures, tmp_path / "run", save_every=1, max_nonfinite=2))
+    assert "the checkpoint before is intact" in str(error.value)
     left = tensors(tmp_path / "run")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in left.values())
     assert checkpoints.read_training_state(tmp_path / "run")[1]["step"] == 3
+    (failed,) = [e for e in logs.read_log(tmp_path / "run") if e.get("event") == "failed"]
+    assert failed["step"] == 5 and cause in failed["reason"]
+
+
+def test_the_first_module_that_is_not_finite_is_named(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convmae.models.layers import Block
+
+    forward, calls = Block.forward, [0]
+
+    def overflowing(block: Block, x: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
+        calls[0] += 1
+        return forward(block, x, *args, **more) * (math.inf if calls[0] % 3 == 0 else 1.0)
+
+    monkeypatch.setattr(Block, "forward", overflowing)
+    with pytest.raises(TrainingError, match="first output that is not finite is of .*blocks"):
+        pretrain(options(pictures, tmp_path / "run", max_nonfinite=1))
+
+
+def test_float16_finds_its_scale_and_trains(pictures: Path, tmp_path: Path) -> None:
+    config = options(pictures, tmp_path / "run", amp="float16", epochs=3, save_every=1)
+    summary = pretrain(config)
+    state = checkpoints.read_training_state(tmp_path / "run")[1]
+    assert summary.steps == 9 and state["scaler"]["scale"] <= 65536
+    assert summary.skipped == sum(
+        e.get("event") == "nonfinite" for e in logs.read_log(tmp_path / "run")
+    )
+    assert summary.skipped < 9 and math.isfinite(summary.last_loss)
+    assert all(tensor.dtype == torch.float32 for tensor in tensors(tmp_path / "run").values())

@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from convmae.training import (
-    PretrainConfig,
-    pretraining,
-)
+from convmae.training import PretrainConfig, engine
 from convmae.training import checkpoint as checkpoints
 from convmae.training import log as logs
 
@@ -55,7 +52,7 @@ def options(pictures: Path, output: Path, **changes: Any) -> PretrainConfig:
 
 def curve(folder: Path) -> list[tuple[Any, ...]]:
     """What a resumed run must repeat to the last bit."""
-    entries = [entry for entry in logs.read_log(folder) if "loss" in entry]
+    entries = [e for e in logs.read_log(folder) if "loss" in e and "event" not in e]
     return [(entry["step"], entry["epoch"], entry["loss"], entry["lr"]) for entry in entries]
 
 
@@ -69,12 +66,12 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Sends this process SIGINT in the middle of step `steps` (from 1)."""
-    accumulate, count = pretraining._accumulate, [0]
+    backward, count = engine.backward, [0]
 
     def counting(*args: Any) -> torch.Tensor:
         count[0] += 1
         if count[0] == steps:
             os.kill(os.getpid(), signal.SIGINT)
-        return accumulate(*args)
+        return backward(*args)
 
-    monkeypatch.setattr(pretraining, "_accumulate", counting)
+    monkeypatch.setattr(engine, "backward", counting)

@@ -63,13 +63,19 @@ def _cpu_flags() -> set[str]:
 
 
 def pick_dtype(amp: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The arithmetic of a run, and the reason in words: `auto` follows `native_bfloat16`."""
-    if amp == "bfloat16":
-        return torch.bfloat16, "as asked"
-    if amp == "float32":
-        return torch.float32, "as asked"
+    """The arithmetic of a run, and the reason in words.
+
+    `auto` is bfloat16 where the device multiplies it natively, float16 on other CUDA devices, else
+    float32.
+    """
+    if amp != "auto":
+        return getattr(torch, amp), "as asked"
     native, why = native_bfloat16(device)
-    return (torch.bfloat16 if native else torch.float32), f"auto: {why}"
+    if native:
+        return torch.bfloat16, f"auto: {why}"
+    if device.type == "cuda":
+        return torch.float16, f"auto: {why} has no bfloat16"
+    return torch.float32, f"auto: {why}"
 
 
 def machine_info() -> dict[str, str]:

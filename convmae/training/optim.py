@@ -1,8 +1,7 @@
-"""The official recipe's optimiser groups and learning-rate schedule."""
+"""Optimisers and the learning-rate schedule of the official recipes, by timm and PyTorch."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,53 +9,82 @@ import torch
 if TYPE_CHECKING:
     from torch import nn
 
-BETAS = (0.9, 0.95)
+    from convmae.training.config import RunConfig
+
+Groups = list[dict[str, Any]]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(model: nn.Module, weight_decay: float) -> Groups:
     """Decays matrices and kernels, not vectors and biases; leaves frozen parameters out.
 
-    The rule of the official code: no decay for parameters of one dimension and for `*.bias`. The
-    mask token (three dimensions) is decayed; the position embeddings are frozen, so absent.
-
-    Returns:
-        Two groups for `torch.optim.AdamW`: without decay, with `weight_decay`.
+    The mask token (three dimensions) is decayed, as in the official code; the position embeddings
+    are frozen there, so absent.
     """
-    plain: list[torch.Tensor] = []
-    decayed: list[torch.Tensor] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            undecayed = parameter.ndim <= 1 or name.endswith(".bias")
-            (plain if undecayed else decayed).append(parameter)
-    return [
-        {"params": plain, "weight_decay": 0.0},
-        {"params": decayed, "weight_decay": weight_decay},
+    from timm.optim import param_groups_weight_decay
+
+    return param_groups_weight_decay(model, weight_decay)
+
+
+def layer_decay_groups(model: Any, weight_decay: float, layer_decay: float) -> Groups:
+    """`decay_groups` by layers, each with the share of the learning rate it gets (`lr_scale`).
+
+    The head learns at the full rate, the last transformer block at `layer_decay` of it, and so on
+    down to the convolution stages, the patch and position embeddings, which are one layer.
+    """
+    from timm.optim import param_groups_layer_decay
+
+    return param_groups_layer_decay(
+        model,
+        weight_decay=weight_decay,
+        no_weight_decay_list=model.no_weight_decay(),
+        layer_decay=layer_decay,
+    )
+
+
+def adamw(groups: Groups, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW over the groups, fused where their device has that; a scheduler sets the rates."""
+    parameters = [p for group in groups for p in group["params"]]
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused)
+
+
+def lars(groups: Groups) -> torch.optim.Optimizer:
+    """LARS, momentum 0.9 and trust coefficient 0.001; vectors are not adapted, as officially."""
+    from timm.optim import Lars
+
+    adapted = [
+        group | {"params": [p for p in group["params"] if (p.ndim > 1) == matrices]}
+        for group in groups
+        for matrices in (False, True)
     ]
+    kept = [group for group in adapted if group["params"]]
+    for group in kept:
+        group["always_adapt"] = group["params"][0].ndim > 1  # even without a weight decay
+    return Lars(kept, lr=0.0, momentum=0.9, trust_coeff=0.001)
 
 
-def make_optimiser(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, betas (0.9, 0.95), over `parameter_groups`; its learning rate is set every step."""
-    groups = parameter_groups(model, weight_decay)
-    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=fused)
+def make_scheduler(
+    optimiser: torch.optim.Optimizer, config: RunConfig, peak: float, steps_per_epoch: int
+) -> Any:
+    """Linear warm-up from 0 to `peak`, then a half-cosine (or line) down to `min_lr`, every step.
 
-
-def lr_at(epoch: float, peak: float, floor: float, warmup_epochs: float, epochs: int) -> float:
-    """`peak * epoch / warmup`, then `floor + (peak - floor) * (1 + cos(pi * t)) / 2`.
-
-    Args:
-        epoch: how far the run is, in epochs, fractions included: it changes every step.
-        peak, floor: learning rates after the warm-up and at the end.
-        warmup_epochs: length of the linear rise from 0.
-        epochs: length of the run; `t` goes from 0 after the warm-up to 1 there.
+    The optimiser's own learning rate must be `peak`. `scheduler.step_update(step)` sets the rates
+    of optimiser step `step`, counted from 0.
     """
-    if epoch < warmup_epochs:
-        return peak * epoch / warmup_epochs
-    t = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12)
-    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * min(t, 1.0)))
+    from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 
-
-def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
-    """Gives every group the learning rate `lr`."""
     for group in optimiser.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["initial_lr"] = peak
+    warmup = config.warmup_epochs * steps_per_epoch
+    length: Any = max(config.epochs * steps_per_epoch - warmup, 1)  # a fraction, where warmup is
+    common: dict[str, Any] = {
+        "warmup_t": warmup,
+        "warmup_lr_init": 0.0,
+        "warmup_prefix": True,
+        "t_in_epochs": False,
+    }
+    if config.sched == "constant":
+        return StepLRScheduler(optimiser, decay_t=length, decay_rate=1.0, **common)
+    if config.sched == "linear":
+        return PolyLRScheduler(optimiser, length, power=1.0, lr_min=config.min_lr, **common)
+    return CosineLRScheduler(optimiser, length, lr_min=config.min_lr, **common)

@@ -3,100 +3,174 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from convmae.data import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, open_source
 from convmae.training.checkpoint import (
     FOLDER,
     describe,
     find_checkpoint,
     plain,
     read_training_state,
+    replacing,
 )
-from convmae.training.config import OptionError, PretrainConfig, config_to_mapping, suggest
-from convmae.training.log import LOG, LossWindow
-from convmae.training.machine import pick_device, pick_dtype
-from convmae.training.optim import lr_at, make_optimiser
-from convmae.training.sources import Source, open_source
+from convmae.training.config import OptionError, config_to_mapping
+from convmae.training.distributed import load_whole, spread
+from convmae.training.engine import Run, Task
+from convmae.training.log import LOG
+from convmae.training.machine import pick_dtype
+from convmae.training.optim import make_scheduler
+from convmae.training.trackers import import_wandb
 
 if TYPE_CHECKING:
-    from convmae.models import ConvMAE
+    from torch import nn
+
+    from convmae.data import Source
+    from convmae.training.config import RunConfig
+    from convmae.training.distributed import World
 
 OPTIONS = "args.yaml"
+MEASURED = 1000  # pictures whose mean and deviation stand for all
 
 
-@dataclass
-class Run:
-    """Everything the loop needs, checked."""
-
-    config: PretrainConfig
-    folder: Path
-    device: torch.device
-    dtype: torch.dtype
-    source: Source
-    model: ConvMAE
-    optimiser: torch.optim.Optimizer
-    steps_per_epoch: int
-    step: int = 0  # optimiser steps done
-    window: LossWindow = field(default_factory=LossWindow)
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.epochs * self.steps_per_epoch
-
-    def lr(self, step: int) -> float:
-        """The learning rate of optimiser step `step`, counted from 0."""
-        c = self.config
-        epoch = step / self.steps_per_epoch
-        return lr_at(epoch, c.peak_lr, c.min_lr, c.warmup_epochs, c.epochs)
-
-
-def prepare(config: PretrainConfig) -> tuple[Run, list[str]]:
+def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]]:
     """Checks everything and builds the run; writes nothing. Also what to tell about it."""
     folder = Path(config.output_dir).expanduser()
     resume = what_to_resume(config, folder)
-    device = pick_device(config.device)
-    dtype, why = pick_dtype(config.amp, device)
-    model = _build_model(config)
-    source = open_source(config.data_path, config.max_unreadable)
-    steps_per_epoch = source.samples_per_epoch // config.effective_batch
-    if steps_per_epoch == 0:
+    config.check_rates(world.size)
+    dtype, why = pick_dtype(config.amp, world.device)
+    if config.log_wandb:
+        import_wandb()
+    torch.manual_seed(config.seed)
+    source = open_source(
+        config.data_path,
+        max_unreadable=config.max_unreadable,
+        max_samples=config.max_samples,
+        seed=config.seed,
+    )
+    steps_per_epoch = _steps_per_epoch(config, source, world)
+    torch.manual_seed(config.seed)
+    task.transform(config).check(source.channels, source.dtype)
+    model, name, told = task.build(config, source)
+    mean, std, statistics = _statistics(config, task, source)
+    _prepare_model(model, config, world)
+    step_model = spread(model, world)
+    optimiser = task.optimiser(task.groups(model, config), config)
+    run = Run(
+        config=config,
+        folder=folder,
+        world=world,
+        dtype=dtype,
+        source=source,
+        mean=mean,
+        std=std,
+        model=model,
+        model_name=name,
+        step_model=step_model,
+        optimiser=optimiser,
+        scheduler=make_scheduler(optimiser, config, config.peak_lr(world.size), steps_per_epoch),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
+        steps_per_epoch=steps_per_epoch,
+        workers=source.workers if config.num_workers is None else config.num_workers,
+    )
+    notes = [source.description, *told, *_notes(run, why), statistics]
+    if resume is not None:
+        notes += _resume(run, task, resume)
+    task.begin(run)
+    return run, notes
+
+
+def _steps_per_epoch(config: RunConfig, source: Source, world: World) -> int:
+    needed = config.effective_batch(world.size)
+    if source.samples_per_epoch >= needed:
+        return source.samples_per_epoch // needed
+    processes = f" in {world.size} processes" if world.size > 1 else ""
+    raise OptionError(
+        f"--batch_size {config.batch_size} with --accum_iter {config.accum_iter}{processes} needs "
+        f"{needed} pictures a step, but --data_path {config.data_path!r} has "
+        f"{source.samples_per_epoch}"
+    )
+
+
+def _statistics(
+    config: RunConfig, task: Task, source: Source
+) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+    """Mean and deviation to normalise with, and where they come from, in words."""
+    learnt = task.statistics(config)
+    if config.mean is not None and config.std is not None:
+        mean, std, where = config.mean, config.std, "as given"
+    elif learnt is not None:
+        mean, std, where = *learnt, "of the weights to start from"
+    elif source.channels == len(IMAGENET_MEAN):
+        mean, std, where = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's"
+    else:
+        mean, std = map(tuple, channel_statistics(source, MEASURED, config.num_workers))
+        where = f"measured on up to {MEASURED} pictures"
+    if len(mean) != source.channels:
         raise OptionError(
-            f"--batch_size {config.batch_size} with --accum_iter {config.accum_iter} needs "
-            f"{config.effective_batch} pictures a step, but --data_path {config.data_path!r} has "
-            f"{source.samples_per_epoch}"
+            f"--mean and --std have {len(mean)} numbers ({where}), but the pictures of --data_path "
+            f"{config.data_path!r} have {source.channels} channels"
         )
-    model.to(device).train()
-    optimiser = make_optimiser(model, config.weight_decay)
-    run = Run(config, folder, device, dtype, source, model, optimiser, steps_per_epoch)
+    numbers = " ".join(f"{value:.4g}" for value in mean), " ".join(f"{v:.4g}" for v in std)
+    return tuple(mean), tuple(std), f"mean {numbers[0]}, deviation {numbers[1]} ({where})"
+
+
+def _prepare_model(model: Any, config: RunConfig, world: World) -> None:
+    """Device, checkpointing of activations, compilation: before the model is spread."""
+    model.to(world.device).train()
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    if config.torchcompile is None:
+        return
+    known = torch.compiler.list_backends(exclude_tags=())
+    if config.torchcompile not in known:
+        raise OptionError(
+            f"--torchcompile must be one of {', '.join(known)}, got {config.torchcompile!r}"
+        )
+    parts: list[nn.Module] = [model]
+    if world.strategy == "fsdp2":  # block by block, as the parameters are gathered
+        parts = [
+            block
+            for name, c in model.named_children()
+            if "blocks" in name
+            for block in c.children()
+        ]
+    for part in parts:
+        part.compile(backend=config.torchcompile)
+
+
+def _notes(run: Run, why: str) -> list[str]:
+    config, world = run.config, run.world
+    processes = f" x {world.size} processes ({world.strategy})" if world.parallel else ""
+    effective, peak = config.effective_batch(world.size), config.peak_lr(world.size)
     rule = (
         "as given"
         if config.lr is not None
-        else (f"blr {config.blr:g} x effective batch {config.effective_batch} / 256")
+        else f"blr {config.blr:g} x effective batch {effective} / 256"
     )
     notes = [
-        source.description,
-        f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-        f"{config.size[0]} x {config.size[1]} pixels, {device}, "
-        f"{str(dtype).removeprefix('torch.')} ({why}), {torch.get_num_threads()} threads",
-        f"effective batch {config.effective_batch} = {config.batch_size} x {config.accum_iter}, "
-        f"blr {config.blr:g}, lr {config.peak_lr:.3e} ({rule})",
-        f"{config.epochs} epochs of {steps_per_epoch} steps, into {folder}",
+        f"{run.model_name}: {sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M "
+        f"parameters, {config.size[0]} x {config.size[1]} pixels, {world.device}, "
+        f"{str(run.dtype).removeprefix('torch.')} ({why}), {torch.get_num_threads()} threads",
+        f"effective batch {effective} = {config.batch_size} x {config.accum_iter}{processes}, "
+        f"blr {config.blr:g}, lr {peak:.3e} ({rule})",
+        f"{config.epochs} epochs of {run.steps_per_epoch} steps, into {run.folder}",
     ]
     if config.warmup_epochs >= config.epochs:
         notes.append(
             f"note: --warmup_epochs {config.warmup_epochs:g} is not shorter than --epochs "
             f"{config.epochs}: the learning rate only rises"
         )
-    if resume is not None:
-        notes += _resume(run, resume)
-    return run, notes
+    return notes
 
 
-def what_to_resume(config: PretrainConfig, folder: Path) -> Path | None:
+# -- the run's folder -----------------------------------------------------------------------------
+
+
+def what_to_resume(config: RunConfig, folder: Path) -> Path | None:
     """The checkpoint folder to go on from; refuses to write over another run."""
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"--output_dir {config.output_dir!r} is a file, not a folder")
@@ -129,46 +203,40 @@ def _check_writable(option: str, folder: Path) -> None:
         raise OptionError(f"--output_dir {option!r} cannot be written: no permission in {parent}")
 
 
-def _build_model(config: PretrainConfig) -> ConvMAE:
-    import convmae
+def write_options(config: RunConfig, folder: Path) -> None:
+    """Writes `args.yaml`, the options of the run, which `--config` takes."""
+    import yaml
 
-    torch.manual_seed(config.seed)
-    try:
-        model = convmae.create_model(
-            config.model, img_size=config.size, norm_pix_loss=config.norm_pix_loss
-        )
-    except ValueError as error:
-        raise OptionError(f"--model: {error}") from error
-    except TypeError:  # a classifier has no norm_pix_loss
-        model = None
-    if not isinstance(model, convmae.ConvMAE):
-        like = suggest(config.model.replace("convvit", "convmae"), convmae.list_models("convmae_*"))
-        raise OptionError(f"--model {config.model!r} has no decoder and cannot be pretrained{like}")
-    return model
+    text = yaml.safe_dump(config_to_mapping(config), sort_keys=False)
+    with replacing(folder / OPTIONS) as new:
+        new.write_text(text, encoding="utf-8")
 
 
-def _resume(run: Run, folder: Path) -> list[str]:
+# -- going on -------------------------------------------------------------------------------------
+
+
+def _resume(run: Run, task: Task, folder: Path) -> list[str]:
     """Loads weights, optimiser and progress into `run`; returns what to tell about it."""
     weights, state = read_training_state(folder)
     config = run.config
-    mine = plain(run.model.config)
-    if weights.config != mine:
+    mine = plain(run.model.config)  # type: ignore[arg-type]
+    if weights.model != run.model_name or weights.config != mine:
         raise OptionError(
             f"--resume: {folder} is a checkpoint of {weights.describe()}, but this run is of "
-            f"{describe(config.model, mine)}"
+            f"{describe(run.model_name, mine)}"
         )
     try:
-        run.model.load_state_dict(weights.state)
-        run.optimiser.load_state_dict(state["optimizer"])
+        load_whole(run.model, run.optimiser, weights.state, state["optimizer"])
         done = state["step"] / state["steps_per_epoch"]  # in epochs, as batches may differ now
-        run.window = LossWindow(state["window"])
+        run.losses = list(state["losses"])
+        run.nonfinite, run.skipped = state["nonfinite"], state["skipped"]
+        if run.scaler.is_enabled() and state["scaler"]:
+            run.scaler.load_state_dict(state["scaler"])
+        task.load_state(run, state["task"])
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise OptionError(f"--resume: {folder} does not fit this run: {error}") from error
-    for group, decay in zip(run.optimiser.param_groups, (0.0, config.weight_decay), strict=True):
-        group["weight_decay"] = decay
     run.step = round(done * run.steps_per_epoch)
-    finished = run.step >= run.total_steps
-    if finished and config.resume != "auto":
+    if run.step >= run.total_steps and config.resume != "auto":
         raise OptionError(
             f"--epochs {config.epochs}: {folder} has been trained for {done:g} epochs already; "
             "give more to go on"
@@ -181,11 +249,3 @@ def _resume(run: Run, folder: Path) -> list[str]:
         if name in before and before[name] != now[name] and name not in ("resume", "output_dir")
     ]
     return told + ([f"note: options differ from before: {', '.join(changed)}"] if changed else [])
-
-
-def write_options(config: PretrainConfig, folder: Path) -> None:
-    import yaml
-
-    new = folder / f".{OPTIONS}.new"
-    new.write_text(yaml.safe_dump(config_to_mapping(config), sort_keys=False), encoding="utf-8")
-    os.replace(new, folder / OPTIONS)

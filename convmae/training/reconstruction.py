@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import convmae
-from convmae.data import DemoPhotos, FolderPhotos, find_pictures
-from convmae.training.checkpoint import load_model
+from convmae.data import DataError, FolderPhotos, PhotoSource, find_pictures, open_source
+from convmae.data.arrays import ArrayPhotos
+from convmae.training.checkpoint import load_model, read_weights
 from convmae.training.config import OptionError, ReconstructConfig, check_patches
 from convmae.training.machine import pick_device
 from convmae.training.pictures import reconstruction_picture, save_picture
-from convmae.training.sources import Source, preview
 
 if TYPE_CHECKING:
-    from convmae.data.crops import Photos
+    from convmae.data import Source
 
 
 def reconstruct(config: ReconstructConfig) -> Path:
@@ -36,18 +36,27 @@ def reconstruct(config: ReconstructConfig) -> Path:
             "decoder; expected a ConvMAE from convmae pretrain"
         )
     check_patches(config.mask_ratio, *model.img_size)
-    photos = _open(config.images)
-    source = Source(photos, len(photos), "", workers=0)
-    images = preview(source, config.max_images, model.img_size)
-    picture = reconstruction_picture(model, images, config.mask_ratio, config.seed)
+    source = _open(config.images)
+    if source.channels != model.in_chans:
+        raise OptionError(
+            f"--images have {source.channels} channels, but the model of --checkpoint takes "
+            f"{model.in_chans}"
+        )
+    images = source.preview(config.max_images, model.img_size)
+    statistics = read_weights(config.checkpoint, "--checkpoint").statistics
+    picture = reconstruction_picture(model, images, config.mask_ratio, config.seed, *statistics)
     output = Path(config.output).expanduser()
     save_picture(picture, output)
     return output
 
 
-def _open(names: tuple[str, ...]) -> Photos:
-    if names == ("demo",):
-        return DemoPhotos()
+def _open(names: tuple[str, ...]) -> Source:
+    """One folder, set of shards or demo as `--data_path` takes it; or files and folders of them."""
+    if len(names) == 1 and not Path(names[0]).expanduser().is_file():
+        try:
+            return open_source(names[0], max_unreadable=1.0)
+        except DataError as error:
+            raise DataError(str(error).replace("--data_path", "--images")) from error
     paths: list[Path] = []
     for name in names:
         path = Path(name).expanduser()
@@ -57,4 +66,5 @@ def _open(names: tuple[str, ...]) -> Photos:
             paths += find_pictures(path, "--images")
         else:
             raise OptionError(f"--images {name!r} does not exist; expected a file or a folder")
-    return FolderPhotos(paths)
+    arrays = [path for path in paths if path.suffix.lower() == ".npy"]
+    return PhotoSource(ArrayPhotos(arrays) if arrays else FolderPhotos(paths))

@@ -1,0 +1,197 @@
+"""One process or many: joining them, what they agree on, and how a model is spread over them."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from convmae.training.config import OptionError
+from convmae.training.machine import pick_device
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: this process, from 0.
+        size: how many there are.
+        device: what this process computes on.
+        strategy: `single`, `ddp` or `fsdp2`.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    strategy: str
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def parallel(self) -> bool:
+        """Whether there are collectives to take part in."""
+        return self.strategy != "single"
+
+    def mean(self, *values: float | Tensor) -> list[float]:
+        """The mean of each number over all processes, read on the host in one go."""
+        told = torch.stack([torch.as_tensor(v, device=self.device).double() for v in values])
+        if self.parallel:
+            dist.all_reduce(told)
+            told /= self.size
+        return told.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process."""
+        return self.mean(float(flag))[0] > 0 if self.parallel else flag
+
+    def share(self, value: Any) -> Any:
+        """The main process's `value`, in every process."""
+        if not self.parallel:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+@contextmanager
+def join(device: str, strategy: str) -> Iterator[World]:
+    """Joins the processes that torchrun started, if it did; they part at the end.
+
+    Args:
+        device: as in `--device`; a process of torchrun takes the GPU of its local rank.
+        strategy: as in `--strategy`.
+
+    Raises:
+        OptionError: the strategy does not suit the number of processes, or there is no such device.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ
+    if strategy == "auto":
+        strategy = "ddp" if processes > 1 else "single"
+    if strategy == "single" and processes > 1:
+        raise OptionError(
+            f"--strategy single is for one process, but torchrun started {processes}; use ddp or "
+            "fsdp2"
+        )
+    if strategy != "single" and not launched:
+        raise OptionError(
+            f"--strategy {strategy} needs processes: torchrun --nproc_per_node N -m convmae ..."
+        )
+    if device in ("auto", "cuda") and torch.cuda.is_available() and launched:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    picked = pick_device(device)
+    if strategy == "single":
+        yield World(0, 1, picked, strategy)
+        return
+    if picked.type == "cuda":
+        torch.cuda.set_device(picked)
+    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), picked, strategy)
+        dist.barrier()  # nobody leaves while another still talks to it
+    finally:
+        dist.destroy_process_group()
+
+
+def spread(model: nn.Module, world: World) -> nn.Module:
+    """What to call in place of `model` in a training step: itself, or its data-parallel wrapper.
+
+    `fsdp2` divides the parameters in place, block by block; `ddp` wraps. In both `model` keeps its
+    own parameter names.
+    """
+    if world.strategy == "ddp":
+        from torch.nn.parallel import DistributedDataParallel
+
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids)
+    if world.strategy == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for name, blocks in model.named_children():
+            if "blocks" in name:
+                for block in blocks.children():
+                    fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for method in ("reconstruct",):
+            if hasattr(model, method):
+                register_fsdp_forward_method(model, method)
+    return model
+
+
+@contextmanager
+def gradients(step_model: nn.Module, world: World, exchange: bool) -> Iterator[None]:
+    """Gradients of this backward pass are averaged over the processes only if `exchange`."""
+    if world.strategy == "fsdp2":
+        step_model.set_requires_gradient_sync(exchange)  # type: ignore[operator]
+        yield
+    elif world.strategy == "ddp" and not exchange:
+        with step_model.no_sync():  # type: ignore[operator]
+            yield
+    else:
+        yield
+
+
+# -- states ---------------------------------------------------------------------------------------
+
+
+def _whole() -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def whole_model(model: nn.Module) -> dict[str, Tensor]:
+    """The whole state dict, on the CPU, in the main process; every process must ask for it."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    weights: dict[str, Any] = get_model_state_dict(model, options=_whole())
+    return weights
+
+
+def whole_optimiser(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's whole state by parameter names, on the CPU, in the main process.
+
+    It does not depend on how many processes there are, nor on how the model is spread over them.
+    """
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    return get_optimizer_state_dict(model, optimiser, options=_whole())
+
+
+def load_whole(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    weights: dict[str, Any],
+    state: dict[str, Any],
+) -> None:
+    """Gives a spread model and its optimiser the whole states, which every process has read.
+
+    The optimiser's own learning rates, decays and other settings stay.
+    """
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    own = [{k: v for k, v in g.items() if k != "params"} for g in optimiser.param_groups]
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(model, optimiser, state, options=options)
+    set_model_state_dict(model, weights, options=options)
+    for group, settings in zip(optimiser.param_groups, own, strict=True):
+        group.update(settings)
