@@ -6,7 +6,7 @@ CODE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 SOURCES := $(CODE) setup.py
 export CONVMAE_REQUIRE_EXT = 1
 
-.PHONY: demo test lint bench gpu build clean
+.PHONY: demo fashion-mnist test lint bench gpu build clean
 
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -20,15 +20,18 @@ convmae_kernels/_C.so: $(SOURCES) .venv/installed
 
 build: convmae_kernels/_C.so
 
-# Eight photographs, nearly whole, for three minutes: enough to learn them by heart.
-DEMO_SIZE = --model convmae_tiny --batch_size 8
-DEMO_RUN = --data_path demo --input_size 96 --min_crop 0.9 --hflip 0 --epochs 18 \
-	--warmup_epochs 1 --lr 1e-3 --clip_grad 1 --save_every 6
-
 demo: build
 	rm -rf runs/demo
-	$(BIN)/convmae pretrain $(DEMO_SIZE) $(DEMO_RUN) --output_dir runs/demo
-	$(BIN)/python -m benchmarks --case step --summary $(DEMO_SIZE) --img_size 96
+	$(BIN)/convmae pretrain --config recipes/demo.yaml --output_dir runs/demo
+	$(BIN)/python -m benchmarks --case step --summary --model convmae_tiny --batch_size 8 --img_size 96
+
+# Real pictures with labels (MIT licence), from a package of Debian and Ubuntu; not installed.
+fashion-mnist: data/fashion-mnist
+data/fashion-mnist:
+	mkdir -p data/package
+	cd data/package && apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb .
+	mv data/package/usr/share/datasets/fashion-mnist data/fashion-mnist
+	rm -rf data/package
 
 test: build
 	$(BIN)/pytest -n 2 --dist worksteal
