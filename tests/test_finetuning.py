@@ -343,6 +343,13 @@ def test_bad_options_are_refused_before_anything_is_written(tmp_path: Path, mess
     assert not (tmp_path / "run").exists()
 
 
+def test_a_probe_refuses_what_it_would_ignore(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="--min_crop 0.5 has no effect in linprobe"):
+        linprobe(probing(tmp_path / "run", min_crop=0.5))
+    with pytest.raises(OptionError, match="--strategy fsdp2 divides what is trained"):
+        linprobe(probing(tmp_path / "run", strategy="fsdp2"))
+
+
 def test_what_does_not_classify_is_not_evaluated(pretrained: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="is a ConvMAE, which does not classify"):
         evaluate(EvaluateConfig(str(pretrained), str(FASHION), device="cpu"))

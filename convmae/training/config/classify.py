@@ -180,6 +180,12 @@ class LinprobeConfig(ClassifyConfig):
             OptionError: naming the option, what was found and what was expected.
         """
         super().validate()
+        for name in ("min_crop", "hflip"):
+            if getattr(self, name) != getattr(RunConfig, name):
+                raise OptionError(
+                    f"--{name} {getattr(self, name):g} has no effect in linprobe, whose crops are "
+                    "the published ones; leave it out"
+                )
         if self.strategy == "fsdp2":
             raise OptionError(
                 "--strategy fsdp2 divides what is trained, and linprobe trains one layer; use "
