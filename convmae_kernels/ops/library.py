@@ -27,6 +27,14 @@ Impl = Literal["auto", "reference", "cpu", "cuda", "triton"]
 LIB = torch.library.Library("convmae", "DEF")
 TRITON_LIB = torch.library.Library("convmae_triton", "DEF")
 
+# Asked once: `torch.compile` of torch 2.11 cannot trace the question.
+AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "ipu", "maia", "xla")
+    + (torch._C._get_privateuse1_backend_name(),)
+    if torch.amp.is_autocast_available(device)
+)
+
 LIBRARY_FILE = Path(__file__).resolve().parents[1] / "_C.so"
 
 
@@ -203,7 +211,7 @@ def _transforms_active() -> bool:
 
 def autocast_is_on(device_type: str) -> bool:
     """`torch.is_autocast_enabled`, and False for devices that have no autocast."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from convmae_kernels.block_mask import from_zorder, to_zorder
+from convmae_kernels.ops.library import AUTOCAST_DEVICES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,9 +107,7 @@ def _taps(x: Tensor, neighbours: Tensor, kernel: Sequence[int], dilation: Sequen
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Turns autocast off where the device of `x` has it."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
+    return torch.autocast(kind, enabled=False) if kind in AUTOCAST_DEVICES else nullcontext()
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
