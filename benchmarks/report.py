@@ -136,8 +136,8 @@ def table(results: Results) -> str:
                 str(row.rounds),
                 quantity(row.bytes, "B"),
                 quantity(row.flops, "FLOP") if row.flops else "-",
-                f"{_number(row.limit)} {row.unit}",
-                f"{row.fraction:.0%}",
+                f"{_number(row.limit)} {row.unit}" if row.limit else "-",
+                f"{row.fraction:.0%}" if row.limit else "-",
             ]
         )
     legend = (
@@ -167,10 +167,10 @@ def markdown(results: Results) -> str:
         packed = group["packed"]
         dense = group.get(BASELINE) or next(row for row in group.values() if row is not packed)
         other = f"{_number(group[compiled].median)}" if compiled in group else "–"
+        of_limit = f"{packed.fraction:.0%}" if packed.limit else "–"
         lines.append(
             f"| {case} | {dtype} | {_number(packed.median)} {packed.unit} | "
-            f"{_number(dense.median)} | {other} | **{_times(packed.ratio)}** | "
-            f"{packed.fraction:.0%} |"
+            f"{_number(dense.median)} | {other} | **{_times(packed.ratio)}** | {of_limit} |"
         )
     return "\n".join([*lines, "", header(results)])
 

@@ -72,7 +72,7 @@ class Comparison:
         contenders: in the order in which they are measured and printed.
         work: what must be moved and computed, whoever does it.
         clock: runs a function and gives its measure, in `unit`, and its result.
-        unit: "ms" or "MiB".
+        unit: "ms", "MiB", or that of something counted.
         max_rounds: more rounds than this would say nothing new; None if they would.
         warm_up: the first round is thrown away.
         notes: what was left out, and why.
@@ -89,10 +89,10 @@ class Comparison:
     baseline: str = BASELINE
 
     def limit(self, rates: Rates, dtype: torch.dtype) -> float:
-        """The least possible measure, in `unit`."""
+        """The least possible measure, in `unit`; 0 where none is known."""
         if self.unit == "MiB":
             return self.work.bytes / 2**20
-        return 1e3 * self.work.limit_seconds(rates, dtype)
+        return 1e3 * self.work.limit_seconds(rates, dtype) if self.unit == "ms" else 0.0
 
 
 @dataclass(frozen=True)

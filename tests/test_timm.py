@@ -369,7 +369,8 @@ def test_large_activations_under_autocast(dtype):
     for block in [*model.blocks3, *model.decoder_blocks]:
 
         def remember(attn, args, out):
-            q, k, _ = attn._heads(F.linear(args[0].float(), attn.qkv.weight, attn.qkv.bias))
+            x = args[0].float().reshape(-1, *args[0].shape[-2:])  # tokens, or the rows of all
+            q, k, _ = attn._heads(F.linear(x, attn.qkv.weight, attn.qkv.bias))
             logits.append((q @ k.mT).abs().max() / dims[attn.qkv.in_features] ** 0.5)
 
         block.attn.register_forward_hook(remember)

@@ -7,10 +7,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convmae.models.layers import TOKEN_EPS, Block, Linear, packed_conv2d, sincos_pos_embed
-from convmae.models.tokens import Hidden, hidden_patches, key_padding, pad, removed, unpad
+from convmae.models.layers import (
+    TOKEN_EPS,
+    Block,
+    LayerNorm,
+    Linear,
+    add_parameter,
+    packed_conv2d,
+    sincos_pos_embed,
+)
+from convmae.models.tokens import (
+    Hidden,
+    hidden_patches,
+    key_padding,
+    pad,
+    removed,
+    shared_places,
+    unpad,
+)
 from convmae.models.trunk import Trunk, check_heads, check_positive
 from convmae_kernels import BlockMask
+from convmae_kernels.ops.arithmetic import cast_together
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -110,14 +127,14 @@ class ConvMAE(Trunk):
             "decoder_num_heads": decoder_num_heads,
             "norm_pix_loss": norm_pix_loss,
         }
-        self.norm = nn.LayerNorm(dim, eps=TOKEN_EPS)
+        self.norm = LayerNorm(dim, eps=TOKEN_EPS)
         self.decoder_embed = Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, self.num_patches, width))
         self.decoder_blocks = nn.ModuleList(
             Block(width, decoder_num_heads, mlp_ratio[0]) for _ in range(decoder_depth)
         )
-        self.decoder_norm = nn.LayerNorm(width, eps=TOKEN_EPS)
+        self.decoder_norm = LayerNorm(width, eps=TOKEN_EPS)
         self.decoder_pred = Linear(width, self.patch_size**2 * in_chans)
         self.reset_parameters()
 
@@ -237,7 +254,8 @@ class ConvMAE(Trunk):
         tokens, decoded1, decoded2 = (pad(x, mask, padding) for x in self.embed(images, mask))
         for block in self.blocks3:
             tokens = self.run(block, tokens, padding)
-        latent = self.norm(tokens + decoded1 + decoded2)
+        with cast_together(list(self.norm.parameters()), tokens):
+            latent = self.norm(tokens + decoded1 + decoded2)
         return latent if padding is None else latent.masked_fill(padding.unsqueeze(2), 0.0)
 
     def forward_stages(self, images: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,16 +266,18 @@ class ConvMAE(Trunk):
             tokens `[T, embed_dim[2]]`.
         """
         x = self.stage1(images, mask)
-        decoded1 = packed_conv2d(x, self.stage1_output_decode).flatten(1)
-        x = self.stage2(x, mask)
-        decoded2 = packed_conv2d(x, self.stage2_output_decode).flatten(1)
+        decode1, decode2 = self.stage1_output_decode, self.stage2_output_decode
+        with cast_together([*decode1.parameters(), *decode2.parameters()], x):
+            decoded1 = packed_conv2d(x, decode1).flatten(1)
+            x = self.stage2(x, mask)
+            decoded2 = packed_conv2d(x, decode2).flatten(1)
         return x, decoded1, decoded2
 
     def embed(self, images: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:
         """The input of stage 3, and the outputs of stages 1 and 2 as tokens: `[T, D]` each."""
         x, decoded1, decoded2 = self.forward_stages(images, mask)
         position = self.pos_embed[0].index_select(0, mask.block_index % self.num_patches)
-        return self.tokens(x) + position, decoded1, decoded2
+        return add_parameter(self.tokens(x), position), decoded1, decoded2
 
     def forward_decoder(
         self, latent: Tensor, mask: BlockMask, hidden: Hidden | None = None
@@ -272,15 +292,22 @@ class ConvMAE(Trunk):
         Returns:
             `[N, L, 16 * 16 * C]`, or `[N, H, 16 * 16 * C]` with `hidden`.
         """
-        rows = unpad(self.decoder_embed(latent), mask)  # [T, width]
-        x = self.mask_token[0].expand(mask.num_blocks, -1)
-        x = x.index_copy(0, mask.block_index, rows.to(x.dtype))
-        x = x.view(mask.batch_size, self.num_patches, -1) + self.decoder_pos_embed
-        for block in self.decoder_blocks[:-1]:
+        with cast_together(list(self.decoder_embed.parameters()), latent):
+            x = unpad(self.decoder_embed(latent), mask)  # [T, width]
+        position = self.decoder_pos_embed[0]  # [L, width]
+        x = add_parameter(x, position.index_select(0, mask.block_index % self.num_patches))
+        x = torch.cat([x, (self.mask_token[0] + position).to(x.dtype)])  # [T + L, width]
+        places = shared_places(mask)
+        *blocks, last = self.decoder_blocks
+        if blocks and len(x) < mask.num_blocks:  # hidden tokens are the same in all images yet
+            x = self.run(blocks.pop(0), x, None, None, places)
+        else:
+            x = places.spread(x)
+        for block in blocks:
             x = self.run(block, x)
-        wanted = None if hidden is None else hidden.patches
-        x = self.run(self.decoder_blocks[-1], x, None, wanted)
-        return self.decoder_pred(self.decoder_norm(x))
+        x = self.run(last, x, None, None if hidden is None else hidden.patches)
+        with cast_together([*self.decoder_norm.parameters(), *self.decoder_pred.parameters()], x):
+            return self.decoder_pred(self.decoder_norm(x))
 
     def forward_loss(
         self, images: Tensor, pred: Tensor, mask: BlockMask, hidden: Hidden | None = None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convmae.models.layers import TOKEN_EPS, Linear, resample_pos_embed
+from convmae.models.layers import TOKEN_EPS, LayerNorm, Linear, add_parameter, resample_pos_embed
 from convmae.models.trunk import Trunk, check_img_size
 from convmae_kernels import BlockMask, scatter_visible
 
@@ -104,10 +104,10 @@ class ConvViT(Trunk):
             )
         ]
         if not self.global_pool:
-            self.norm = nn.LayerNorm(dim, eps=TOKEN_EPS)
+            self.norm = LayerNorm(dim, eps=TOKEN_EPS)
         self.head = self._new_head()
         if self.global_pool:
-            self.fc_norm = nn.LayerNorm(dim, eps=TOKEN_EPS)
+            self.fc_norm = LayerNorm(dim, eps=TOKEN_EPS)
         self.reset_parameters()
 
     def _new_head(self) -> nn.Module:
@@ -179,7 +179,7 @@ class ConvViT(Trunk):
             outputs.append(self.stage2(outputs[0], mask))
         if last >= 2:
             x = self.tokens(outputs[1]).view(images.shape[0], self.num_patches, -1)
-            x = x + self.pos_embed
+            x = add_parameter(x, self.pos_embed)
             for block in self.blocks3:
                 x = self.run(block, x)
             outputs.append(x)
@@ -294,7 +294,7 @@ class ConvViT(Trunk):
             old, new = ("fc_norm" if p else "norm" for p in (self.global_pool, pool))
             if old != new:
                 delattr(self, old)
-                setattr(self, new, nn.LayerNorm(self.embed_dim, eps=TOKEN_EPS).to(self.pos_embed))
+                setattr(self, new, LayerNorm(self.embed_dim, eps=TOKEN_EPS).to(self.pos_embed))
             self.global_pool = pool
         self.head = self._new_head().to(self.pos_embed)
         for module in self.head.modules():

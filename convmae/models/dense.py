@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convmae.models.convmae import ConvMAE
-from convmae.models.layers import ConvBlock, PatchEmbed
-from convmae_kernels.ops.arithmetic import multiply
+from convmae.models.layers import ConvBlock, PatchEmbed, add_parameter
+from convmae_kernels.ops.arithmetic import cast_together, multiply
 
 if TYPE_CHECKING:
     from convmae_kernels import BlockMask
@@ -55,7 +55,8 @@ class DenseConvMAE(ConvMAE):
     def embed(self, images: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:
         """As in `ConvMAE`: computed for all patches, then gathered to `[T, D]` each."""
         x, decoded1, decoded2 = self.forward_stages(images, mask)
-        x = self.patch_embed4(_tokens(_patch_embed(x, self.patch_embed3))) + self.pos_embed
+        x = self.patch_embed4(_tokens(_patch_embed(x, self.patch_embed3)))
+        x = add_parameter(x, self.pos_embed)
         gathered = [
             tokens.reshape(mask.num_blocks, -1).index_select(0, mask.block_index)
             for tokens in (x, decoded1, decoded2)
@@ -79,12 +80,14 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _patch_embed(x: Tensor, embed: PatchEmbed) -> Tensor:
-    return embed.act(_layer_norm(_conv2d(x, embed.proj), embed.norm))
+    with cast_together(list(embed.parameters()), x):
+        return embed.act(_layer_norm(_conv2d(x, embed.proj), embed.norm))
 
 
 def _conv_block(x: Tensor, block: nn.Module, visible: Tensor) -> Tensor:
     assert isinstance(block, ConvBlock)
-    y = _conv2d(_layer_norm(x, block.norm1), block.conv1) * visible
-    x = x + _conv2d(_conv2d(y, block.attn), block.conv2)
-    y = block.mlp.act(_conv2d(_layer_norm(x, block.norm2), block.mlp.fc1))
-    return x + _conv2d(y, block.mlp.fc2)
+    with cast_together(list(block.parameters()), x):
+        y = _conv2d(_layer_norm(x, block.norm1), block.conv1) * visible
+        x = x + _conv2d(_conv2d(y, block.attn), block.conv2)
+        y = block.mlp.act(_conv2d(_layer_norm(x, block.norm2), block.mlp.fc1))
+        return x + _conv2d(y, block.mlp.fc2)

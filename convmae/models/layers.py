@@ -12,16 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convmae.models.tokens import take_tokens
+from convmae.models.tokens import Places, take_tokens
 from convmae_kernels.nn import MaskedConv2d
 from convmae_kernels.ops import arithmetic
-from convmae_kernels.ops.arithmetic import multiply
+from convmae_kernels.ops.arithmetic import as_cast, cast_together, multiply
+from convmae_kernels.ops.library import autocast_is_on
 
 if TYPE_CHECKING:
     from convmae_kernels import BlockMask
 
 CONV_EPS = 1e-5  # of the LayerNorms of patch embeddings and convolution blocks
 TOKEN_EPS = 1e-6  # of all others
+# Where the features between blocks are float32 under autocast to bfloat16 too: PyTorch's layer norm
+# on a CPU adds up the gradients of its parameters in the dtype of the features.
+WIDE_SUMS = frozenset({"cpu"})
 
 
 def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
@@ -94,6 +98,32 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` that on a GPU stays in bfloat16 under autocast to it.
+
+    Statistics and sums are float32 in any case. Autocast would read and write float32, as it must
+    for float16, and the product that follows would cast that back.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., dim] -> [..., dim]`, in the dtype of `x`; for float16 in that of autocast."""
+        kind = x.device.type
+        if x.dtype != torch.bfloat16 or kind in WIDE_SUMS or not autocast_is_on(kind):
+            return super().forward(x)
+        weight, bias = (as_cast(p).to(x.dtype) for p in (self.weight, self.bias))
+        with torch.autocast(kind, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+def add_parameter(x: Tensor, parameter: Tensor) -> Tensor:
+    """`x + parameter`: in bfloat16 where `x` is, on a GPU; else as PyTorch adds them.
+
+    So what the blocks add to stays in bfloat16; in float16, which would overflow, it is float32.
+    """
+    narrow = x.dtype == torch.bfloat16 and x.device.type not in WIDE_SUMS
+    return x + (parameter.to(x.dtype) if narrow else parameter)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
     """`softmax(q @ k.T / sqrt(d)) @ v`.
 
@@ -140,7 +170,7 @@ def packed_conv2d(x: Tensor, conv: nn.Conv2d) -> Tensor:
     blocks, positions, channels = x.shape
     group = conv.kernel_size[0] ** 2
     x = x.reshape(blocks, positions // group, group * channels)
-    return linear(x, zorder_weight(conv.weight), conv.bias)
+    return linear(x, zorder_weight(as_cast(conv.weight)), conv.bias)
 
 
 def zorder_weight(weight: Tensor) -> Tensor:
@@ -195,12 +225,13 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_dim: int, dim: int, patch_size: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_dim, dim, patch_size, patch_size)
-        self.norm = nn.LayerNorm(dim, eps=CONV_EPS)
+        self.norm = LayerNorm(dim, eps=CONV_EPS)
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T, P, in_dim] -> [T, P / patch_size**2, dim]`."""
-        return self.act(self.norm(packed_conv2d(x, self.proj)))
+        with cast_together(list(self.parameters()), x):
+            return self.act(self.norm(packed_conv2d(x, self.proj)))
 
 
 class ConvMlp(nn.Module):
@@ -228,20 +259,21 @@ class ConvBlock(nn.Module):
 
     def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=CONV_EPS)
+        self.norm1 = LayerNorm(dim, eps=CONV_EPS)
         self.conv1 = nn.Conv2d(dim, dim, 1)
         self.conv2 = nn.Conv2d(dim, dim, 1)
         self.attn = MaskedConv2d(dim, dim, 5, padding=2, groups=dim)
         self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=CONV_EPS)
+        self.norm2 = LayerNorm(dim, eps=CONV_EPS)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, mask: BlockMask) -> Tensor:
         """`[T, P, dim] -> [T, P, dim]`."""
-        y = packed_conv2d(self.norm1(x), self.conv1)
-        y = packed_conv2d(self.attn(y, mask), self.conv2)
-        x = x + self.drop_path(y, mask)
-        return x + self.drop_path(self.mlp(self.norm2(x)), mask)
+        with cast_together(list(self.parameters()), x):
+            y = packed_conv2d(self.norm1(x), self.conv1)
+            y = packed_conv2d(self.attn(y, mask), self.conv2)
+            x = x + self.drop_path(y, mask)
+            return x + self.drop_path(self.mlp(self.norm2(x)), mask)
 
 
 class Attention(nn.Module):
@@ -254,33 +286,43 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, key_padding: Tensor | None = None, queries: Tensor | None = None
+        self,
+        x: Tensor,
+        key_padding: Tensor | None = None,
+        queries: Tensor | None = None,
+        places: Places | None = None,
     ) -> Tensor:
         """Tokens attend to all tokens `x` `[N, K, dim]` that are not padding.
 
         Args:
-            x: `[N, K, dim]`, the keys and values.
+            x: `[N, K, dim]`, the keys and values; with `places` the rows of them, `[R, dim]`.
             key_padding: as in `attention`.
-            queries: `[N, Q, dim]`, the tokens that attend; `x` itself if None.
+            queries: `[N, Q, dim]`, the tokens that attend; `x` itself if None, or with `places`.
+            places: where each row belongs.
 
         Returns:
             `[N, Q, dim]`.
         """
-        if queries is None:
+        if places is not None:
+            q, k, v = self._heads(places.spread(self.qkv(x)))
+        elif queries is None:
             q, k, v = self._heads(self.qkv(x))
         else:
             dim = x.shape[2]
-            query_weight, weight = self.qkv.weight.split([dim, 2 * dim])
-            query_bias, bias = self.qkv.bias.split([dim, 2 * dim])
+            query_weight, weight = as_cast(self.qkv.weight).split([dim, 2 * dim])
+            query_bias, bias = as_cast(self.qkv.bias).split([dim, 2 * dim])
             (q,) = self._heads(linear(queries, query_weight, query_bias))
             k, v = self._heads(linear(x, weight, bias))
         y = attention(q, k, v, key_padding)
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """`[N, K, n * dim]` to `n` times `[N, heads, K, dim / heads]`."""
+        """`[N, K, n * dim]` to `n` times `[N, heads, K, dim / heads]`.
+
+        Cut before it is permuted, so that the gradients are put side by side where they belong.
+        """
         x = x.unflatten(2, (-1, self.num_heads, self.qkv.in_features // self.num_heads))
-        return x.permute(2, 0, 3, 1, 4).unbind(0)
+        return tuple(part.transpose(1, 2) for part in x.unbind(2))
 
 
 class Mlp(nn.Module):
@@ -309,29 +351,38 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=TOKEN_EPS)
+        self.norm1 = LayerNorm(dim, eps=TOKEN_EPS)
         self.attn = Attention(dim, num_heads)
         self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=TOKEN_EPS)
+        self.norm2 = LayerNorm(dim, eps=TOKEN_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
-        self, x: Tensor, key_padding: Tensor | None = None, index: Tensor | None = None
+        self,
+        x: Tensor,
+        key_padding: Tensor | None = None,
+        index: Tensor | None = None,
+        places: Places | None = None,
     ) -> Tensor:
         """All tokens of `x`, or only those that are asked for.
 
         Args:
-            x: `[N, K, dim]`.
+            x: `[N, K, dim]`; with `places` the rows of these tokens, `[R, dim]`: what is the same
+                for many tokens is computed once.
             key_padding: bool `[N, K]`, True at tokens that nothing attends to; None for none.
-            index: int64 `[N, Q]`, the tokens to compute; None for all.
+            index: int64 `[N, Q]`, the tokens to compute; None for all, and with `places`.
+            places: where each row belongs; None where `x` is tokens.
 
         Returns:
             `[N, K, dim]`, or `[N, Q, dim]` with `index`.
         """
-        y = self.norm1(x)
-        if index is None:
-            y = self.attn(y, key_padding)
-        else:
-            y, x = self.attn(y, key_padding, take_tokens(y, index)), take_tokens(x, index)
-        x = x + self.drop_path(y)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        with cast_together(list(self.parameters()), x):
+            y = self.norm1(x)
+            if places is not None:
+                y, x = self.attn(y, key_padding, places=places), places.spread(x)
+            elif index is None:
+                y = self.attn(y, key_padding)
+            else:
+                y, x = self.attn(y, key_padding, take_tokens(y, index)), take_tokens(x, index)
+            x = x + self.drop_path(y)
+            return x + self.drop_path(self.mlp(self.norm2(x)))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from convmae_kernels.ops.library import transforms_active
+
 if TYPE_CHECKING:
     from convmae_kernels import BlockMask
 
@@ -75,3 +77,55 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     first = torch.arange(images, device=index.device).unsqueeze(1) * tokens
     rows = (index + first).flatten()
     return x.reshape(images * tokens, dim).index_select(0, rows).view(images, -1, dim)
+
+
+class Places(NamedTuple):
+    """Which row each token of a batch is: visible tokens have rows of their own, hidden ones share.
+
+    Rows are `[T + L, D]`: those of the `T` visible patches of all images, then one for each of the
+    `L` patches of an image, which stands for that patch wherever it is hidden.
+
+    Attributes:
+        rows: int64 `[N * L]`, the row of each token.
+        visible: int64 `[T]`, the tokens that have a row of their own; ascending.
+        hidden: float32 `[N, L]`, 1 where a token shares its row, else 0.
+    """
+
+    rows: Tensor
+    visible: Tensor
+    hidden: Tensor
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Rows `[T + L, D]` to the tokens of each image `[N, L, D]`."""
+        if transforms_active():
+            return _spread(x, *self)
+        return _Spread.apply(x, *self)
+
+
+def shared_places(mask: BlockMask) -> Places:
+    """Where the tokens of each image lie if hidden ones share a row for each patch of an image."""
+    blocks = mask.num_visible
+    own = torch.arange(blocks, device=mask.device)
+    shared = torch.arange(blocks, blocks + mask.grid[0] * mask.grid[1], device=mask.device)
+    rows = shared.repeat(mask.batch_size).index_copy(0, mask.block_index, own)
+    return Places(rows, mask.block_index, removed(mask))
+
+
+def _spread(x: Tensor, rows: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+    return x.index_select(0, rows).view(*hidden.shape, x.shape[1])
+
+
+class _Spread(torch.autograd.Function):
+    """`_spread`, whose gradient adds up what shares a row in a fixed order."""
+
+    @staticmethod
+    def forward(ctx, x, rows, visible, hidden):
+        ctx.save_for_backward(visible, hidden)
+        return _spread(x, rows, visible, hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        visible, hidden = ctx.saved_tensors
+        own = grad.flatten(0, 1).index_select(0, visible)
+        shared = torch.einsum("nl,nld->ld", hidden.to(grad.dtype), grad)
+        return torch.cat([own, shared]), None, None, None

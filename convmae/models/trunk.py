@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from convmae.models.layers import Block, ConvBlock, Linear, PatchEmbed
 from convmae_kernels import BlockMask, gather_visible
+from convmae_kernels.ops.arithmetic import cast_together
 
 PATCH_SIZE = 16
 
@@ -121,7 +122,9 @@ class Trunk(nn.Module):
 
     def tokens(self, x: Tensor) -> Tensor:
         """`[T, 4, embed_dim[1]] -> [T, embed_dim[2]]`, without the position embedding."""
-        return self.patch_embed4(self.patch_embed3(x).flatten(1))
+        x = self.patch_embed3(x).flatten(1)
+        with cast_together(list(self.patch_embed4.parameters()), x):
+            return self.patch_embed4(x)
 
     # -- checks -----------------------------------------------------------------------------------
 

@@ -1,17 +1,19 @@
-"""Products in the arithmetic that is fast on this machine."""
+"""Products in the arithmetic that is fast on this machine, and parameters cast to it together."""
 
 from __future__ import annotations
 
 import platform
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from convmae_kernels.ops.library import autocast_dtype
+from convmae_kernels.ops.library import autocast_dtype, transforms_active
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
 
 def _slow_on_this_cpu() -> frozenset[torch.dtype]:
@@ -56,6 +58,7 @@ def multiply(
         The result, in the dtype of `x` or autocast's.
     """
     dtype = autocast_dtype(x)
+    weight, bias = as_cast(weight), None if bias is None else as_cast(bias)
     if dtype == torch.float64:  # autocast leaves it, but not what it is multiplied with
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.device.type != "cpu" or dtype not in SLOW_ON_CPU:
@@ -63,3 +66,80 @@ def multiply(
     with torch.autocast("cpu", enabled=False):
         wide = function(x.float(), weight.float(), None if bias is None else bias.float())
         return wide.to(dtype)
+
+
+# -- parameters under autocast --------------------------------------------------------------------
+
+
+class _Casts(threading.local):
+    """In each thread, what stands for which parameter: `{parameter: its cast}`."""
+
+    def __init__(self) -> None:
+        self.of: dict[Tensor, Tensor] = {}
+
+
+_CASTS = _Casts()
+
+
+class _CastTogether(torch.autograd.Function):
+    """`[p.to(dtype) for p in parameters]` of float32 parameters: one kernel casts them all, one
+    all their gradients."""
+
+    @staticmethod
+    def forward(ctx, dtype, *parameters):
+        ctx.set_materialize_grads(False)
+        return tuple(_copy_together(parameters, dtype))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        copies = iter(_copy_together([g for g in grads if g is not None], torch.float32))
+        return None, *(None if grad is None else next(copies) for grad in grads)
+
+
+def _copy_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
+@contextmanager
+def cast_together(parameters: Sequence[Tensor], x: Tensor) -> Iterator[None]:
+    """Within it, the ops here use casts of these parameters, made by one kernel for all of them.
+
+    Autocast casts every parameter by a kernel of its own, and every gradient by another: on a GPU
+    more launches than the work itself. The numbers are the same. Nothing happens without autocast
+    to a half type, where this CPU does not multiply that type, and in compiled code, whose compiler
+    joins casts with what follows them.
+
+    Args:
+        parameters: floating tensors; those that another `cast_together` around this one has cast
+            already keep that cast.
+        x: what they will work on; sets device and dtype.
+    """
+    casts = {} if torch.compiler.is_compiling() else _new_casts(parameters, x)
+    if not casts:
+        yield
+        return
+    before = _CASTS.of
+    _CASTS.of = before | casts
+    try:
+        yield
+    finally:
+        _CASTS.of = before
+
+
+def _new_casts(parameters: Sequence[Tensor], x: Tensor) -> dict[Tensor, Tensor]:
+    dtype = autocast_dtype(x)
+    half = dtype in (torch.bfloat16, torch.float16)
+    if not half or (x.device.type == "cpu" and dtype in SLOW_ON_CPU) or transforms_active():
+        return {}
+    wide = [p for p in parameters if p.dtype == torch.float32 and p not in _CASTS.of]
+    return dict(zip(wide, _CastTogether.apply(dtype, *wide))) if wide else {}
+
+
+def as_cast(parameter: Tensor) -> Tensor:
+    """What stands for a parameter here: its cast by `cast_together`, else the parameter itself."""
+    if torch.compiler.is_compiling() or not _CASTS.of:
+        return parameter
+    return _CASTS.of.get(parameter, parameter)

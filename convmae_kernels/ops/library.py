@@ -191,7 +191,7 @@ def select(impl: Impl, name: str, reference: Callable, x: Tensor) -> Callable:
     Raises:
         RuntimeError: `impl` was asked for by name and cannot run.
     """
-    transforms = _transforms_active()
+    transforms = transforms_active()
     reason = why_not(impl, x)
     if reason is None and transforms and impl not in ("auto", "reference"):
         reason = (
@@ -205,7 +205,8 @@ def select(impl: Impl, name: str, reference: Callable, x: Tensor) -> Callable:
     return getattr(torch.ops.convmae_triton if impl == "triton" else torch.ops.convmae, name)
 
 
-def _transforms_active() -> bool:
+def transforms_active() -> bool:
+    """Whether this runs under a `torch.func` transform or forward-mode differentiation."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

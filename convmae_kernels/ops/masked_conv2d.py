@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from convmae_kernels.block_mask import BLOCK_SIZES, to_zorder
 from convmae_kernels.ops import reference, window_conv2d  # noqa: F401  (registers the op)
-from convmae_kernels.ops.arithmetic import multiply
+from convmae_kernels.ops.arithmetic import as_cast, multiply
 from convmae_kernels.ops.checks import check_packed
 from convmae_kernels.ops.gather_windows import reach
 from convmae_kernels.ops.library import (
@@ -144,6 +144,7 @@ def masked_conv2d(
     padding = check_padding(padding, kernel, step, dilation)
     run = select(impl, "masked_conv2d", reference.masked_conv2d, x)
     dtype = autocast_dtype(x)
+    weight, bias = as_cast(weight), None if bias is None else as_cast(bias)
     if kernel == (1, 1):  # of the positions in Z-order every step^2-th, as a new map
         x, side, step = x[:, :: step * step], side // step, 1
     if kernel == (1, 1) and groups == 1:
@@ -199,6 +200,7 @@ def masked_conv_transpose2d(
     out_channels = weight.shape[1]
     if bias is not None and bias.shape != (out_channels,):
         raise ValueError(f"bias must be [{out_channels}], got {list(bias.shape)}")
+    weight, bias = as_cast(weight), None if bias is None else as_cast(bias)
     matrix = to_zorder(weight).permute(2, 1, 0).flatten(0, 1)  # [stride**2 * C_out, C_in]
     outputs = x.shape[1] * rows * rows
 
