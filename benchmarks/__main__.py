@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
     add("--no-compile", "--no_compile", action="store_true", help="no compiled dense operators")
     add("--compile-models", "--compile_models", action="store_true", help="compiled models too")
+    add("--compile-blocks", "--compile_blocks", action="store_true", help="the step by blocks too")
     return parser
 
 
@@ -72,6 +73,7 @@ def _setting(args: argparse.Namespace) -> Setting:
         device=torch.device(args.device),
         compile=not args.no_compile,
         compile_models=args.compile_models,
+        compile_blocks=args.compile_blocks,
     )
 
 
@@ -108,7 +110,7 @@ def run(
             results.notes.extend(note for note in comparison.notes if note not in results.notes)
             done(results)
             del comparison
-            if setting.compile or setting.compile_models:
+            if setting.compile or setting.compile_models or setting.compile_blocks:
                 torch.compiler.reset()
             gc.collect()
     return results

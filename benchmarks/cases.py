@@ -275,10 +275,22 @@ def step(setting: Setting, dtype: torch.dtype) -> Comparison:
     pixels, noise = models.images(setting), setting.noise()
     names, notes = _model_contenders(setting, dtype)
     contenders = []
+
+    def add(name: str, model: nn.Module, run: Callable[[Tensor, Tensor], Tensor]) -> None:
+        contenders.append(
+            Contender(name, partial(run, pixels, noise), partial(_step_result, model))
+        )
+
     for name, kind, compiled in names:
         model = models.build(setting, kind)
-        run = partial(models.training_step(model, setting, dtype, compiled), pixels, noise)
-        contenders.append(Contender(name, run, partial(_step_result, model)))
+        add(name, model, models.training_step(model, setting, dtype, compiled))
+    if setting.compile_blocks:
+        model = models.build(setting, "packed")
+        model.compile_blocks()
+        add("packed blocks", model, models.training_step(model, setting, dtype))
+    if setting.device.type == "cuda":
+        model = models.build(setting, "packed")
+        add("packed graph", model, models.CapturedStep(model, setting, dtype))
     parameters = models.parameters(setting.model)
     counted = work.training_work(parameters, setting.block_mask(), pixels.numel(), optimizer=True)
     return Comparison(contenders, counted, clock_for(setting.device), notes=notes)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import convmae
+from benchmarks.runner import CapturedGraph
 from convmae.models import ConvMAE, DenseConvMAE
 from convmae.models.convmae import ConvMAEOutput, patch_statistics
 from convmae.models.layers import Block, sincos_pos_embed
@@ -120,16 +121,18 @@ def images(setting: Setting, batch_size: int | None = None) -> Tensor:
 
 
 def training_step(
-    model: nn.Module, setting: Setting, dtype: torch.dtype, compiled: bool = False
+    model: nn.Module,
+    setting: Setting,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A function `(images, noise) -> loss` that makes the mask and does one whole step.
 
     Forward under autocast if `dtype` is not float32, backward, AdamW (fused).
     """
     forward = torch.compile(model, dynamic=False) if compiled else model
-    optimizer = torch.optim.AdamW(
-        (p for p in model.parameters() if p.requires_grad), LEARNING_RATE, fused=True
-    )
+    optimizer = optimizer or new_optimizer(model)
 
     def step(pixels: Tensor, noise: Tensor) -> Tensor:
         optimizer.zero_grad()
@@ -140,6 +143,39 @@ def training_step(
         return loss.detach()
 
     return step
+
+
+def new_optimizer(model: nn.Module, capturable: bool = False) -> torch.optim.Optimizer:
+    """AdamW over what is trained, fused; `capturable` by a CUDA graph."""
+    trained = (p for p in model.parameters() if p.requires_grad)
+    return torch.optim.AdamW(trained, LEARNING_RATE, fused=True, capturable=capturable)
+
+
+class CapturedStep:
+    """`training_step` as one CUDA graph of the batch that it is first called with.
+
+    What the steps before the capture changed is taken back, so that the first replay is the first
+    step.
+    """
+
+    def __init__(self, model: nn.Module, setting: Setting, dtype: torch.dtype) -> None:
+        self._model, self._optimizer = model, new_optimizer(model, capturable=True)
+        self._step = training_step(model, setting, dtype, optimizer=self._optimizer)
+        self._captured: CapturedGraph | None = None
+
+    def __call__(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """The loss."""
+        if self._captured is None:
+            weights = [p.detach().clone() for p in self._model.parameters()]
+            self._captured = CapturedGraph(lambda: self._step(pixels, noise))
+            self._captured.capture()
+            with torch.no_grad():
+                for parameter, weight in zip(self._model.parameters(), weights, strict=True):
+                    parameter.copy_(weight)
+                for state in self._optimizer.state.values():
+                    for value in state.values():
+                        value.zero_()
+        return self._captured()
 
 
 def stages_pass(

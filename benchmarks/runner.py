@@ -31,18 +31,22 @@ class CapturedGraph:
 
     def __call__(self) -> Any:
         if self._graph is None:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):  # what is compiled or tuned when first called
-                    self._run()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._result = self._run()
-            self._graph = graph
+            self.capture()
+        assert self._graph is not None
         self._graph.replay()
         return self._result
+
+    def capture(self) -> None:
+        """Runs the function three times, then captures it without running it."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what is compiled or tuned when first called
+                self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = self._run()
 
 
 class DisagreementError(RuntimeError):

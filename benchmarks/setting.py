@@ -22,6 +22,7 @@ class Setting:
         device: "cpu" or "cuda".
         compile: measure compiled dense operators too.
         compile_models: measure compiled models too (compiling them takes minutes on a CPU).
+        compile_blocks: measure the packed model compiled block by block too.
 
     Raises:
         ValueError: a size is out of range.
@@ -34,6 +35,7 @@ class Setting:
     device: torch.device = torch.device("cpu")
     compile: bool = True
     compile_models: bool = False
+    compile_blocks: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

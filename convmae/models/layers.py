@@ -198,13 +198,18 @@ class DropPath(nn.Module):
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
         self.rate = rate
+        self.drops = rate > 0.0
+        self.keep = torch.tensor(1.0 - rate, device="cpu")
 
     def forward(self, x: Tensor, mask: BlockMask | None = None) -> Tensor:
         """Tokens `[N, K, D]`; or packed features `[T, P, C]` and their mask."""
-        if self.rate == 0.0 or not self.training:
+        if not self.drops or not self.training:
             return x
         images = x.shape[0] if mask is None else mask.batch_size
-        scale = x.new_empty(images).bernoulli_(1 - self.rate) / (1 - self.rate)
+        if torch.compiler.is_compiling():  # no number in it, so one code serves all rates
+            scale = (torch.rand(images, device=x.device) < self.keep).to(x.dtype) / self.keep
+        else:
+            scale = x.new_empty(images).bernoulli_(1 - self.rate) / (1 - self.rate)
         if mask is not None:
             scale = scale[mask.block_index // (mask.grid[0] * mask.grid[1])]
         return x * scale.view(-1, 1, 1)

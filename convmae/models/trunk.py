@@ -96,6 +96,19 @@ class Trunk(nn.Module):
         """
         self.grad_checkpointing = enable
 
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """`torch.compile` of every patch embedding and block, each for itself, in place.
+
+        Blocks of the same sizes share their code, whatever their masks and rates of stochastic
+        depth, so it takes a part of the time that compiling the whole model takes.
+
+        Args:
+            backend: as in `torch.compile`.
+        """
+        for module in self.modules():
+            if isinstance(module, PatchEmbed | ConvBlock | Block):
+                module.compile(backend=backend, dynamic=False)
+
     def run(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """`block(*arguments)`, checkpointed if that is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():

@@ -19,6 +19,7 @@ from convmae.training.distributed import gradients, whole_model, whole_optimiser
 from convmae.training.log import memory_mib
 from convmae.training.randomness import seed_everything
 from convmae.training.report import write_report
+from convmae.training.step_graph import GraphError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from convmae.training.distributed import World
     from convmae.training.log import RunLog
     from convmae.training.sources import UnreadableTally
+    from convmae.training.step_graph import StepGraph
 
 STEP_STREAM = 4  # keeps the seeds of what is random within a step apart from all others
 REMEDIES = "Try a lower --blr, more --warmup_epochs, --clip_grad 1 or --amp float32"
@@ -61,6 +63,7 @@ class Run:
     scaler: torch.amp.GradScaler
     steps_per_epoch: int
     workers: int
+    graph: StepGraph | None = None  # runs whole steps, where that was asked for and can be
     step: int = 0  # optimiser steps done, skipped ones included
     losses: list[float] = field(default_factory=list)  # since the last line of the log
     nonfinite: int = 0  # steps skipped in a row
@@ -114,6 +117,17 @@ class Task(ABC):
     @abstractmethod
     def loss(self, run: Run, batch: Batch, images: Tensor) -> Tensor:
         """The mean loss of a batch; `images` are on the device and normalised."""
+
+    def inputs(self, run: Run, batch: Batch) -> Any:
+        """What `captured_loss` reads besides the images: tensors on the device, of fixed shapes.
+
+        None where a step decides things on the host, and cannot be captured.
+        """
+        return None
+
+    def captured_loss(self, run: Run, images: Tensor, inputs: Any) -> Tensor:
+        """`loss` from what `inputs` gave, without the host."""
+        raise NotImplementedError(f"{self.command} has no inputs that a capture could read")
 
     def statistics(self, config: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Mean and deviation that the weights to start from were trained with, if any."""
@@ -219,7 +233,7 @@ def train(
     stop = False
     while run.step < run.total_steps and not stop:
         began = time.perf_counter()
-        outcome = _step(run, task, batches, meter, lambda f: tally.add(f, log, run.step))
+        outcome = _step(run, task, batches, meter, log, lambda f: tally.add(f, log, run.step))
         stop = run.world.any(interrupts.asked)
         run.step += 1
         _after(run, task, log, outcome)
@@ -271,22 +285,32 @@ class Outcome:
 
 
 def _step(
-    run: Run, task: Task, batches: Iterator[Batch], meter: Meter, told: Callable[[list], None]
+    run: Run,
+    task: Task,
+    batches: Iterator[Batch],
+    meter: Meter,
+    log: RunLog,
+    told: Callable[[list], None],
 ) -> Outcome:
     """One optimiser step; it is skipped where loss or gradient is not finite."""
     accum, world = run.config.accum_iter, run.world
     total = torch.zeros((), device=world.device)
+    run.scheduler.step_update(run.step)
+    rate = max(group["lr"] for group in run.optimiser.param_groups)
     for part in range(accum):
         began = time.perf_counter()
         batch = next(batches)
         meter.batch(len(batch.images), batch.seconds, time.perf_counter() - began)
         told(batch.failures)
+        if run.graph is not None:
+            figures = _replay(run, task, batch, log)
+            if figures is not None:
+                return Outcome(*figures, rate, batch)
         total += backward(run, task, batch, run.step * accum + part, part == accum - 1)
     run.scaler.unscale_(run.optimiser)
-    norm = _clip(run)
+    norm = float(clip(run))
     (loss,) = world.mean(total)
-    run.scheduler.step_update(run.step)
-    outcome = Outcome(loss, norm, max(g["lr"] for g in run.optimiser.param_groups), batch)
+    outcome = Outcome(loss, norm, rate, batch)
     if run.scaler.is_enabled():
         run.scaler.step(run.optimiser)  # skips by itself where a gradient is not finite
         run.scaler.update()
@@ -296,27 +320,49 @@ def _step(
     return outcome
 
 
+def _replay(run: Run, task: Task, batch: Batch, log: RunLog) -> tuple[float, float] | None:
+    """The whole step by the graph: its loss and norm; None, and no graph any more, if it cannot."""
+    assert run.graph is not None
+    images = _prepare(run, batch, run.step)
+    try:
+        return run.graph(images, task.inputs(run, batch))
+    except GraphError as error:
+        run.graph.close()
+        run.graph = None
+        log.say(f"note: --cuda_graph: from step {run.step + 1} on without a graph: {error}")
+        return None
+
+
 def backward(run: Run, task: Task, batch: Batch, number: int, exchange: bool) -> Tensor:
     """Adds the gradients of one batch; returns its share of the step's loss."""
-    config, world = run.config, run.world
-    images = normalise(batch.images.to(world.device, non_blocking=True), run.mean, run.std)
-    seed_everything(derive_seed(config.seed, STEP_STREAM, number, world.rank))
-    with gradients(run.step_model, world, exchange):
+    images = _prepare(run, batch, number)
+    return differentiate(run, lambda: task.loss(run, batch, images), exchange)
+
+
+def _prepare(run: Run, batch: Batch, number: int) -> Tensor:
+    """The images of a batch, on the device and normalised; seeds what is random in their step."""
+    images = batch.images.to(run.world.device, non_blocking=True)
+    seed_everything(derive_seed(run.config.seed, STEP_STREAM, number, run.world.rank))
+    return normalise(images, run.mean, run.std)
+
+
+def differentiate(run: Run, loss: Callable[[], Tensor], exchange: bool = True) -> Tensor:
+    """Adds the gradients of a loss; returns its share of the step's."""
+    with gradients(run.step_model, run.world, exchange):
         with run.autocast():
-            loss = task.loss(run, batch, images)
-        share = loss / config.accum_iter
+            value = loss()
+        share = value / run.config.accum_iter
         run.scaler.scale(share).backward()
     return share.detach()
 
 
-def _clip(run: Run) -> float:
+def clip(run: Run) -> Tensor:
     """The norm of all gradients together; they are scaled down to `clip_grad` if it is given."""
     parameters = [p for group in run.optimiser.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
     if run.config.clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, run.config.clip_grad, norm)
-    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return float(whole)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def _after(run: Run, task: Task, log: RunLog, outcome: Outcome) -> None:

@@ -19,20 +19,22 @@ from convmae.training.checkpoint import (
 )
 from convmae.training.config import OptionError, config_to_mapping
 from convmae.training.distributed import load_whole, spread
-from convmae.training.engine import Run, Task
+from convmae.training.engine import Run, Task, clip, differentiate
 from convmae.training.log import LOG
 from convmae.training.machine import pick_dtype
 from convmae.training.optim import make_scheduler
+from convmae.training.step_graph import WARM_UP, StepGraph, cuda_capture, why_not
 from convmae.training.trackers import import_wandb
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor
 
     from convmae.data import Source
     from convmae.training.config import RunConfig
     from convmae.training.distributed import World
 
 OPTIONS = "args.yaml"
+BLOCKS = "blocks"  # a mode of --torchcompile
 MEASURED = 1000  # pictures whose mean and deviation stand for all
 
 
@@ -79,6 +81,7 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     notes = [source.description, *told, *_notes(run, why), statistics]
     if resume is not None:
         notes += _resume(run, task, resume)
+    notes += _use_graph(run, task)
     task.begin(run)
     return run, notes
 
@@ -123,23 +126,37 @@ def _prepare_model(model: Any, config: RunConfig, world: World) -> None:
     model.to(world.device).train()
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
-    if config.torchcompile is None:
+    mode = config.torchcompile
+    if mode is None:
         return
     known = torch.compiler.list_backends(exclude_tags=())
-    if config.torchcompile not in known:
+    if mode != BLOCKS and mode not in known:
         raise OptionError(
-            f"--torchcompile must be one of {', '.join(known)}, got {config.torchcompile!r}"
+            f"--torchcompile must be {BLOCKS}, which compiles block by block, or a backend for the "
+            f"whole model, {', '.join(known)}; got {mode!r}"
         )
-    parts: list[nn.Module] = [model]
-    if world.strategy == "fsdp2":  # block by block, as the parameters are gathered
-        parts = [
-            block
-            for name, c in model.named_children()
-            if "blocks" in name
-            for block in c.children()
-        ]
-    for part in parts:
-        part.compile(backend=config.torchcompile)
+    if mode == BLOCKS:
+        model.compile_blocks()
+    elif world.strategy == "fsdp2":  # block by block, as the parameters are gathered
+        model.compile_blocks(mode)
+    else:
+        model.compile(backend=mode)
+
+
+def _use_graph(run: Run, task: Task) -> list[str]:
+    """Lets the run capture its steps if it is to and can; what to tell about it."""
+    if not getattr(run.config, "cuda_graph", False):
+        return []
+    reason = why_not(run)
+    if reason is not None:
+        return [f"note: --cuda_graph: steps run without a graph: {reason}"]
+
+    def compute(images: Tensor, inputs: Any) -> tuple[Tensor, Tensor]:
+        loss = differentiate(run, lambda: task.captured_loss(run, images, inputs))
+        return loss, clip(run)
+
+    run.graph = StepGraph(run.optimiser, compute, cuda_capture)
+    return [f"--cuda_graph: steps are captured after the first {WARM_UP}"]
 
 
 def _notes(run: Run, why: str) -> list[str]:

@@ -88,8 +88,14 @@ class Pretraining(Task):
         return adamw(groups, BETAS)
 
     def loss(self, run: Run, batch: Batch, images: Tensor) -> Tensor:
-        patches = run.model.num_patches
-        noise = mask_noise(batch.keys, patches, run.config.seed).to(images.device)
+        return self.captured_loss(run, images, self.inputs(run, batch))
+
+    def inputs(self, run: Run, batch: Batch) -> tuple[Tensor]:
+        noise = mask_noise(batch.keys, run.model.num_patches, run.config.seed)
+        return (noise.to(run.world.device),)
+
+    def captured_loss(self, run: Run, images: Tensor, inputs: tuple[Tensor]) -> Tensor:
+        (noise,) = inputs
         return run.step_model(images, mask_ratio=run.config.mask_ratio, noise=noise).loss
 
     def draw(self, run: Run) -> PILImage.Image | None:

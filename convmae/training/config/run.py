@@ -73,7 +73,9 @@ class RunConfig:
     grad_checkpointing: bool = False
     """Compute the blocks' activations again in the backward pass: less memory, more time."""
     torchcompile: str | None = None
-    """Compile the model with this backend of torch.compile, such as inductor."""
+    """blocks compiles every patch embedding and block for itself, by inductor: a part of the time
+    that the whole model takes, which the name of a backend of torch.compile, such as inductor,
+    compiles. Not compiled by default."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ...; auto is cuda where there is one, else cpu."""
     seed: int = 0
