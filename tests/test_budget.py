@@ -1,0 +1,113 @@
+"""What the budget of a training step counts, on ops whose counts are known."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import budget, registry, report, runner
+from benchmarks.limits import Rates
+from benchmarks.setting import Setting
+
+TINY = Setting(model="convmae_tiny", batch_size=4, img_size=64)
+RATES = Rates(1e9, {torch.float32: 1e9, torch.bfloat16: 1e9})
+
+
+def counted(function, *arguments):
+    counter = budget._Counter()
+    with counter:
+        function(*arguments)
+    return counter.ops
+
+
+def test_bytes_flops_and_launches_of_ops():
+    x, w = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    (forward,) = counted(torch.nn.functional.linear, x, w)
+    assert (forward.kind, forward.launches) == ("product", 1)
+    assert (forward.bytes, forward.flops) == (4 * (24 + 20 + 30), 2 * 6 * 4 * 5)
+    y = x @ w.t()
+    ops = counted(torch.autograd.grad, y, (x, w), torch.ones(6, 5))
+    assert [op.flops for op in ops] == [240, 240]
+    assert not counted(lambda: x.view(4, 6).t()[1:].unsqueeze(0))  # views launch nothing
+    (cast,) = counted(lambda: x.to(torch.bfloat16))
+    assert (cast.kind, cast.bytes) == ("cast", 24 * 6)
+    (repeated,) = counted(lambda: torch.ones(1, 1).expand(100, 100) + x[:1, :1])
+    assert repeated.bytes == 4 + 4 + 4 * 100 * 100
+    conv = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+    image = torch.randn(1, 8, 5, 5, requires_grad=True)
+    ops = counted(lambda: conv(image).sum().backward())
+    flops = {op.name: op.flops for op in ops}
+    assert flops["convolution"] == 2 * 8 * 25 * 9
+    assert flops["convolution_backward"] == 2 * flops["convolution"]
+
+
+@pytest.mark.parametrize(("tensors", "size", "launches"), [(3, 10, 1), (65, 10, 2), (2, 2**25, 4)])
+def test_launches_of_multi_tensor_ops(tensors, size, launches):
+    lists = [[torch.empty(size, device="meta") for _ in range(tensors)] for _ in range(2)]
+    (op,) = counted(torch._foreach_copy_, *lists)
+    assert (op.launches, op.bytes) == (launches, 2 * 4 * tensors * size)
+
+
+def test_the_optimiser_reads_gradients_and_writes_the_rest():
+    parameters = [nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(6))]
+    optimiser = torch.optim.AdamW(parameters, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step()
+    ops = [op for op in counted(optimiser.step) if op.kind == "optimiser"]
+    assert [op.launches for op in ops] == [1]
+    steps = 2 * 4  # a count of steps for each parameter, read
+    assert ops[0].bytes == 7 * 4 * 16 + steps
+    assert ops[0].part == "optimiser"
+
+
+def test_a_step_is_counted_whole_and_without_numbers():
+    counts = {kind: budget.count_step(TINY, torch.bfloat16, kind) for kind in budget.KINDS}
+    packed, dense = counts["packed"], counts["dense"]
+    assert packed.bytes < dense.bytes and packed.flops < dense.flops
+    parts = {op.part for op in packed.ops}
+    assert parts == {"mask and loss", "stage 1", "stage 2", "stage 3", "decoder", "optimiser"}
+    in_float32 = budget.count_step(TINY, torch.float32, "packed")
+    assert not [op for op in in_float32.ops if op.name == "_foreach_copy_"]
+    assert in_float32.flops == packed.flops
+    text = packed.table(lambda op: op.kind)
+    assert sum(int(line.split()[-6]) for line in text.splitlines()) == packed.launches
+
+
+def test_parameters_are_cast_a_few_times_not_one_by_one():
+    """Of convmae_tiny: a cast and a cast back for each block and each other layer."""
+    packed = budget.count_step(TINY, torch.bfloat16, "packed")
+    together = [op for op in packed.ops if op.name == "_foreach_copy_"]
+    single = [op for op in packed.ops if op.name == "_to_copy"]
+    model = budget.models.build(TINY, "packed")
+    blocks = sum(
+        isinstance(m, budget.layers.Block | budget.layers.ConvBlock) for m in model.modules()
+    )
+    assert len(together) <= 2 * (blocks + 8)
+    assert len(single) <= 20 < sum(1 for _ in model.parameters())
+
+
+def test_the_cases_make_rows():
+    for name in registry.CASES:
+        if not name.startswith("budget/"):
+            continue
+        comparison = registry.CASES[name].build(TINY, torch.bfloat16)
+        times = runner.measure(comparison, torch.bfloat16, repeats=1, budget=0)
+        rows = runner.make_rows(name, comparison, times, RATES, torch.bfloat16)
+        assert [row.contender for row in rows] == list(budget.KINDS)
+        assert all(row.median > 0 and row.limit == 0 for row in rows)
+        environment = {
+            "threads": 1,
+            "cpu": "",
+            "cores": 1,
+            "capability": "",
+            "torch": "",
+            "kernels": "",
+        }
+        results = report.Results(
+            {**environment, "date": ""},
+            {"model": "m", "batch_size": 1, "img_size": 1, "mask_ratio": 0.5},
+            1e9,
+            {},
+            rows,
+        )
+        assert rows[0].unit in report.table(results) and "| – |" in report.markdown(results)
