@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convmae.data import derive_seed, normalise
-from convmae.training.checkpoint import FOLDER, save_checkpoint
+from convmae.training.checkpoint import save_checkpoint
 from convmae.training.config import config_to_mapping
+from convmae.training.diagnosis import REMEDIES, diagnose, not_finite, what_is_left
 from convmae.training.distributed import gradients, whole_model, whole_optimiser
 from convmae.training.log import memory_mib
 from convmae.training.randomness import seed_everything
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from convmae.training.step_graph import StepGraph
 
 STEP_STREAM = 4  # keeps the seeds of what is random within a step apart from all others
-REMEDIES = "Try a lower --blr, more --warmup_epochs, --clip_grad 1 or --amp float32"
 
 
 class TrainingError(RuntimeError):
@@ -387,7 +387,7 @@ def _after(run: Run, task: Task, log: RunLog, outcome: Outcome) -> None:
         return  # how the scale of float16 is found
     run.nonfinite += 1
     if run.nonfinite >= run.config.max_nonfinite:
-        raise TrainingError(_diagnosis(run, task, outcome))
+        raise TrainingError(diagnose(run, task, outcome))
 
 
 def _log(run: Run, log: RunLog, meter: Meter, outcome: Outcome) -> None:
@@ -400,66 +400,6 @@ def _log(run: Run, log: RunLog, meter: Meter, outcome: Outcome) -> None:
         }
         log.loss(run.step, run.epoch, mean, outcome.lr, **values)
     meter.clear()
-
-
-# -- when it goes wrong ---------------------------------------------------------------------------
-
-
-def _diagnosis(run: Run, task: Task, outcome: Outcome) -> str:
-    """Where infinity or NaN first appears when the last batch is computed once more."""
-    found: list[str] = []
-
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensors = output if isinstance(output, tuple) else (output,)
-            bad = any(
-                isinstance(t, torch.Tensor) and not bool(torch.isfinite(t).all()) for t in tensors
-            )
-            if bad and not found:
-                found.append(name or "the loss itself")
-
-        return hook
-
-    handles = [m.register_forward_hook(look(name)) for name, m in run.model.named_modules()]
-    images = normalise(outcome.batch.images.to(run.world.device), run.mean, run.std)
-    try:
-        with torch.no_grad(), run.autocast():
-            task.loss(run, outcome.batch, images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    broken = _not_finite(whole_model(run.model))
-    causes = []
-    if not bool(torch.isfinite(images).all()):
-        causes.append("the pictures of the last batch are not finite")
-    if broken:
-        causes.append(f"{len(broken)} parameters are not finite, first {broken[0]}")
-    if found and not broken:
-        causes.append(f"in the forward pass the first output that is not finite is of {found[0]}")
-    if not causes:
-        causes.append("pictures, parameters and outputs are finite: the gradient is not")
-    what = "loss" if not math.isfinite(outcome.loss) else "gradient"
-    return (
-        f"the {what} is not finite at step {run.step} of {run.total_steps} (epoch {run.epoch:.2f}, "
-        f"lr {outcome.lr:.3e}, {str(run.dtype).removeprefix('torch.')}), the "
-        f"{run.nonfinite} steps in a row that --max_nonfinite allows: {'; '.join(causes)}. "
-        f"Stopped; {what_is_left(run)}. {REMEDIES}"
-    )
-
-
-def _not_finite(weights: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold an infinity or a NaN."""
-    return [
-        name
-        for name, value in weights.items()
-        if value.is_floating_point() and not bool(torch.isfinite(value).all())
-    ]
-
-
-def what_is_left(run: Run) -> str:
-    """What a run that has to stop leaves to go on from, in words."""
-    folder = run.folder / FOLDER
-    return f"the checkpoint before is intact in {folder}" if folder.exists() else "none was saved"
 
 
 # -- saving ---------------------------------------------------------------------------------------
@@ -496,7 +436,7 @@ def save(run: Run, task: Task, log: RunLog) -> None:
 
 def _write(run: Run, weights: dict[str, Tensor], state: dict[str, Any]) -> str | None:
     """Writes the checkpoint; what prevented it, in words."""
-    broken = _not_finite(weights)
+    broken = not_finite(weights)
     if broken:
         return (
             f"{len(broken)} parameters are not finite after step {run.step}, first {broken[0]}: "

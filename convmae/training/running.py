@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from convmae.data import DataError
 from convmae.training.checkpoint import FOLDER, replacing
 from convmae.training.config import config_to_mapping
+from convmae.training.diagnosis import what_is_left
 from convmae.training.distributed import join
 from convmae.training.engine import (
     Interrupts,
@@ -17,7 +18,6 @@ from convmae.training.engine import (
     Task,
     TrainingError,
     train,
-    what_is_left,
 )
 from convmae.training.log import RunLog, read_log
 from convmae.training.machine import machine_info
