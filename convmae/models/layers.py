@@ -16,7 +16,7 @@ from convmae.models.tokens import Places, take_tokens
 from convmae_kernels.nn import MaskedConv2d
 from convmae_kernels.ops import arithmetic
 from convmae_kernels.ops.arithmetic import as_cast, cast_together, multiply
-from convmae_kernels.ops.library import autocast_is_on
+from convmae_kernels.ops.autocast import autocast_is_on
 
 if TYPE_CHECKING:
     from convmae_kernels import BlockMask

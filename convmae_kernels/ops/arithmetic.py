@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from convmae_kernels.ops.library import autocast_dtype, transforms_active
+from convmae_kernels.ops.autocast import autocast_dtype
+from convmae_kernels.ops.library import transforms_active
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

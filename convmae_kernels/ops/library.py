@@ -27,14 +27,6 @@ Impl = Literal["auto", "reference", "cpu", "cuda", "triton"]
 LIB = torch.library.Library("convmae", "DEF")
 TRITON_LIB = torch.library.Library("convmae_triton", "DEF")
 
-# Asked once: `torch.compile` of torch 2.11 cannot trace the question.
-AUTOCAST_DEVICES = frozenset(
-    device
-    for device in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "ipu", "maia", "xla")
-    + (torch._C._get_privateuse1_backend_name(),)
-    if torch.amp.is_autocast_available(device)
-)
-
 LIBRARY_FILE = Path(__file__).resolve().parents[1] / "_C.so"
 
 
@@ -208,15 +200,3 @@ def select(impl: Impl, name: str, reference: Callable, x: Tensor) -> Callable:
 def transforms_active() -> bool:
     """Whether this runs under a `torch.func` transform or forward-mode differentiation."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def autocast_is_on(device_type: str) -> bool:
-    """`torch.is_autocast_enabled`, and False for devices that have no autocast."""
-    return device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that an op on `x` works in: autocast's where that is on, but float64 stays."""
-    if x.dtype == torch.float64 or not autocast_is_on(x.device.type):
-        return x.dtype
-    return torch.get_autocast_dtype(x.device.type)

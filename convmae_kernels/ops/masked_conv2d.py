@@ -10,12 +10,11 @@ from torch.nn.functional import linear
 from convmae_kernels.block_mask import BLOCK_SIZES, to_zorder
 from convmae_kernels.ops import reference, window_conv2d  # noqa: F401  (registers the op)
 from convmae_kernels.ops.arithmetic import as_cast, multiply
+from convmae_kernels.ops.autocast import autocast_dtype, autocast_is_on
 from convmae_kernels.ops.checks import check_packed
 from convmae_kernels.ops.gather_windows import reach
 from convmae_kernels.ops.library import (
     Impl,
-    autocast_dtype,
-    autocast_is_on,
     register,
     select,
 )

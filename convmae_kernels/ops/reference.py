@@ -6,18 +6,16 @@ Differentiable by autograd, `torch.func` and forward-mode alike. Half types accu
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from convmae_kernels.block_mask import from_zorder, to_zorder
-from convmae_kernels.ops.library import AUTOCAST_DEVICES
+from convmae_kernels.ops.autocast import without_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import AbstractContextManager
 
 
 def neighbour_table(visible: Tensor, block_index: Tensor, radius: int) -> Tensor:
@@ -102,12 +100,6 @@ def _taps(x: Tensor, neighbours: Tensor, kernel: Sequence[int], dilation: Sequen
         for j in range(kernel[1]):
             left = j * dilation[1]
             yield i, j, windows[:, top : top + side, left : left + side]
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Turns autocast off where the device of `x` has it."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if kind in AUTOCAST_DEVICES else nullcontext()
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

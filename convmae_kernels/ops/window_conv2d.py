@@ -15,8 +15,9 @@ from torch.nn.functional import conv2d, linear
 
 from convmae_kernels.block_mask import block_side, rows_from_zorder, rows_to_zorder
 from convmae_kernels.ops.arithmetic import product_dtype
+from convmae_kernels.ops.autocast import without_autocast
 from convmae_kernels.ops.library import register
-from convmae_kernels.ops.reference import window_halo, without_autocast
+from convmae_kernels.ops.reference import window_halo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
