@@ -74,6 +74,7 @@ class StepGraph:
         device = optimiser.param_groups[0]["params"][0].device
         self._rates = [torch.zeros((), device=device) for _ in optimiser.param_groups]
         self._told = torch.zeros(2, device=device)
+        self._stream = torch.cuda.Stream() if device.type == "cuda" else None
 
     def __call__(self, images: Tensor, inputs: Any) -> tuple[float, float]:
         """One step; returns its loss and the norm of its gradient.
@@ -152,13 +153,12 @@ class StepGraph:
 
     def _aside(self, step: Callable[[], None]) -> None:
         """Runs a step on a stream of its own, where there are streams: what a capture expects."""
-        if not self._told.is_cuda:
+        if self._stream is None:
             return step()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             step()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
 
 
 class GraphError(RuntimeError):
