@@ -1,0 +1,112 @@
+"""Stage `checks`: every kernel against float64, its outputs poisoned before it runs.
+
+`python -m benchmarks.gpu.checks FILE SECONDS [--stand-in]` writes them into FILE as `"checks"`.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import device as devices
+from benchmarks.gpu import items, problems, store
+from convmae_kernels.testing import assert_within_budget
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ITEM_SECONDS = 20.0
+MOVE_ONLY = ("gather", "scatter", "windows", "table")  # must be right to the bit
+
+
+def names(device: devices.Device) -> list[str]:
+    """`implementation:problem` of every check."""
+    return [
+        f"{implementation}:{problem.name}"
+        for implementation in device.implementations()
+        for problem in problems.checked(device)
+        if not (implementation == "triton" and problem.kernel == "table")  # it has none
+    ]
+
+
+def check(device: devices.Device, item: str) -> items.Result:
+    """Runs an implementation once on fresh random numbers.
+
+    Raises:
+        AssertionError: it errs more than `assert_within_budget` allows.
+    """
+    implementation, _, name = item.partition(":")
+    reason = device.implementations()[implementation]
+    if reason is not None:
+        return {"skipped": reason}
+    problem = next(p for p in problems.checked(device) if p.name == name)
+    mask = problem.mask(device)
+    given = problems.arguments(problem, device, mask, seed=torch.seed() % 2**31)
+    if implementation == "triton":
+        _no_tuning()
+    _poison()
+    found = device.outputs(f"checks/{item}", problems.call(problem, implementation, given))
+    device.synchronize()
+    plain = problems.call(problem, "reference", given)
+    if problem.kernel in MOVE_ONLY:
+        for a, b in zip(found, plain, strict=True):
+            if a.dtype != b.dtype or not torch.equal(a, b):
+                raise AssertionError("moves something else than the reference")
+        return {"ok": True}
+    exact = problems.call(problem, "reference", _map(Tensor.double, given))
+    terms = problems.call(problem, "reference", _map(lambda x: x.double().abs(), given))
+    for values in zip(found, exact, plain, terms, strict=True):
+        assert_within_budget(*values)
+    return {"ok": True, "error": items.largest_error(found, exact)}
+
+
+def _map(function: Any, given: Sequence[Any]) -> tuple[Any, ...]:
+    """The floating tensors among some arguments changed."""
+    return tuple(
+        function(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given
+    )
+
+
+def _poison() -> None:
+    """From here on PyTorch fills what is allocated without values: NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def _no_tuning() -> None:
+    """Triton runs its first configuration: the others take seconds to compile."""
+    from convmae_kernels.triton import tuning
+
+    tuning.MIN_ELEMENTS = sys.maxsize
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the stage, or is its worker."""
+    device = devices.find("--stand-in" in arguments)
+    if "--worker" in arguments:
+        items.work(device, "checks", partial(check, device))
+        return
+    path, seconds = Path(arguments[0]), float(arguments[1])
+    facts = device.facts()
+    results = items.supervise(
+        [sys.executable, "-m", "benchmarks.gpu.checks", *arguments, "--worker"],
+        names(device),
+        seconds=seconds,
+        item_seconds=ITEM_SECONDS,
+        done=lambda results: store.update(path, environment=facts, checks=results),
+    )
+    failed = {item: result["failed"] for item, result in results.items() if "failed" in result}
+    for item, why in failed.items():
+        print(f"FAILED {item}: {why}")
+    skipped = sum("skipped" in result for result in results.values())
+    print(f"{len(results) - len(failed) - skipped} passed, {len(failed)} failed, {skipped} skipped")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
