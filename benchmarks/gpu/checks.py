@@ -20,7 +20,6 @@ from convmae_kernels.testing import assert_within_budget
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ITEM_SECONDS = 20.0
 MOVE_ONLY = ("gather", "scatter", "windows", "table")  # must be right to the bit
 
 
@@ -97,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
         [sys.executable, "-m", "benchmarks.gpu.checks", *arguments, "--worker"],
         names(device),
         seconds=seconds,
-        item_seconds=ITEM_SECONDS,
+        item_seconds=device.item_seconds,
         done=lambda results: store.update(path, environment=facts, checks=results),
     )
     failed = {item: result["failed"] for item, result in results.items() if "failed" in result}

@@ -54,12 +54,13 @@ class Device:
         setting: of the training steps.
         fill_ms: how long a replay of a graph of launches should take at least.
         seconds: for the rounds of one timing.
+        item_seconds: after which an item of a stage hangs.
     """
 
     stand_in = False
     batches: tuple[int, ...] = (128, 256)
     check_batch = 8
-    fill_ms, seconds = 4.0, 0.25
+    fill_ms, seconds, item_seconds = 4.0, 0.25, 30.0
     categories: tuple[str, ...] = ("kernel", "gpu_memcpy", "gpu_memset")  # of a profiler's trace
 
     def __init__(self) -> None:
@@ -130,6 +131,14 @@ class Device:
         launches = [Launch(name, len(times), sum(times)) for name, times in found.items()]
         return sorted(launches, key=lambda launch: -launch.us)
 
+    def profiler_start(self) -> None:
+        """From here on a profiler that was told to wait looks at what is launched."""
+        torch.cuda.profiler.start()
+
+    def profiler_stop(self) -> None:
+        """Until here."""
+        torch.cuda.profiler.stop()
+
     def enter(self, item: str) -> None:
         """Told which item of a stage begins."""
 
@@ -183,7 +192,7 @@ class StandIn(Device):
     stand_in = True
     batches = (1, 2)
     check_batch = 2
-    fill_ms, seconds = 0.0, 0.0
+    fill_ms, seconds, item_seconds = 0.0, 0.0, 10.0
     categories = ("cpu_op",)
 
     def __init__(self) -> None:
@@ -216,6 +225,12 @@ class StandIn(Device):
 
     def capture(self, run: Callable[[], object]) -> Callable[[], object]:
         return run
+
+    def profiler_start(self) -> None:
+        pass
+
+    def profiler_stop(self) -> None:
+        pass
 
     def enter(self, item: str) -> None:
         kind = self.faults.get(item)

@@ -1,8 +1,8 @@
 """A stage made of items, of which none stops the others, whatever happens in it.
 
-The items run one after another in a worker process. One that raises is reported, and the worker goes
-on; one that kills the worker, or the GPU's context with it, or that gives no answer in its time is
-reported, and a new worker goes on with the next.
+The items run one after another in a worker process. One that raises is reported, and the worker
+goes on; one that kills the worker, or the GPU's context with it, or that gives no answer in its
+time is reported, and a new worker goes on with the next.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
 
     from benchmarks.gpu.device import Device
 
@@ -115,7 +115,8 @@ def _one_worker(command, items, results, end, item_seconds, done) -> list[str]:
                     done(results)
                 break
             if not line.startswith(MARK):
-                print(line, end="", flush=True)
+                if line.strip():
+                    print(line, end="", flush=True)
                 continue
             told = json.loads(line[len(MARK) :])
             if "begin" in told:

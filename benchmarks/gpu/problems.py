@@ -1,8 +1,8 @@
 """The kernels with their arguments: what is checked, what is timed, and PyTorch's way of each.
 
-A problem is a call of one op, so one kernel (of the weight gradient two: shares, then their sum), on
-random arguments. Its opponent is plain PyTorch, eager: in channels-last, on the dense map with hidden
-positions zero, or by indexing.
+A problem is a call of one op, so one kernel (of the weight gradient two: shares, then their sum),
+on random arguments. Its opponent is plain PyTorch, eager: in channels-last, on the dense map with
+hidden positions zero, or by indexing.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _depthwise(side: int, channels: int, **options: Any) -> list[Problem]:
     return [Problem(kernel, side, channels, **options) for kernel in kernels]
 
 
-# ConvMAE-Base: stage 1, stage 2, pixels. A ConvNeXt-T's first stage: 7x7 on side 8, 60 % hidden. The
-# windows of a ResNet-50's first 3x3.
+# ConvMAE-Base: stage 1, stage 2, pixels. The first stage of a ConvNeXt-T: 7x7 on side 8, 60 %
+# hidden. The windows of the first 3x3 of a ResNet-50.
 TIMED = [
     *_depthwise(4, 256),
     *_depthwise(2, 384),
@@ -313,17 +313,13 @@ def _plain_windows(problem: Problem, mask: BlockMask, index: Sequence[Tensor]) -
         return all_windows.permute(0, 1, 2, 4, 5, 3)[tuple(index)]
 
     def prepare(given: Arguments) -> Arguments:
-        dense = reference.scatter_visible(
-            given[0], mask.block_index, mask.batch_size, gh, gw, 0.0
-        )
+        dense = reference.scatter_visible(given[0], mask.block_index, mask.batch_size, gh, gw, 0.0)
         return (dense.permute(0, 2, 3, 1).contiguous(),)
 
     return Opponent(windows, prepare, lambda y: [y])
 
 
-def _plain_windows_gradient(
-    problem: Problem, mask: BlockMask, index: Sequence[Tensor]
-) -> Opponent:
+def _plain_windows_gradient(problem: Problem, mask: BlockMask, index: Sequence[Tensor]) -> Opponent:
     side, halo, (gh, gw) = problem.side, problem.halo, mask.grid
     width, batch, channels = side + 2 * halo, mask.batch_size, problem.channels
     size = (gh * side + 2 * halo, gw * side + 2 * halo)

@@ -19,7 +19,6 @@ from benchmarks.runner import TOLERANCE
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-ITEM_SECONDS = 30.0
 EAGER = "pytorch"
 
 
@@ -130,14 +129,14 @@ def main(arguments: Sequence[str]) -> None:
 
     def done(results: dict[str, items.Result]) -> None:
         rows = [row for result in results.values() for row in result.get("rows", [])]
-        left_out = {item: result["failed"] for item, result in results.items() if "failed" in result}
+        left_out = {name: found["failed"] for name, found in results.items() if "failed" in found}
         store.update(path, environment=facts, kernels=rows, left_out=left_out)
 
     results = items.supervise(
         [sys.executable, "-m", "benchmarks.gpu.timing", *arguments, "--worker"],
         names(device),
         seconds=seconds,
-        item_seconds=ITEM_SECONDS,
+        item_seconds=device.item_seconds,
         done=done,
     )
     failed = {item: result["failed"] for item, result in results.items() if "failed" in result}

@@ -1,0 +1,102 @@
+"""Stage `counters`: what the hardware counted in six kernels, read with Nsight Compute (`ncu`).
+
+`python -m benchmarks.gpu.counters FILE SECONDS [--stand-in]` writes ncu's tables, CSV, into FILE as
+they come; `--run PROBLEMS` is the program that ncu looks into.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.gpu import device as devices
+from benchmarks.gpu import ncu_table, problems
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Two runs of ncu, so that the first's counters are there when the second takes too long.
+GROUPS = (
+    ("forward/side4/256/5x5", "forward/side2/384/5x5", "weight_gradient/side4/256/5x5"),
+    ("weight_gradient/side2/384/5x5", "windows_gradient/side8/64/halo1", "gather/side16/3"),
+)
+SECTIONS = ("SpeedOfLight", "WarpStateStats", "Occupancy")
+KERNELS = "regex:masked_conv2d|gather_"
+
+
+def run(device: devices.Device, names: Sequence[str]) -> None:
+    """Launches each problem's kernel once between the profiler's start and stop."""
+    for problem in _chosen(device, names):
+        mask = problem.mask(device)
+        given = problems.arguments(problem, device, mask, seed=0)
+        implementation = next(iter(device.implementations()))
+        problems.call(problem, implementation, given)
+        device.synchronize()
+        device.profiler_start()
+        problems.call(problem, implementation, given)
+        device.synchronize()
+        device.profiler_stop()
+        print(f"ran {problem.name}", flush=True)
+
+
+def _chosen(device: devices.Device, names: Sequence[str]) -> list[problems.Problem]:
+    by_name = {f"{p.kernel}/{p.shape}": p for p in problems.TIMED}
+    return [replace(by_name[name], batch=device.batches[0]) for name in names]
+
+
+def why_not(device: devices.Device, program: str | None) -> str | None:
+    """Why there are no counters; None if there can be."""
+    if program is None:
+        return "ncu (Nsight Compute) is not on the PATH"
+    return next(iter(device.implementations().values()))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the stage, or is the program that ncu looks into."""
+    device = devices.find("--stand-in" in arguments)
+    if "--run" in arguments:
+        run(device, arguments[arguments.index("--run") + 1].split(","))
+        return
+    path, end = Path(arguments[0]), time.monotonic() + float(arguments[1])
+    program = shutil.which("ncu")
+    reason = why_not(device, program)
+    if reason is not None:
+        print(f"skipped: {reason}")
+        return
+    failures = 0
+    path.write_text("")
+    for i, names in enumerate(GROUPS):
+        seconds = (end - time.monotonic()) / (len(GROUPS) - i)
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.ncu-rep"
+            command = [program, "--clock-control", "none", "--profile-from-start", "off"]
+            command += ["--target-processes", "all", "--kernel-name", KERNELS]
+            command += [word for section in SECTIONS for word in ("--section", section)]
+            command += ["--export", str(report), "--force-overwrite", sys.executable, "-m"]
+            command += ["benchmarks.gpu.counters", "--run", ",".join(names)]
+            command += ["--stand-in"] if device.stand_in else []
+            shown = [program, "--import", str(report), "--page", "raw", "--csv"]
+            try:
+                subprocess.run(command, check=True, timeout=seconds)
+                table = subprocess.run(
+                    [*shown, "--print-units", "base"], check=True, capture_output=True, timeout=20
+                )
+            except (subprocess.SubprocessError, OSError) as error:
+                failures += 1
+                print(f"FAILED {', '.join(names)}: {error}")
+                continue
+        with path.open("a") as file:
+            file.write(table.stdout.decode(errors="replace"))
+    counted = ncu_table.read(path.read_text())
+    print(f"{len(counted)} kernels counted, {failures} of {len(GROUPS)} runs failed")
+    sys.exit(1 if failures or not counted else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
