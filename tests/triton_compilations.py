@@ -85,7 +85,7 @@ class Launches:
         module.DEVICE = "cpu"
         if hasattr(module, "oracle"):  # the oracles are not what is counted
             module.oracle = module.dense_masked_conv2d = self.cheap
-            module.assert_within_budget = lambda *values: None
+            module.assert_accurate = lambda *values: None
 
     @staticmethod
     def cheap(x, weight, bias, *rest):

@@ -6,7 +6,10 @@ they come; `--run PROBLEMS` is the program that ncu looks into.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,6 +53,23 @@ def _chosen(device: devices.Device, names: Sequence[str]) -> list[problems.Probl
     return [replace(by_name[name], batch=device.batches[0]) for name in names]
 
 
+def _run(command: Sequence[str], seconds: float) -> None:
+    """Runs ncu; with it ends the program that it looks into.
+
+    Raises:
+        subprocess.SubprocessError: it fails, or takes longer.
+    """
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        code = process.wait(timeout=seconds)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if code != 0:
+        raise subprocess.CalledProcessError(code, command[0])
+
+
 def why_not(device: devices.Device, program: str | None) -> str | None:
     """Why there are no counters; None if there can be."""
     if program is None:
@@ -63,6 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     if "--run" in arguments:
         run(device, arguments[arguments.index("--run") + 1].split(","))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `_run` ends ncu
     path, end = Path(arguments[0]), time.monotonic() + float(arguments[1])
     program = shutil.which("ncu")
     reason = why_not(device, program)
@@ -83,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
             command += ["--stand-in"] if device.stand_in else []
             shown = [program, "--import", str(report), "--page", "raw", "--csv"]
             try:
-                subprocess.run(command, check=True, timeout=seconds)
+                _run(command, seconds)
                 table = subprocess.run(
                     [*shown, "--print-units", "base"], check=True, capture_output=True, timeout=20
                 )

@@ -192,7 +192,7 @@ class StandIn(Device):
     stand_in = True
     batches = (1, 2)
     check_batch = 2
-    fill_ms, seconds, item_seconds = 0.0, 0.0, 10.0
+    fill_ms, seconds, item_seconds = 0.0, 0.0, 20.0
     categories = ("cpu_op",)
 
     def __init__(self) -> None:

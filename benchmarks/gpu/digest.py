@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.gpu import ncu_table, store
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 LIMIT = 10_000
 EAGER = "pytorch"
@@ -36,17 +36,23 @@ def _page(folder: Path, kernels_of_a_step: int) -> str:
     environment = run.get("environment", {})
     slug = environment.get("slug", "no-device")
     kernels = store.load(folder / f"{slug}-kernels.json")
-    parts = [
-        [WARNING] if environment.get("stand_in") else [],
-        _machine(environment),
-        _stages(run.get("stages", [])),
-        _checks(kernels.get("checks", {})),
-        _tests(folder / "tests.xml") or _tests_in_log(folder / "log.txt"),
-        _kernels(kernels.get("kernels", []), kernels.get("left_out", {})),
-        _counters(folder / f"{slug}-counters.csv"),
-        _steps(store.load(folder / f"{slug}-steps.json")),
-        _profile(store.load(folder / f"{slug}-profile.json"), kernels_of_a_step),
+    sections: list[Callable[[], list[str]]] = [
+        lambda: [WARNING] if environment.get("stand_in") else [],
+        lambda: _machine(environment),
+        lambda: _stages(run.get("stages", [])),
+        lambda: _checks(kernels.get("checks", {})),
+        lambda: _tests(folder / "tests.xml") or _tests_in_log(folder / "log.txt"),
+        lambda: _kernels(kernels.get("kernels", []), kernels.get("left_out", {})),
+        lambda: _counters(folder / f"{slug}-counters.csv"),
+        lambda: _steps(store.load(folder / f"{slug}-steps.json")),
+        lambda: _profile(store.load(folder / f"{slug}-profile.json"), kernels_of_a_step),
     ]
+    parts = []
+    for section in sections:
+        try:
+            parts.append(section())
+        except Exception as error:  # a file that is not as expected costs its own section only
+            parts.append([f"*** a part of this page failed: {type(error).__name__}: {error}"])
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
 
@@ -133,7 +139,7 @@ def _kernels(rows: Sequence[dict[str, Any]], left_out: dict[str, str]) -> list[s
     batches = sorted({row["batch"] for row in rows})
     found: dict[tuple[str, str], dict[tuple[str, int], dict[str, Any]]] = {}
     for row in rows:
-        name = f"{row['kernel']} {row['shape']}"
+        name = f"{row['kernel']} {row['shape']}" + ("*" if row["in_cache"] else "")
         found.setdefault((name, row["dtype"]), {})[row["implementation"], row["batch"]] = row
     rates = [row["copy_rate"] for row in rows]
     lines = [f"kernels; copy rate measured then: {max(rates) / 1e12:.2f} TB/s"] if rates else []
@@ -152,6 +158,8 @@ def _kernels(rows: Sequence[dict[str, Any]], left_out: dict[str, str]) -> list[s
         lines.append(" | ".join(cells))
         for part, count, us in group.get(("cuda", batches[0]), {}).get("parts", [])[:3]:
             lines.append(f"    of it {us:8.1f} us in {count:.3g} of {_short_name(part, 60)}")
+    if any(row["in_cache"] for row in rows):
+        lines.append("* all its sets of arguments fit the L2 cache: a time of the cache")
     lines += [f"  LEFT OUT {name}: {why[:110]}" for name, why in list(left_out.items())[:12]]
     return lines
 

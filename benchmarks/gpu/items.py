@@ -77,7 +77,7 @@ def supervise(
             break
         before = len(rest)
         rest = _one_worker(command, rest, results, end, item_seconds, done)
-        if len(rest) == before:  # it did not even begin
+        if len(rest) == before and time.monotonic() < end:  # it did not even begin
             for item in rest:
                 results[item] = {"failed": "its worker did not start; the log says why"}
             done(results)

@@ -56,7 +56,7 @@ def measure(device: devices.Device, item: str) -> items.Result:
     facts = {
         **{"kernel": problem.kernel, "shape": problem.shape, "batch": problem.batch},
         **{"dtype": problem.dtype, "hidden": problem.ratio, "bytes": moved},
-        **{"sets": sets, "copy_rate": rate},
+        **{"sets": sets, "copy_rate": rate, "in_cache": sets * moved < 2 * device.l2_bytes},
     }
 
     def row(who: str, call: Callable[[int], object]) -> dict[str, Any]:
