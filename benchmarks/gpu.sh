@@ -114,9 +114,11 @@ for stage in "${stages[@]}"; do
       ;;
     checks)
       rm -f "$out/$device-kernels.json"
-      run checks 90 "$python" -m benchmarks.gpu.checks "$out/$device-kernels.json" 85 $stand_in
+      run checks 90 "$python" -m benchmarks.gpu.items checks "$out/$device-kernels.json" 85 $stand_in
       ;;
-    kernels) run kernels 150 "$python" -m benchmarks.gpu.timing "$out/$device-kernels.json" 145 $stand_in ;;
+    kernels)
+      run kernels 180 "$python" -m benchmarks.gpu.items kernels "$out/$device-kernels.json" 175 $stand_in
+      ;;
     counters)
       rm -f "$out/$device-counters.csv"
       run counters 80 "$python" -m benchmarks.gpu.counters "$out/$device-counters.csv" 75 $stand_in

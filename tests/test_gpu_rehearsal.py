@@ -118,14 +118,15 @@ def test_items_that_raise_crash_hang_or_disagree_are_left_out_alone(rehearsal):
     assert "AssertionError: output errs by 1" in failed[wrong]
     assert len(found["checks"]) == len(problems.checked(StandIn()))
 
-    out = found["left_out"]
+    results = found["kernels"]
+    out = {item: result["failed"] for item, result in results.items() if "failed" in result}
     crashed, hung, disagreeing = (item for item in FAULTS if item.startswith("kernels/"))
     assert set(out) == {item.removeprefix("kernels/") for item in (crashed, hung, disagreeing)}
     assert out[crashed.removeprefix("kernels/")] == "its process ended with exit code -9"
     assert out[hung.removeprefix("kernels/")] == "no answer in 20 s: it hangs"
     assert "disagrees with the reference" in out[disagreeing.removeprefix("kernels/")]
-    assert set(found["checks"]) | set(out) <= {*found["checks"], *timing.names(StandIn())}
-    rows = [row for row in found["kernels"] if "us" in row]
+    assert list(results) == timing.names(StandIn())
+    rows = [row for result in results.values() for row in result.get("rows", []) if "us" in row]
     timed = {
         (row["kernel"], row["shape"], row["batch"], row["dtype"], row["implementation"])
         for row in rows
@@ -217,14 +218,43 @@ def test_files_are_whole_and_keep_their_other_parts(tmp_path):
 def test_workers_that_cannot_start_end_the_stage():
     command = [sys.executable, "-c", "raise SystemExit(3)"]
     told = []
-    found = items.supervise(command, ["a", "b"], seconds=60, item_seconds=5, done=told.append)
-    assert set(found) == {"a", "b"} and told == [found]
-    assert found["a"]["failed"].startswith("its worker did not start")
+    supervisor = items.Supervisor(command, 60, told.append)
+    supervisor.run()
+    assert told == [supervisor]
+    assert supervisor.results == {"all": {"failed": "its worker did not start; the log says why"}}
 
 
-def test_what_is_not_reached_is_said():
-    found = items.supervise(["false"], ["a"], seconds=0, item_seconds=5, done=lambda results: None)
-    assert found == {"a": {"failed": "not reached in the stage's 0 s"}}
+WORKER = """
+import sys, time
+from benchmarks.gpu import items
+
+class Device:
+    item_seconds = 30
+    facts = staticmethod(dict)
+    enter = staticmethod(lambda item: None)
+    free = staticmethod(lambda: None)
+    synchronize = staticmethod(lambda: 1 / (item != "breaks"))
+
+def run(name):
+    global item
+    item = name
+    if name == "takes long":
+        time.sleep(60)
+    return {"ok": True}
+
+items.work(Device(), "stage", ["first", "breaks", "second", "takes long", "last"], run)
+"""
+
+
+def test_a_gpu_that_answers_no_more_and_what_is_not_reached():
+    supervisor = items.Supervisor([sys.executable, "-c", WORKER], 6, lambda supervisor: None)
+    supervisor.run()
+    ok = {"ok": True}
+    assert supervisor.results == {
+        **{"first": ok, "breaks": ok, "second": ok},
+        "takes long": {"failed": "the stage's time was over while it ran"},
+        "last": {"failed": "not reached in the stage's 6 s"},
+    }
 
 
 def test_every_problem_has_an_opponent_that_computes_the_same():
@@ -275,10 +305,10 @@ def test_a_digest_of_anything_fits_its_limit(tmp_path):
         for i in range(300)
     ]
     store.update(tmp_path / "run.json", environment={"slug": "x", "device": "X"})
-    store.update(tmp_path / "x-kernels.json", kernels=rows)
+    store.update(tmp_path / "x-kernels.json", kernels={"all": {"rows": rows}})
     page = digest.digest(tmp_path)
     assert len(page) <= digest.LIMIT and page.endswith("cut; the files have the rest\n")
-    store.update(tmp_path / "x-kernels.json", kernels=[{"batch": 1}])
+    store.update(tmp_path / "x-kernels.json", kernels={"all": {"rows": [{"batch": 1}]}})
     assert "*** a part of this page failed: KeyError" in digest.digest(tmp_path)
 
 

@@ -1,20 +1,16 @@
-"""Stage `checks`: every kernel against float64, its outputs poisoned before it runs.
-
-`python -m benchmarks.gpu.checks FILE SECONDS [--stand-in]` writes them into FILE as `"checks"`.
-"""
+"""Stage `checks`: every kernel against float64, its outputs poisoned before it runs."""
 
 from __future__ import annotations
 
 import sys
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu import device as devices
-from benchmarks.gpu import items, problems, store
+from benchmarks.gpu import items, problems
 from convmae_kernels.testing import assert_within_budget
 
 if TYPE_CHECKING:
@@ -99,26 +95,9 @@ def _no_tuning() -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the stage, or is its worker."""
+    """The worker of the stage."""
     device = devices.find("--stand-in" in arguments)
-    if "--worker" in arguments:
-        items.work(device, "checks", partial(check, device))
-        return
-    path, seconds = Path(arguments[0]), float(arguments[1])
-    facts = device.facts()
-    results = items.supervise(
-        [sys.executable, "-m", "benchmarks.gpu.checks", *arguments, "--worker"],
-        names(device),
-        seconds=seconds,
-        item_seconds=device.item_seconds,
-        done=lambda results: store.update(path, environment=facts, checks=results),
-    )
-    failed = {item: result["failed"] for item, result in results.items() if "failed" in result}
-    for item, why in failed.items():
-        print(f"FAILED {item}: {why}")
-    skipped = sum("skipped" in result for result in results.values())
-    print(f"{len(results) - len(failed) - skipped} passed, {len(failed)} failed, {skipped} skipped")
-    sys.exit(1 if failed else 0)
+    items.work(device, "checks", names(device), partial(check, device))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.gpu import device as devices
-from benchmarks.gpu import ncu_table, problems
+from benchmarks.gpu import ncu_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,12 +32,20 @@ SECTIONS = ("SpeedOfLight", "WarpStateStats", "Occupancy")
 KERNELS = "regex:masked_conv2d|gather_"
 
 
-def run(device: devices.Device, names: Sequence[str]) -> None:
+def run(stand_in: bool, names: Sequence[str]) -> None:
     """Launches each problem's kernel once between the profiler's start and stop."""
-    for problem in _chosen(device, names):
+    from benchmarks.gpu import device as devices
+    from benchmarks.gpu import problems
+
+    device = devices.find(stand_in)
+    by_name = {f"{p.kernel}/{p.shape}": p for p in problems.TIMED}
+    implementation, reason = next(iter(device.implementations().items()))
+    if reason is not None:
+        sys.exit(f"no kernels to look at: {reason}")
+    for name in names:
+        problem = replace(by_name[name], batch=device.batches[0])
         mask = problem.mask(device)
         given = problems.arguments(problem, device, mask, seed=0)
-        implementation = next(iter(device.implementations()))
         problems.call(problem, implementation, given)
         device.synchronize()
         device.profiler_start()
@@ -46,11 +53,6 @@ def run(device: devices.Device, names: Sequence[str]) -> None:
         device.synchronize()
         device.profiler_stop()
         print(f"ran {problem.name}", flush=True)
-
-
-def _chosen(device: devices.Device, names: Sequence[str]) -> list[problems.Problem]:
-    by_name = {f"{p.kernel}/{p.shape}": p for p in problems.TIMED}
-    return [replace(by_name[name], batch=device.batches[0]) for name in names]
 
 
 def _run(command: Sequence[str], seconds: float) -> None:
@@ -70,25 +72,17 @@ def _run(command: Sequence[str], seconds: float) -> None:
         raise subprocess.CalledProcessError(code, command[0])
 
 
-def why_not(device: devices.Device, program: str | None) -> str | None:
-    """Why there are no counters; None if there can be."""
-    if program is None:
-        return "ncu (Nsight Compute) is not on the PATH"
-    return next(iter(device.implementations().values()))
-
-
 def main(arguments: Sequence[str]) -> None:
     """Runs the stage, or is the program that ncu looks into."""
-    device = devices.find("--stand-in" in arguments)
+    stand_in = ["--stand-in"] if "--stand-in" in arguments else []
     if "--run" in arguments:
-        run(device, arguments[arguments.index("--run") + 1].split(","))
+        run(bool(stand_in), arguments[arguments.index("--run") + 1].split(","))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `_run` ends ncu
     path, end = Path(arguments[0]), time.monotonic() + float(arguments[1])
     program = shutil.which("ncu")
-    reason = why_not(device, program)
-    if reason is not None:
-        print(f"skipped: {reason}")
+    if program is None:
+        print("skipped: ncu (Nsight Compute) is not on the PATH")
         return
     failures = 0
     path.write_text("")
@@ -101,7 +95,7 @@ def main(arguments: Sequence[str]) -> None:
             command += [word for section in SECTIONS for word in ("--section", section)]
             command += ["--export", str(report), "--force-overwrite", sys.executable, "-m"]
             command += ["benchmarks.gpu.counters", "--run", ",".join(names)]
-            command += ["--stand-in"] if device.stand_in else []
+            command += stand_in
             shown = [program, "--import", str(report), "--page", "raw", "--csv"]
             try:
                 _run(command, seconds)

@@ -42,7 +42,7 @@ def _page(folder: Path, kernels_of_a_step: int) -> str:
         lambda: _stages(run.get("stages", [])),
         lambda: _checks(kernels.get("checks", {})),
         lambda: _tests(folder / "tests.xml") or _tests_in_log(folder / "log.txt"),
-        lambda: _kernels(kernels.get("kernels", []), kernels.get("left_out", {})),
+        lambda: _kernels(kernels.get("kernels", {})),
         lambda: _counters(folder / f"{slug}-counters.csv"),
         lambda: _steps(store.load(folder / f"{slug}-steps.json")),
         lambda: _profile(store.load(folder / f"{slug}-profile.json"), kernels_of_a_step),
@@ -132,10 +132,12 @@ def _tests_in_log(file: Path) -> list[str]:
 # -- kernels --------------------------------------------------------------------------------------
 
 
-def _kernels(rows: Sequence[dict[str, Any]], left_out: dict[str, str]) -> list[str]:
+def _kernels(results: dict[str, dict[str, Any]]) -> list[str]:
     """A line for each kernel and dtype; batches beside each other, then Triton's time."""
-    if not rows and not left_out:
+    if not results:
         return []
+    rows = [row for result in results.values() for row in result.get("rows", [])]
+    left_out = {item: result["failed"] for item, result in results.items() if "failed" in result}
     batches = sorted({row["batch"] for row in rows})
     found: dict[tuple[str, str], dict[tuple[str, int], dict[str, Any]]] = {}
     for row in rows:

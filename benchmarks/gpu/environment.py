@@ -1,8 +1,7 @@
 """Stage `env`: what there is to run on; the first to fail where there is no GPU.
 
 `python -m benchmarks.gpu.environment FILE [--stand-in]` writes it into FILE as `"environment"`, and
-prints lines for a shell: the device's name in names of files, its compute capability, and why the
-compiled CUDA kernels cannot run there ("" if they can).
+prints lines for a shell: the device's name in names of files, and its compute capability.
 """
 
 from __future__ import annotations
@@ -69,9 +68,8 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"there is no GPU to measure on: {error}")
     found = facts(device)
     store.update(Path(arguments[0]), environment=found)
-    reason = next(iter(device.implementations().values()))
     capability = found.get("compute_capability", "")
-    print(f"device={device.slug}\ncapability={capability}\nwhy_not={reason or ''}")
+    print(f"device={device.slug}\ncapability={capability}\n{device.name}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 The items run one after another in a worker process. One that raises is reported, and the worker
 goes on; one that kills the worker, or the GPU's context with it, or that gives no answer in its
 time is reported, and a new worker goes on with the next.
+
+`python -m benchmarks.gpu.items STAGE FILE SECONDS [--stand-in]` runs a stage. After each item it
+writes all results into FILE, under the stage's name.
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.gpu import store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,6 +28,7 @@ if TYPE_CHECKING:
 
     from benchmarks.gpu.device import Device
 
+WORKERS = {"checks": "benchmarks.gpu.checks", "kernels": "benchmarks.gpu.timing"}
 MARK = "@@ "  # before what a worker tells: everything else that it prints goes to the log
 START_SECONDS = 60.0  # for a worker to start: to import torch on a cold machine
 EXIT_BROKEN = 17  # of a worker whose GPU answers no more
@@ -29,8 +36,13 @@ EXIT_BROKEN = 17  # of a worker whose GPU answers no more
 Result = dict[str, Any]
 
 
-def work(device: Device, stage: str, run: Callable[[str], Result]) -> None:
-    """The worker: runs the items named on standard input, a JSON list, and tells their results."""
+# -- the worker -----------------------------------------------------------------------------------
+
+
+def work(device: Device, stage: str, items: Sequence[str], run: Callable[[str], Result]) -> None:
+    """The worker: tells its items, the most important first, and runs those that it is sent."""
+    facts = {"facts": device.facts(), "items": list(items), "seconds": device.item_seconds}
+    _tell(facts)
     for item in json.loads(sys.stdin.readline()):
         _tell({"begin": item})
         try:
@@ -44,100 +56,6 @@ def work(device: Device, stage: str, run: Callable[[str], Result]) -> None:
             device.free()
         except Exception:
             sys.exit(EXIT_BROKEN)
-
-
-def supervise(
-    command: Sequence[str],
-    items: Sequence[str],
-    *,
-    seconds: float,
-    item_seconds: float,
-    done: Callable[[dict[str, Result]], None],
-) -> dict[str, Result]:
-    """Runs every item in workers, and calls `done` with all results so far after each.
-
-    Args:
-        command: of a worker.
-        items: their names, the most important first.
-        seconds: after which no further item is begun.
-        item_seconds: after which an item hangs.
-        done: told all results so far, by item.
-
-    Returns:
-        The results by item; `{"failed": why}` of those that have none.
-    """
-    end = time.monotonic() + seconds
-    results: dict[str, Result] = {}
-    rest = list(items)
-    while rest:
-        if time.monotonic() >= end:
-            for item in rest:
-                results[item] = {"failed": f"not reached in the stage's {seconds:.0f} s"}
-            done(results)
-            break
-        before = len(rest)
-        rest = _one_worker(command, rest, results, end, item_seconds, done)
-        if len(rest) == before and time.monotonic() < end:  # it did not even begin
-            for item in rest:
-                results[item] = {"failed": "its worker did not start; the log says why"}
-            done(results)
-            break
-    return results
-
-
-def _one_worker(command, items, results, end, item_seconds, done) -> list[str]:
-    """Runs items until one stops the worker, or time is over; returns those that are left."""
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    lines: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
-    rest, current = list(items), None
-    try:
-        process.stdin.write(json.dumps(rest) + "\n")
-        process.stdin.flush()
-        limit = time.monotonic() + START_SECONDS
-        while rest:
-            try:
-                line = lines.get(timeout=max(0.0, min(limit, end) - time.monotonic()))
-            except queue.Empty:
-                if current is not None:
-                    why = f"no answer in {item_seconds:.0f} s: it hangs"
-                    if time.monotonic() < limit:
-                        why = "the stage's time was over while it ran"
-                    results[current] = {"failed": why}
-                    rest.remove(current)
-                    done(results)
-                break
-            if line is None:  # the worker ended
-                code = process.wait()
-                if current is not None:
-                    results[current] = {"failed": f"its process ended with exit code {code}"}
-                    rest.remove(current)
-                    done(results)
-                break
-            if not line.startswith(MARK):
-                if line.strip():
-                    print(line, end="", flush=True)
-                continue
-            told = json.loads(line[len(MARK) :])
-            if "begin" in told:
-                current, limit = told["begin"], time.monotonic() + item_seconds
-                continue
-            results[told["end"]] = told["result"]
-            rest.remove(told["end"])
-            current, limit = None, time.monotonic() + START_SECONDS
-            done(results)
-    except BrokenPipeError:
-        pass
-    finally:
-        process.kill()
-        process.wait()
-    return rest
-
-
-def _read(stream, lines: queue.Queue[str | None]) -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put(None)
 
 
 def _tell(message: dict[str, Any]) -> None:
@@ -159,3 +77,126 @@ def largest_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor
         a, b = a.detach().double(), b.detach().double()
         errors.append(float((a - b).norm() / b.norm().clamp_min(1e-30)))
     return float("nan") if any(e != e for e in errors) else max(errors)
+
+
+# -- its supervisor, which needs no torch ---------------------------------------------------------
+
+
+class Supervisor:
+    """Runs the items of a stage in workers.
+
+    Attributes:
+        results: by item; `{"failed": why}` of those that have none.
+        facts: what a worker says that it runs on.
+        rest: the items that have no result yet; None before a worker has named them.
+    """
+
+    def __init__(
+        self, command: Sequence[str], seconds: float, save: Callable[[Supervisor], None]
+    ) -> None:
+        """Takes the command of a worker, when the stage ends, and what to call after each item."""
+        self.command, self.seconds, self.save = command, seconds, save
+        self.end = time.monotonic() + seconds
+        self.results: dict[str, Result] = {}
+        self.facts: dict[str, Any] = {}
+        self.rest: list[str] | None = None
+        self.item_seconds = START_SECONDS
+
+    def run(self) -> None:
+        """Starts workers until every item has a result, or the time is over."""
+        while self.rest is None or self.rest:
+            if time.monotonic() >= self.end:
+                self._fail_rest(f"not reached in the stage's {self.seconds:.0f} s")
+            elif not self._worker():
+                self._fail_rest("its worker did not start; the log says why")
+
+    def _fail_rest(self, why: str) -> None:
+        for item in self.rest or ["all"]:
+            self.results[item] = {"failed": why}
+        self.rest = []
+        self.save(self)
+
+    def _done(self, item: str, result: Result) -> None:
+        self.results[item] = result
+        assert self.rest is not None
+        self.rest.remove(item)
+        self.save(self)
+
+    def _worker(self) -> bool:
+        """Runs items until one stops the worker, or the time is over; whether one was begun."""
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(self.command, **pipes)
+        lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
+        current, begun = None, False
+        limit = time.monotonic() + START_SECONDS
+        try:
+            while self.rest is None or self.rest:
+                wait = min(limit, self.end) - time.monotonic()
+                try:
+                    line = lines.get(timeout=max(0.0, wait))
+                except queue.Empty:
+                    if current is not None:
+                        hangs = f"no answer in {self.item_seconds:.0f} s: it hangs"
+                        late = "the stage's time was over while it ran"
+                        why = hangs if time.monotonic() >= limit else late
+                        self._done(current, {"failed": why})
+                    return begun or time.monotonic() >= self.end
+                if line is None:
+                    code = process.wait()
+                    if current is not None:
+                        why = f"its process ended with exit code {code}"
+                        self._done(current, {"failed": why})
+                    return begun
+                if not line.startswith(MARK):
+                    sys.stdout.write(line if line.strip() else "")
+                    sys.stdout.flush()
+                    continue
+                told = json.loads(line[len(MARK) :])
+                if "items" in told:
+                    self.facts, self.item_seconds = told["facts"], told["seconds"]
+                    self.rest = told["items"] if self.rest is None else self.rest
+                    process.stdin.write(json.dumps(self.rest) + "\n")
+                    process.stdin.flush()
+                elif "begin" in told:
+                    current, begun = told["begin"], True
+                    limit = time.monotonic() + self.item_seconds
+                else:
+                    self._done(told["end"], told["result"])
+                    current, limit = None, time.monotonic() + START_SECONDS
+            return True
+        except BrokenPipeError:
+            return begun
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _read(stream, lines: queue.Queue[str | None]) -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs a stage."""
+    stage, path, seconds, *flags = arguments
+    command = [sys.executable, "-m", WORKERS[stage], *flags]
+
+    def save(supervisor: Supervisor) -> None:
+        parts = {"environment": supervisor.facts, stage: supervisor.results}
+        store.update(Path(path), **parts)
+
+    supervisor = Supervisor(command, float(seconds), save)
+    supervisor.run()
+    results = supervisor.results
+    failed = {item: result["failed"] for item, result in results.items() if "failed" in result}
+    for item, why in failed.items():
+        print(f"FAILED {item}: {why}")
+    skipped = sum("skipped" in result for result in results.values())
+    print(f"{len(results) - len(failed) - skipped} ok, {len(failed)} failed, {skipped} skipped")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

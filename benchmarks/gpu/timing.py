@@ -1,19 +1,15 @@
-"""Stage `kernels`: every kernel timed apart, against PyTorch eager and the copy rate measured then.
-
-`python -m benchmarks.gpu.timing FILE SECONDS [--stand-in]` writes them into FILE as `"kernels"`.
-"""
+"""Stage `kernels`: every kernel apart, against PyTorch eager and the copy rate measured then."""
 
 from __future__ import annotations
 
 import sys
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.gpu import device as devices
-from benchmarks.gpu import items, problems, store
+from benchmarks.gpu import items, problems
 from benchmarks.runner import TOLERANCE
 
 if TYPE_CHECKING:
@@ -118,32 +114,10 @@ def _copy_rate(device: devices.Device) -> float:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the stage, or is its worker."""
+    """The worker of the stage."""
     device = devices.find("--stand-in" in arguments)
-    if "--worker" in arguments:
-        torch.backends.cudnn.allow_tf32 = False  # float32 is float32
-        items.work(device, "kernels", partial(measure, device))
-        return
-    path, seconds = Path(arguments[0]), float(arguments[1])
-    facts = device.facts()
-
-    def done(results: dict[str, items.Result]) -> None:
-        rows = [row for result in results.values() for row in result.get("rows", [])]
-        left_out = {name: found["failed"] for name, found in results.items() if "failed" in found}
-        store.update(path, environment=facts, kernels=rows, left_out=left_out)
-
-    results = items.supervise(
-        [sys.executable, "-m", "benchmarks.gpu.timing", *arguments, "--worker"],
-        names(device),
-        seconds=seconds,
-        item_seconds=device.item_seconds,
-        done=done,
-    )
-    failed = {item: result["failed"] for item, result in results.items() if "failed" in result}
-    for item, why in failed.items():
-        print(f"LEFT OUT {item}: {why}")
-    print(f"{len(results) - len(failed)} of {len(results)} timed")
-    sys.exit(1 if failed else 0)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32
+    items.work(device, "kernels", names(device), partial(measure, device))
 
 
 if __name__ == "__main__":
