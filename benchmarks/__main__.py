@@ -15,7 +15,14 @@ import torch
 
 from benchmarks import cases, models, networks, registry, report  # noqa: F401  (they register)
 from benchmarks.limits import environment, measure_rates
-from benchmarks.runner import Comparison, DisagreementError, Row, make_rows, measure
+from benchmarks.runner import (
+    Comparison,
+    DisagreementError,
+    Row,
+    make_rows,
+    measure,
+    one_line,
+)
 from benchmarks.setting import Setting
 from convmae_kernels.ops.arithmetic import SLOW_ON_CPU
 
@@ -114,10 +121,11 @@ def run(
                 times = measure(comparison, dtype, repeats=repeats, budget=budget)
                 results.rows.extend(make_rows(case.name, comparison, times, rates, dtype))
                 failed = [f"{name}: left out {failure}" for failure in comparison.failures]
-            except Exception as error:
-                if not isinstance(error, DisagreementError):
-                    traceback.print_exc()
+            except DisagreementError as error:
                 failed = [f"{name}: left out, {error}"]
+            except Exception as error:
+                traceback.print_exc()
+                failed = [f"{name}: left out, {one_line(error)}"]
             notes = [*(comparison.notes if comparison else []), *failed]
             results.notes.extend(note for note in notes if note not in results.notes)
             failures.extend(failed)
@@ -212,8 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtypes = [DTYPES[name] for name in names]
 
     kept: list[Row] = []
-
-    measured, failures = {case.name for case in chosen}, []
+    failures: list[str] = []
+    measured = {case.name for case in chosen}
 
     def merged(results: report.Results) -> report.Results:
         if args.stand_in:

@@ -175,8 +175,7 @@ def _first_round(comparison: Comparison, tolerance: float) -> dict[str, float]:
             results[contender.name] = contender.result(output)
             first[contender.name] = value
         except Exception as error:
-            lines = [*str(error).splitlines(), ""]
-            comparison.failures.append(f"{contender.name}: {type(error).__name__}: {lines[0]}")
+            comparison.failures.append(f"{contender.name}: {one_line(error)}")
     if comparison.baseline not in first:
         raise DisagreementError("; ".join(comparison.failures))
     for name in [name for name in first if name != comparison.baseline]:
@@ -189,6 +188,11 @@ def _first_round(comparison: Comparison, tolerance: float) -> dict[str, float]:
     if comparison.failures and len(first) < 2:
         raise DisagreementError("; ".join(comparison.failures))
     return first
+
+
+def one_line(error: Exception) -> str:
+    """An error's type and the first line of its message."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def check_agreement(

@@ -418,7 +418,7 @@ def test_a_case_that_fails_is_reported_and_the_others_go_on(
     with pytest.raises(SystemExit) as error:
         command.main([*TINY_FLAGS, *flags])
     first, second = str(error.value.code).splitlines()
-    assert first == "gather/images in float32: left out, no such kernel"
+    assert first == "gather/images in float32: left out, RuntimeError: no such kernel"
     assert "gather/stage1 in float32: left out, packed: tensor 0 of 'packed' has a rel" in second
     results = report.load(path)
     assert {row.case for row in results.rows} == {"gather/stage2"}

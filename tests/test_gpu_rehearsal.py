@@ -8,11 +8,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import build, digest, items, ncu_table, problems, store, timing
+from benchmarks.gpu import build, counters, digest, items, ncu_table, problems, store, timing
 from benchmarks.gpu.device import STAND_IN, StandIn, find, slug
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,8 @@ COLUMNS = {
     "launch__occupancy_limit_registers": ("block", "9"),
     "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio": ("inst", "3.25"),
     "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio": ("inst", "1"),
+    "smsp__average_warps_issue_stalled_wait_not_issued_per_issue_active.ratio": ("inst", "7"),
+    "smsp__average_warps_issue_stalled_selected_per_issue_active.ratio": ("inst", "8"),
 }
 LINES = (COLUMNS, *zip(*COLUMNS.values(), strict=True))
 TABLE = "==PROF== Disconnected from process 7\n" + "".join(
@@ -261,7 +264,7 @@ def test_every_problem_has_an_opponent_that_computes_the_same():
     """PyTorch's way against the reference, in float64, on a ragged edge of every kind."""
     device = StandIn()
     for problem in problems.TIMED:
-        problem = problems.replace(problem, batch=2, dtype="float64")
+        problem = replace(problem, batch=2, dtype="float64")
         mask = problem.mask(device)
         given = problems.arguments(problem, device, mask, seed=1)
         opponent = problems.opponent(problem, mask)
@@ -293,6 +296,26 @@ def test_counters_of_several_tables_and_other_lines():
     assert kernel.stalls == {"long_scoreboard": 3.25, "wait": 1.0}
     assert len(ncu_table.read(TABLE + "==ERROR== The target failed\n" + TABLE)) == 2
     assert ncu_table.read("==ERROR== ERR_NVGPUCTRPERM, no permission") == []
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ("echo ==ERROR== no permission; exit 1", "no counters: ==ERROR== no permission"),
+        ("exit 3", "no counters: ncu ended with exit code 3"),
+        ("sleep 60", "no counters: no end after 0 s"),
+    ],
+)
+def test_counters_that_ncu_refuses(program, why, tmp_path, monkeypatch, capsys):
+    (tmp_path / "ncu").write_text(f"#!/bin/sh\n{program}\n")
+    (tmp_path / "ncu").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(counters.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as error:
+        counters.main([str(tmp_path / "counters.csv"), "0.4"])
+    assert error.value.code == why
+    assert [file.name for file in tmp_path.iterdir()] == ["ncu"]
+    capsys.readouterr()
 
 
 def test_a_digest_of_anything_fits_its_limit(tmp_path):

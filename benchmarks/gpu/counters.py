@@ -59,17 +59,26 @@ def _run(command: Sequence[str], seconds: float) -> None:
     """Runs ncu; with it ends the program that it looks into.
 
     Raises:
-        subprocess.SubprocessError: it fails, or takes longer.
+        RuntimeError: it fails or takes longer; with what ncu says, if it says why.
     """
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        code = process.wait(timeout=seconds)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, start_new_session=True, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            code, why = process.wait(timeout=seconds), ""
+        except subprocess.TimeoutExpired:
+            code, why = 1, f"no end after {seconds:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        text = output.read()
+    print(text, flush=True)
     if code != 0:
-        raise subprocess.CalledProcessError(code, command[0])
+        errors = [line for line in text.splitlines() if line.startswith("==ERROR==")]
+        raise RuntimeError(errors[0] if errors else why or f"ncu ended with exit code {code}")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -84,7 +93,7 @@ def main(arguments: Sequence[str]) -> None:
     if program is None:
         print("skipped: ncu (Nsight Compute) is not on the PATH")
         return
-    failures = 0
+    failures: list[str] = []
     path.write_text("")
     for i, names in enumerate(GROUPS):
         seconds = (end - time.monotonic()) / (len(GROUPS) - i)
@@ -102,14 +111,17 @@ def main(arguments: Sequence[str]) -> None:
                 table = subprocess.run(
                     [*shown, "--print-units", "base"], check=True, capture_output=True, timeout=20
                 )
-            except (subprocess.SubprocessError, OSError) as error:
-                failures += 1
+            except (RuntimeError, subprocess.SubprocessError, OSError) as error:
+                failures.append(str(error))
                 print(f"FAILED {', '.join(names)}: {error}")
                 continue
         with path.open("a") as file:
             file.write(table.stdout.decode(errors="replace"))
     counted = ncu_table.read(path.read_text())
-    print(f"{len(counted)} kernels counted, {failures} of {len(GROUPS)} runs failed")
+    if not counted and failures:
+        path.unlink()
+        sys.exit(f"no counters: {failures[0]}")
+    print(f"{len(counted)} kernels counted, {len(failures)} of {len(GROUPS)} runs failed")
     sys.exit(1 if failures or not counted else 0)
 
 

@@ -61,7 +61,9 @@ class Device:
     batches: tuple[int, ...] = (128, 256)
     check_batch = 8
     fill_ms, seconds, item_seconds = 4.0, 0.25, 30.0
-    categories: tuple[str, ...] = ("kernel", "gpu_memcpy", "gpu_memset")  # of a profiler's trace
+    # What a profiler writes down, and which of it is a launch.
+    activity = torch.profiler.ProfilerActivity.CUDA
+    categories: tuple[str, ...] = ("kernel", "gpu_memcpy", "gpu_memset")
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(0)
@@ -106,7 +108,12 @@ class Device:
         return start.elapsed_time(end)
 
     def capture(self, run: Callable[[], object]) -> Callable[[], object]:
-        """A function that does on the device what `run`, which has run before, does there."""
+        """A function that does on the device what `run` does there."""
+        stream = torch.cuda.Stream()  # libraries prepare for a stream at their first call there
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
@@ -114,10 +121,7 @@ class Device:
 
     def launches(self, run: Callable[[], object]) -> list[Launch]:
         """What a profiler sees `run` launch, by kernel; the most expensive first."""
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        if not self.stand_in:
-            kinds.append(torch.profiler.ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=kinds) as profiler:
+        with torch.profiler.profile(activities=[self.activity]) as profiler:
             run()
             self.synchronize()
         with tempfile.TemporaryDirectory() as folder:
@@ -193,6 +197,7 @@ class StandIn(Device):
     batches = (1, 2)
     check_batch = 2
     fill_ms, seconds, item_seconds = 0.0, 0.0, 20.0
+    activity = torch.profiler.ProfilerActivity.CPU
     categories = ("cpu_op",)
 
     def __init__(self) -> None:

@@ -158,7 +158,7 @@ def _kernels(results: dict[str, dict[str, Any]]) -> list[str]:
         triton = group.get(("triton", batches[0]), {})
         cells.append(f"{triton['us']:.1f}" if "us" in triton else "-")
         lines.append(" | ".join(cells))
-        for part, count, us in group.get(("cuda", batches[0]), {}).get("parts", [])[:3]:
+        for part, count, us in group.get(("cuda", batches[0]), {}).get("parts", [])[:2]:
             lines.append(f"    of it {us:8.1f} us in {count:.3g} of {_short_name(part, 60)}")
     if any(row["in_cache"] for row in rows):
         lines.append("* all its sets of arguments fit the L2 cache: a time of the cache")

@@ -15,6 +15,7 @@ SHOWN = {
     "warps": ("sm__warps_active.avg.pct",),
 }
 STALL = re.compile(r"smsp__average_warps?_\w*issue_stalled_(\w+?)(?:_per_issue_active)?\.\w+$")
+NO_STALL = ("selected", "not_issued")  # ends of names: a warp that issues, a part of another one
 
 
 class Counted(NamedTuple):
@@ -46,7 +47,12 @@ def read(text: str) -> list[Counted]:
                 column: next((v for name, v in values.items() if name.startswith(start)), None)
                 for column, start in SHOWN.items()
             }
-            stalls = {m[1]: v for name, v in values.items() if (m := STALL.match(name))}
+            stalls = {
+                m[1]: v
+                for name, v in values.items()
+                if (m := STALL.match(name))
+                and (m[1] == "not_selected" or not m[1].endswith(NO_STALL))
+            }
             name = line[header.index("Kernel Name")]
             known = {column: value for column, value in figures.items() if value is not None}
             found.append(Counted(name, known, stalls))
