@@ -39,7 +39,7 @@ deadline=$((SECONDS + call_seconds * slower))
 
 mkdir -p "$out" || exit 1
 log=$out/log.txt
-echo "#### ${stages[*]}" >>"$log"
+echo "#### ${stand_in:+STAND-IN, a rehearsal on a CPU: }${stages[*]}" >>"$log"
 
 # Runs a command as a stage: run NAME SECONDS COMMAND...
 failures=0
@@ -132,8 +132,9 @@ for stage in "${stages[@]}"; do
       run profile 40 "$python" -m benchmarks.gpu.profile "$out/$device-profile.json" $stand_in
       ;;
     tests)
-      rm -f "$out/tests.xml"
-      options=(-v -m gpu tests/test_gpu.py --junitxml "$out/tests.xml")
+      report=$out/${stand_in:+stand-in-}tests.xml
+      rm -f "$report"
+      options=(-v -m gpu tests/test_gpu.py --junitxml "$report")
       [ -z "$stand_in" ] && has xdist && options+=(-n $((($(nproc) * 3 + 3) / 4)))
       has pytest_timeout && options+=(--timeout 120)
       [ -n "$stand_in" ] && options+=(-k dilations) # a few, which are skipped

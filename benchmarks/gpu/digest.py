@@ -35,13 +35,14 @@ def _page(folder: Path, kernels_of_a_step: int) -> str:
     run = store.load(folder / "run.json")
     environment = run.get("environment", {})
     slug = environment.get("slug", "no-device")
+    tests = f"{slug}-tests.xml" if environment.get("stand_in") else "tests.xml"
     kernels = store.load(folder / f"{slug}-kernels.json")
     sections: list[Callable[[], list[str]]] = [
         lambda: [WARNING] if environment.get("stand_in") else [],
         lambda: _machine(environment),
         lambda: _stages(run.get("stages", [])),
         lambda: _checks(kernels.get("checks", {})),
-        lambda: _tests(folder / "tests.xml") or _tests_in_log(folder / "log.txt"),
+        lambda: _tests(folder / tests) or _tests_in_log(folder / "log.txt"),
         lambda: _kernels(kernels.get("kernels", {})),
         lambda: _counters(folder / f"{slug}-counters.csv"),
         lambda: _steps(store.load(folder / f"{slug}-steps.json")),
