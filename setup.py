@@ -45,10 +45,15 @@ def find_torch():
     return next((folder for folder in folders if (folder / "include").is_dir()), None)
 
 
+def number(arch):
+    """90 of "9.0", "9.0a" or "9.0+PTX"."""
+    return int(re.sub(r"\D", "", arch))
+
+
 class Cuda:
     """nvcc, and the flags that CUDA takes; `Cuda.find()` is None where there is no nvcc."""
 
-    DEFAULT_ARCHS = "8.0;9.0;10.0"
+    DEFAULT_ARCHS = ("8.0", "9.0", "10.0")
 
     def __init__(self, nvcc):
         self.nvcc = nvcc
@@ -56,13 +61,43 @@ class Cuda:
         text = subprocess.run(dry, capture_output=True, text=True, check=True).stderr
         self.include = self._folders(text, "INCLUDES", "-I", "cuda_runtime_api.h")
         self.library = self._folders(text, "LIBRARIES", "-L", "libcudart_static.a")
-        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or self._default_archs()
-        self.archs = re.split(r"[;,\s]+", archs.strip(" ;,"))
+        codes = subprocess.run(
+            [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
+        ).stdout
+        known = sorted(map(int, re.findall(r"\bsm_(\d+)\b", codes)))
+        defaults = [arch for arch in self.DEFAULT_ARCHS if number(arch) in known]
+        asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,")
+        self.archs = re.split(r"[;,\s]+", asked) if asked else defaults
+        if not self.archs:
+            raise RuntimeError(
+                f"{nvcc} compiles for none of {', '.join(self.DEFAULT_ARCHS)}: set "
+                "TORCH_CUDA_ARCH_LIST to the compute capability of your GPU"
+            )
         for arch in self.archs:
             if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
                 raise RuntimeError(
                     f"TORCH_CUDA_ARCH_LIST has {arch!r}, expected e.g. 9.0 or 9.0+PTX"
                 )
+            if number(arch) not in known:
+                raise RuntimeError(self._unknown(arch, known))
+
+    def _unknown(self, arch, known):
+        """That this nvcc does not compile for an architecture, and what to do."""
+        text = subprocess.run([self.nvcc, "--version"], capture_output=True, text=True).stdout
+        version = re.search(r"release (\S+?),", text)
+        names = [f"{code // 10}.{code % 10}" for code in known]
+        earlier = [name for name in names if number(name) < number(arch)]
+        advice = "install an older CUDA toolkit"
+        if earlier:
+            advice = (
+                f'install a newer CUDA toolkit, or set TORCH_CUDA_ARCH_LIST="{earlier[-1]}+PTX", '
+                "which the driver compiles for the GPU when the library is loaded"
+            )
+        return (
+            f"TORCH_CUDA_ARCH_LIST asks for {arch}, but {self.nvcc} "
+            f"({version[1] if version else 'unknown version'}) compiles for {', '.join(names)} "
+            f"only: {advice}"
+        )
 
     @classmethod
     def find(cls):
@@ -70,14 +105,6 @@ class Cuda:
         nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
         nvcc = nvcc or shutil.which("nvcc")
         return cls(nvcc) if nvcc else None
-
-    def _default_archs(self):
-        """Those of the default that this nvcc knows."""
-        known = subprocess.run(
-            [self.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
-        ).stdout.split()
-        archs = self.DEFAULT_ARCHS.split(";")
-        return ";".join(arch for arch in archs if "sm_" + arch.replace(".", "") in known)
 
     @staticmethod
     def _folders(text, name, flag, file):
@@ -93,10 +120,10 @@ class Cuda:
     def flags(self):
         codes = []
         for arch in self.archs:
-            number = arch.removesuffix("+PTX").replace(".", "")
-            codes.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            name = arch.removesuffix("+PTX").replace(".", "")
+            codes.append(f"-gencode=arch=compute_{name},code=sm_{name}")
             if arch.endswith("+PTX"):
-                codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+                codes.append(f"-gencode=arch=compute_{name},code=compute_{name}")
         host = "-Xcompiler=-fPIC,-fvisibility=hidden"
         return f"-O3 -std=c++20 {host} -I{ROOT / 'csrc'} {' '.join(codes)}"
 
@@ -167,7 +194,7 @@ class BuildKernels(build_ext):
             self.compile()
         except FAILURES as error:
             if REQUIRED:
-                raise
+                raise SystemExit(f"error: {error}") from None
             print(
                 f"WARNING: convmae_kernels installs WITHOUT its compiled CPU kernels ({error}). "
                 "It works, with slower reference ops in plain PyTorch. "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import gc
 import sys
+import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +16,19 @@ import torch
 import benchmarks.budget  # noqa: F401  (it registers)
 from benchmarks import cases, models, networks, registry, report  # noqa: F401  (they register)
 from benchmarks.limits import environment, measure_rates
-from benchmarks.runner import DisagreementError, Row, make_rows, measure
+from benchmarks.runner import (
+    Comparison,
+    DisagreementError,
+    Row,
+    make_rows,
+    measure,
+    one_line,
+)
 from benchmarks.setting import Setting
 from convmae_kernels.ops.arithmetic import SLOW_ON_CPU
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DTYPE_HELP = "autocast for models; if absent both, or float32 alone with --summary, to be quick"
@@ -33,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--case", nargs="+", default=[], metavar="PATTERN", help="names or globs; all if absent")
+    add("--contender", nargs="+", metavar="PATTERN", help="names or globs, besides the baseline")
     add("--list", action="store_true", help="print the cases and stop")
     add("--json", metavar="FILE", help="write the results here as JSON, after every case")
     add("--keep", action="store_true", help="keep the rows of other cases that the file holds")
@@ -49,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-compile", "--no_compile", action="store_true", help="no compiled dense operators")
     add("--compile-models", "--compile_models", action="store_true", help="compiled models too")
     add("--compile-blocks", "--compile_blocks", action="store_true", help="the step by blocks too")
+    add("--stand-in", "--stand_in", action="store_true", help="a rehearsal: figures mean nothing")
     return parser
 
 
@@ -84,15 +95,17 @@ def run(
     *,
     repeats: int,
     budget: float,
+    contenders: Sequence[str] | None = None,
     done: Callable[[report.Results], None] = lambda results: None,
+    failures: list[str] | None = None,
 ) -> report.Results:
     """Measures the machine's limits, then every case in every dtype.
 
-    Calls `done` with the results so far after each, so that a run that is stopped loses little.
-
-    Raises:
-        DisagreementError: the contenders of a case computed different things.
+    A contender that fails or computes something else is left out, and so is a case in which nothing
+    is left to compare; notes and `failures` say so. Calls `done` with the results so far after
+    each, so that a run that is stopped loses little.
     """
+    failures = [] if failures is None else failures
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in matrix products
     rates = measure_rates(setting.device, dtypes)
     gemm = {str(dtype)[6:]: rate for dtype, rate in rates.gemm.items()}
@@ -104,10 +117,21 @@ def run(
                 results.notes.extend([note] if note not in results.notes else [])
                 continue
             print(f"measuring {case.name} in {str(dtype)[6:]} ...", file=sys.stderr, flush=True)
-            comparison = case.build(setting, dtype)
-            times = measure(comparison, dtype, repeats=repeats, budget=budget)
-            results.rows.extend(make_rows(case.name, comparison, times, rates, dtype))
-            results.notes.extend(note for note in comparison.notes if note not in results.notes)
+            name = f"{case.name} in {str(dtype)[6:]}"
+            comparison = None
+            try:
+                comparison = _build(case, setting, dtype, contenders)
+                times = measure(comparison, dtype, repeats=repeats, budget=budget)
+                results.rows.extend(make_rows(case.name, comparison, times, rates, dtype))
+                failed = [f"{name}: left out {failure}" for failure in comparison.failures]
+            except DisagreementError as error:
+                failed = [f"{name}: left out, {error}"]
+            except Exception as error:
+                traceback.print_exc()
+                failed = [f"{name}: left out, {one_line(error)}"]
+            notes = [*(comparison.notes if comparison else []), *failed]
+            results.notes.extend(note for note in notes if note not in results.notes)
+            failures.extend(failed)
             done(results)
             del comparison
             if setting.compile or setting.compile_models or setting.compile_blocks:
@@ -116,8 +140,31 @@ def run(
     return results
 
 
-def _kept(file: str | None, measured: set[str], setting: Setting) -> list[Row]:
-    """The rows of a file of results that are not measured again.
+def _build(
+    case: registry.Case, setting: Setting, dtype: torch.dtype, patterns: Sequence[str] | None
+) -> Comparison:
+    """The comparison of a case, of the baseline and the contenders whose name fits a pattern.
+
+    Raises:
+        DisagreementError: there is no such contender.
+    """
+    comparison = case.build(setting, dtype)
+    if patterns is None:
+        return comparison
+    chosen = [
+        contender
+        for contender in comparison.contenders
+        if contender.name == comparison.baseline
+        or any(fnmatch.fnmatchcase(contender.name, pattern) for pattern in patterns)
+    ]
+    if len(chosen) < 2:
+        names = ", ".join(contender.name for contender in comparison.contenders)
+        raise DisagreementError(f"no contender fits {', '.join(patterns)}; there are {names}")
+    return replace(comparison, contenders=chosen)
+
+
+def _kept(file: str | None, setting: Setting) -> list[Row]:
+    """The rows of a file of results.
 
     Raises:
         ValueError: there is no file to keep, or it holds results of another setting or device.
@@ -127,10 +174,29 @@ def _kept(file: str | None, measured: set[str], setting: Setting) -> list[Row]:
     if not Path(file).exists():
         return []
     old = report.load(file)
-    same = (_facts(setting), environment(setting.device).get("gpu"))
-    if (old.setting, old.environment.get("gpu")) != same:
+    same = (_sizes(_facts(setting)), environment(setting.device).get("gpu"))
+    if (_sizes(old.setting), old.environment.get("gpu")) != same:
         raise ValueError(f"{file} holds results of another setting or device; keep it elsewhere")
-    return [row for row in old.rows if row.case not in measured]
+    return old.rows
+
+
+def _merge(
+    old: Sequence[Row], new: Sequence[Row], measured: set[str], all_contenders: bool
+) -> list[Row]:
+    """New rows, after the old ones of other cases or, unless all were measured, contenders."""
+    again = {(row.case, row.dtype, row.contender) for row in new}
+    kept = [
+        row
+        for row in old
+        if (row.case, row.dtype, row.contender) not in again
+        and not (all_contenders and row.case in measured)
+    ]
+    return [*kept, *new]
+
+
+def _sizes(facts: Mapping[str, object]) -> dict[str, object]:
+    """A setting without what says only which contenders there are."""
+    return {name: value for name, value in facts.items() if not name.startswith("compile")}
 
 
 def _facts(setting: Setting) -> dict[str, object]:
@@ -157,23 +223,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtypes = [DTYPES[name] for name in names]
 
     kept: list[Row] = []
+    failures: list[str] = []
+    measured = {case.name for case in chosen}
+
+    def merged(results: report.Results) -> report.Results:
+        if args.stand_in:
+            results.environment["stand_in"] = True
+        rows = _merge(kept, results.rows, measured, args.contender is None)
+        return replace(results, rows=rows)
 
     def done(results: report.Results) -> None:
         if args.json:
-            report.save(replace(results, rows=kept + results.rows), args.json)
+            report.save(merged(results), args.json)
 
     try:
         if args.keep:
-            kept = _kept(args.json, {case.name for case in chosen}, setting)
-        results = run(chosen, setting, dtypes, repeats=args.repeats, budget=args.budget, done=done)
+            kept = _kept(args.json, setting)
     except ValueError as error:
         parser.error(str(error))
-    except DisagreementError as error:
-        sys.exit(f"the contenders do not compute the same: {error}")
-    results = replace(results, rows=kept + results.rows)
+    results = run(
+        chosen,
+        setting,
+        dtypes,
+        repeats=args.repeats,
+        budget=args.budget,
+        contenders=args.contender,
+        done=done,
+        failures=failures,
+    )
+    results = merged(results)
     print(report.header(results), report.table(results), sep="\n\n")
-    if args.summary:
+    if args.summary and not failures:
         print("", report.summary(results), sep="\n")
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 if __name__ == "__main__":

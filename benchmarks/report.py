@@ -164,6 +164,8 @@ def markdown(results: Results) -> str:
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for (case, dtype), group in _groups(results.rows).items():
+        if "packed" not in group:  # it failed, as a note says
+            continue
         packed = group["packed"]
         dense = group.get(BASELINE) or next(row for row in group.values() if row is not packed)
         other = f"{_number(group[compiled].median)}" if compiled in group else "–"
@@ -184,7 +186,7 @@ def summary(results: Results) -> str:
     s, env = results.setting, results.environment
     sentences = []
     for (case, dtype), group in _groups(results.rows).items():
-        if case != "step":
+        if case != "step" or "packed" not in group:
             continue
         packed, dense = group["packed"].median, group[BASELINE].median
         rate = [s["batch_size"] / (1e-3 * ms) for ms in (packed, dense)]
@@ -211,7 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("results", help="what `python -m benchmarks --json FILE` wrote")
     args = parser.parse_args(arguments)
     try:
-        print(markdown(load(args.results)))
+        results = load(args.results)
+        if results.environment.get("stand_in"):
+            raise ValueError(f"{args.results} is of a rehearsal: its figures mean nothing")
+        print(markdown(results))
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

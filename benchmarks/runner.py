@@ -80,6 +80,7 @@ class Comparison:
         max_rounds: more rounds than this would say nothing new; None if they would.
         warm_up: the first round is thrown away.
         notes: what was left out, and why.
+        failures: contenders that failed or disagreed, and how; `measure` leaves them out.
         baseline: the contender that the others are compared with.
     """
 
@@ -90,6 +91,7 @@ class Comparison:
     max_rounds: int | None = None
     warm_up: bool = True
     notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
     baseline: str = BASELINE
 
     def limit(self, rates: Rates, dtype: torch.dtype) -> float:
@@ -135,7 +137,8 @@ def measure(
 ) -> dict[str, list[float]]:
     """Measures the contenders in turn: A B C, A B C, ...
 
-    The results of the first round, which is not counted, must agree.
+    The results of the first round, which is not counted, must agree. A contender that fails, or
+    whose result differs from the baseline's, is noted in `comparison.failures` and left out.
 
     Args:
         comparison: what to measure.
@@ -147,24 +150,53 @@ def measure(
         The measures of each contender, one for each round.
 
     Raises:
-        DisagreementError: a contender's result differs from the baseline's.
+        DisagreementError: nothing is left to compare.
     """
-    first = {c.name: comparison.clock(c.run) for c in comparison.contenders}
-    results = {c.name: c.result(first[c.name][1]) for c in comparison.contenders}
-    check_agreement(results, TOLERANCE[dtype], comparison.baseline)
-    del results
-    times: dict[str, list[float]] = {
-        name: [] if comparison.warm_up else [value] for name, (value, _) in first.items()
-    }
-    del first
+    first = _first_round(comparison, TOLERANCE[dtype])
+    contenders = [c for c in comparison.contenders if c.name in first]
+    times = {name: [] if comparison.warm_up else [value] for name, value in first.items()}
     repeats = min(repeats, comparison.max_rounds or repeats)
     rounds = len(times[comparison.baseline])
     start = time.perf_counter()
     while rounds < repeats and (rounds < MIN_ROUNDS or time.perf_counter() - start < budget):
-        for contender in comparison.contenders:
+        for contender in contenders:
             times[contender.name].append(comparison.clock(contender.run)[0])
         rounds += 1
     return times
+
+
+def _first_round(comparison: Comparison, tolerance: float) -> dict[str, float]:
+    """The first measure of each contender that runs and agrees with the baseline.
+
+    Raises:
+        DisagreementError: the baseline fails, or no other is left.
+    """
+    first: dict[str, float] = {}
+    results: dict[str, Sequence[Tensor]] = {}
+    for contender in comparison.contenders:
+        try:
+            value, output = comparison.clock(contender.run)
+            results[contender.name] = contender.result(output)
+            first[contender.name] = value
+        except Exception as error:
+            comparison.failures.append(f"{contender.name}: {one_line(error)}")
+    if comparison.baseline not in first:
+        raise DisagreementError("; ".join(comparison.failures))
+    for name in [name for name in first if name != comparison.baseline]:
+        both = {name: results[name], comparison.baseline: results[comparison.baseline]}
+        try:
+            check_agreement(both, tolerance, comparison.baseline)
+        except DisagreementError as error:
+            comparison.failures.append(f"{name}: {error}")
+            del first[name]
+    if comparison.failures and len(first) < 2:
+        raise DisagreementError("; ".join(comparison.failures))
+    return first
+
+
+def one_line(error: Exception) -> str:
+    """An error's type and the first line of its message."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def check_agreement(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from convmae_kernels.ops.library import (
+    CUDA_ARCHITECTURES,
     TRITON_INTERPRETS,
     WHY_NOT_COMPILED,
     WHY_NOT_TRITON,
@@ -35,11 +36,11 @@ def info() -> dict[str, str]:
 
 def _cuda() -> str:
     reason = why_not_cuda()
-    architectures = torch.ops.convmae.cuda_architectures() if WHY_NOT_COMPILED is None else ""
-    compiled = f"compiled for compute capability {architectures}" if architectures else ""
+    compiled = f"compiled for compute capability {CUDA_ARCHITECTURES}"
     if reason is None:
         return f"yes, {compiled}"
-    return f"no: {reason}" + (f" ({compiled})" if compiled else "")
+    said = CUDA_ARCHITECTURES in reason  # or there are none
+    return f"no: {reason}" if said else f"no: {reason} ({compiled})"
 
 
 def _triton() -> str:

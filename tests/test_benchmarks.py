@@ -400,10 +400,10 @@ def test_dtypes_that_are_measured(flags, dtypes, monkeypatch):
 
     def run(chosen, setting, dtypes, **options):
         asked.extend(dtypes)
-        raise runner.DisagreementError("enough")
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "run", run)
-    with pytest.raises(SystemExit, match="do not compute the same: enough"):
+    with pytest.raises(KeyboardInterrupt):
         command.main([*TINY_FLAGS, *flags])
     assert asked == dtypes
 

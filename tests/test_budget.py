@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import budget, registry, report, runner
+from benchmarks import budget, models, registry, report, runner
 from benchmarks.limits import Rates
 from benchmarks.setting import Setting
 
@@ -78,7 +78,7 @@ def test_parameters_are_cast_a_few_times_not_one_by_one():
     packed = budget.count_step(TINY, torch.bfloat16, "packed")
     together = [op for op in packed.ops if op.name == "_foreach_copy_"]
     single = [op for op in packed.ops if op.name == "_to_copy"]
-    model = budget.models.build(TINY, "packed")
+    model = models.build(TINY, "packed")
     blocks = sum(
         isinstance(m, budget.layers.Block | budget.layers.ConvBlock) for m in model.modules()
     )
@@ -111,3 +111,25 @@ def test_the_cases_make_rows():
             rows,
         )
         assert rows[0].unit in report.table(results) and "| – |" in report.markdown(results)
+
+
+def test_a_captured_step_begins_where_an_eager_one_does(monkeypatch):
+    """With a stand-in for the capture, which runs three steps before it as the real one does."""
+
+    class StandIn:
+        def __init__(self, run):
+            self.run = run
+
+        def capture(self):
+            for _ in range(3):
+                self.run()
+
+        def __call__(self):
+            return self.run()
+
+    monkeypatch.setattr(models, "CapturedGraph", StandIn)
+    pixels, noise = models.images(TINY), TINY.noise()
+    eager = models.training_step(models.build(TINY, "packed"), TINY, torch.float32)
+    captured = models.CapturedStep(models.build(TINY, "packed"), TINY, torch.float32)
+    for _ in range(3):
+        assert float(captured(pixels, noise)) == float(eager(pixels, noise))

@@ -1,8 +1,11 @@
 """The CUDA kernels as compiled, on any machine: no spills, wide accesses, a portable library."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +106,60 @@ def test_the_library_needs_the_stable_abi_and_nothing_else_of_torch():
 def test_the_library_loads_where_there_is_no_cuda():
     needed = re.findall(r"\(NEEDED\).*\[(.+?)\.so", output("readelf", "-d"))
     assert set(needed) - SYSTEM - OLD_GLIBC == {"libtorch", "libtorch_cpu"}
+
+
+NVCC = """#!/bin/sh
+case "$*" in
+  *--list-gpu-code*) echo "{codes}" ;;
+  *--version*) echo "Cuda compilation tools, release {version}, V{version}.1" ;;
+  *) echo "#$ INCLUDES=-I{folder}" >&2; echo "#$ LIBRARIES=-L{folder}" >&2 ;;
+esac
+"""
+
+
+def write_nvcc(folder, version, codes):
+    """A CUDA_HOME whose nvcc says what it compiles for, and compiles nothing."""
+    for name in ("cuda_runtime_api.h", "libcudart_static.a"):
+        (folder / name).touch()
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    names = "\n".join(f"sm_{code}" for code in codes)
+    nvcc.write_text(NVCC.format(codes=names, version=version, folder=folder))
+    nvcc.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (
+            "9.0;12.0",
+            "TORCH_CUDA_ARCH_LIST asks for 12.0, but NVCC (12.4) compiles for 8.0, 9.0, 10.3 only: "
+            'install a newer CUDA toolkit, or set TORCH_CUDA_ARCH_LIST="10.3+PTX", which the '
+            "driver compiles for the GPU when the library is loaded",
+        ),
+        (
+            "7.0",
+            "TORCH_CUDA_ARCH_LIST asks for 7.0, but NVCC (12.4) compiles for 8.0, 9.0, 10.3 only: "
+            "install an older CUDA toolkit",
+        ),
+        ("9", "TORCH_CUDA_ARCH_LIST has '9', expected e.g. 9.0 or 9.0+PTX"),
+    ],
+)
+def test_an_nvcc_that_does_not_know_the_gpu_says_so(asked, expected, tmp_path):
+    home = write_nvcc(tmp_path, "12.4", (103, 80, 90))
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+        cwd=Path(kernel_report.__file__).parents[1],
+        env=os.environ
+        | {"CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": asked, "CONVMAE_REQUIRE_EXT": "1"},
+        capture_output=True,
+        text=True,
+    )
+    message = expected.replace("NVCC", str(home / "bin" / "nvcc"))
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == f"error: {message}"
+    assert "Traceback" not in done.stderr
 
 
 @needs_cuda_kernels

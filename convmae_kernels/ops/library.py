@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -45,6 +46,8 @@ LIB.define("cpu_capability() -> str")
 LIB.define("cuda_architectures() -> str")
 
 WHY_NOT_COMPILED = load_extension()
+# "8.0, 9.0+PTX": the GPUs that the compiled library has code for; "" without CUDA kernels.
+CUDA_ARCHITECTURES = torch.ops.convmae.cuda_architectures() if WHY_NOT_COMPILED is None else ""
 if WHY_NOT_COMPILED is not None:
     warnings.warn(
         f"convmae_kernels runs its slow reference ops: {WHY_NOT_COMPILED}. For the fast ones "
@@ -66,6 +69,12 @@ def _find_triton() -> str | None:
 
 
 WHY_NOT_TRITON = _find_triton()
+
+# Ops with CUDA kernels in the compiled library, and what runs in their place on other GPUs.
+_WITHOUT_CUDA_KERNELS: dict[str, Callable] = {}
+# Why the compiled CUDA kernels cannot run on the GPUs that are here; "unknown" until CUDA starts.
+_why_no_code: str | None = "unknown"
+
 # Triton's own switch: its kernels then run on the CPU, slowly, one program after the other.
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in (
     "1",
@@ -120,6 +129,7 @@ def register(
         return
     LIB.impl(name, _without_views(reference), "CompositeExplicitAutograd")
     if WHY_NOT_TRITON is not None:
+        register_without_cuda_kernels(name, _without_views(reference))
         return
 
     def run_triton(*arguments):
@@ -129,8 +139,18 @@ def register(
     TRITON_LIB.impl(name, run_triton, "CUDA")
     if TRITON_INTERPRETS:
         TRITON_LIB.impl(name, run_triton, "CPU")
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"convmae::{name}", "CUDA"):
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"convmae::{name}", "CUDA"):
+        register_without_cuda_kernels(name, run_triton)
+    else:
         LIB.impl(name, run_triton, "CUDA")
+
+
+def register_without_cuda_kernels(name: str, kernel: Callable) -> None:
+    """What runs an op where the compiled library has a CUDA kernel, but no code for the GPU."""
+    if _why_no_code in (None, "unknown"):
+        _WITHOUT_CUDA_KERNELS[name] = kernel
+    else:  # CUDA had started before this package was imported
+        LIB.impl(name, kernel, "CUDA", allow_override=True)
 
 
 def _without_views(kernel: Callable) -> Callable:
@@ -144,15 +164,94 @@ def _without_views(kernel: Callable) -> Callable:
     return run
 
 
+def has_code(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a library that was compiled for `architectures` runs on a GPU of this capability.
+
+    Machine code for 8.0 runs on 8.0 to 8.9, that for 9.0a on 9.0 alone, that for 10.0f on 10.0 to
+    10.9; of 8.0+PTX the driver compiles the PTX for any later GPU.
+
+    Args:
+        architectures: as in `TORCH_CUDA_ARCH_LIST`, apart by commas.
+        capability: of a GPU, `(major, minor)`.
+    """
+    for architecture in filter(None, re.split(r"[;,\s]+", architectures)):
+        found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", architecture)
+        if found is None:
+            continue
+        compiled, kind = (int(found[1]), int(found[2])), found[3]
+        same_major = capability[0] == compiled[0]
+        if capability == compiled or (kind != "a" and same_major and capability > compiled):
+            return True
+        if found[4] and kind == "" and capability > compiled:
+            return True
+    return False
+
+
+def use_gpus(capabilities: dict[str, tuple[int, int] | None]) -> None:
+    """Lets Triton, or else the reference, run on GPUs that the compiled library has no code for.
+
+    That is decided for the whole process, since the dispatcher has one kernel for all its GPUs.
+
+    Args:
+        capabilities: of every GPU that the process sees, by name; None: not one of NVIDIA's.
+    """
+    global _why_no_code
+    without = {
+        name: capability
+        for name, capability in capabilities.items()
+        if capability is None or not has_code(CUDA_ARCHITECTURES, capability)
+    }
+    if not without:
+        _why_no_code = None
+        return
+    name, capability = next(iter(without.items()))
+    compiled = f"the compiled library has kernels for compute capability {CUDA_ARCHITECTURES} only"
+    if capability is None:
+        _why_no_code = f"{compiled}, and {name} is not a GPU of NVIDIA's"
+    else:
+        number = f"{capability[0]}.{capability[1]}"
+        _why_no_code = (
+            f"{compiled}, and {name} has {number}; install again from source with "
+            f'TORCH_CUDA_ARCH_LIST="{number}"'
+        )
+        if len(capabilities) > len(without):
+            _why_no_code += ", or hide that GPU with CUDA_VISIBLE_DEVICES"
+    other = "Triton's kernels run" if WHY_NOT_TRITON is None else "the slow reference ops run"
+    warnings.warn(
+        f"convmae_kernels: {other} on GPUs in place of the compiled ones: {_why_no_code}.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that kernels are replaced
+        for op, kernel in _WITHOUT_CUDA_KERNELS.items():
+            LIB.impl(op, kernel, "CUDA", allow_override=True)
+    _WITHOUT_CUDA_KERNELS.clear()
+
+
+def _look_at_gpus() -> None:
+    capabilities: dict[str, tuple[int, int] | None] = {}
+    for i in range(torch.cuda.device_count()):
+        name = f"cuda:{i} ({torch.cuda.get_device_name(i)})"
+        capabilities[name] = None if torch.version.hip else torch.cuda.get_device_capability(i)
+    use_gpus(capabilities)
+
+
+if CUDA_ARCHITECTURES:
+    torch.cuda._lazy_call(_look_at_gpus)  # when CUDA starts: before that GPUs must not be asked
+
+
 def why_not_cuda() -> str | None:
     """Why the compiled CUDA kernels cannot run in this process; None if they can."""
     if WHY_NOT_COMPILED is not None:
         return WHY_NOT_COMPILED
-    if not torch.ops.convmae.cuda_architectures():
+    if not CUDA_ARCHITECTURES:
         return "the compiled library has no CUDA kernels: nvcc was missing, or failed, at its build"
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
-    return None
+    if _why_no_code == "unknown":
+        torch.cuda.init()
+    return _why_no_code
 
 
 def why_not(impl: Impl, x: Tensor) -> str | None:

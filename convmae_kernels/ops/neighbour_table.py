@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from convmae_kernels.ops import reference
-from convmae_kernels.ops.library import LIB
+from convmae_kernels.ops.library import LIB, register_without_cuda_kernels
 
 LIB.define(
     "neighbour_table(Tensor visible, Tensor block_index, SymInt radius) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIB.impl("neighbour_table", reference.neighbour_table, "CompositeExplicitAutograd")
+register_without_cuda_kernels("neighbour_table", reference.neighbour_table)
 
 
 @torch.library.register_fake("convmae::neighbour_table", lib=LIB)
