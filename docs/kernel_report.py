@@ -1,14 +1,17 @@
-"""What the compiler made of the CUDA kernels: registers, shared memory, occupancy, access widths.
+"""What the compiler made of the CUDA kernels: registers, shared memory, occupancy, access widths,
+and how many instructions a tile costs.
 
-    python docs/kernel_report.py             # a Markdown table for sm_90, from the built library
-    python docs/kernel_report.py sm_80
+    python docs/kernel_report.py             # Markdown tables for sm_90, from the built library
+    python docs/kernel_report.py --arch sm_80             # the first table only
+    python docs/kernel_report.py --gigahertz 1.98 --copy H100=3.0
 
 It reads `convmae_kernels/_C.so` with `cuobjdump`, from the CUDA toolkit or as Triton carries it; no
-GPU is needed.
+GPU is needed. Instructions are counted by running the machine code on the CPU (`docs/sass.py`).
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import re
 import shutil
@@ -16,6 +19,11 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # run as a script, `docs` is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from docs import sass, tile_walk
 
 LIBRARY = Path(__file__).resolve().parents[1] / "convmae_kernels" / "_C.so"
 TYPES = {
@@ -149,5 +157,75 @@ def table(arch: str) -> str:
     return "\n".join(rows)
 
 
+class Card(NamedTuple):
+    """What a GPU could do at best: the figures that a prediction rests on."""
+
+    name: str
+    copy: float  # bytes a second, read and written
+    multiprocessors: int
+    hertz: float
+
+    def instructions(self, moved: int) -> float:
+        """How many warp instructions a multiprocessor can issue while it moves so many bytes.
+
+        It issues 4 a cycle and has its share of the copy bandwidth.
+        """
+        return 4 * self.hertz * moved * self.multiprocessors / self.copy
+
+
+def instruction_table(cards: list[Card]) -> str:
+    """Markdown: what a tile costs in each tiled kernel for sm_90, and what copy speed allows."""
+    code = sass.functions(cuobjdump("-sass", "-arch", "sm_90"))
+    heads = [f"{card.name} allows | of its limit" for card in cards]
+    rows = [
+        "| kernel | alone | all visible | expected | of these multiply-adds | once a run | "
+        + " | ".join(heads)
+        + " |",
+        "|---|" + "--:|" * (5 + 2 * len(cards)),
+    ]
+    for kernel in sorted(kernels(), key=lambda kernel: kernel.name):
+        if kernel.arch != "sm_90" or not kernel.is_specialised:
+            continue
+        shape = tile_walk.Shape.of(kernel.name)
+        visible = 0.4 if shape.kernel == 7 else 0.25
+        issued = tile_walk.count(kernel.name, code[kernel.symbol])
+        multiply_adds = tile_walk.count(kernel.name, code[kernel.symbol], "FFMA")
+        cells = [
+            f"`{kernel.name}`",
+            *(f"{number:.0f}" for number in (issued.alone, issued.all, issued.expected(visible))),
+            f"{multiply_adds.expected(visible):.0f}",
+            f"{issued.once:.0f}",
+        ]
+        for card in cards:
+            allowed = card.instructions(2 * shape.side**2 * 128)  # a tile read, another written
+            share = min(1, allowed / issued.expected(visible))
+            cells += [f"{allowed:.0f}", f"{100 * share:.0f} %"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", default="sm_90")
+    parser.add_argument(
+        "--copy",
+        nargs="+",
+        default=["H200=4.3", "H100=3.0"],
+        metavar="CARD=TB/S",
+        help="bytes that a card copies, read and written",
+    )
+    parser.add_argument("--multiprocessors", type=int, default=132)
+    parser.add_argument("--gigahertz", type=float, default=1.85)
+    options = parser.parse_args()
+    print(table(options.arch))
+    if options.arch == "sm_90":
+        pairs = [text.partition("=") for text in options.copy]
+        cards = [
+            Card(name, float(speed) * 1e12, options.multiprocessors, options.gigahertz * 1e9)
+            for name, _, speed in pairs
+        ]
+        print("\n" + instruction_table(cards))
+
+
 if __name__ == "__main__":
-    print(table(sys.argv[1] if len(sys.argv) > 1 else "sm_90"))
+    main()
