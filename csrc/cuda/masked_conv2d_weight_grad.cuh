@@ -9,13 +9,13 @@ namespace convmae::cuda {
 
 // A square kernel of dilation 1 on blocks of side S or, for S = 4, larger. A lane keeps the sums of
 // its channels in registers for the whole run.
-// Launch: p.slices * p.runs thread blocks of 32 threads. Needs words: channels * sizeof(T) a
+// Launch: grid (p.slices, p.runs), block 32. Needs words: channels * sizeof(T) a
 // multiple of 4, x and grad aligned to 4 bytes, to 16 where p.wide.
 template <class T, int S, int K>
 __global__ void __launch_bounds__(32) masked_conv2d_weight_grad_tiles(MaskedConv2dWeightGrad p) {
   constexpr int V = kWordChannels<T>, kPlaces = Surroundings<S, K>::kPlaces;
   __shared__ TileMemory<S, K, S * S> memory;
-  const int64_t slice = blockIdx.x % p.slices, run = blockIdx.x / p.slices;
+  const int64_t slice = blockIdx.x, run = blockIdx.y;
   const Lane lane(threadIdx.x, slice, int(p.channels * sizeof(T)), p.wide);
   float bias[V] = {}, sum[K * K][V] = {};
 
@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(32) masked_conv2d_weight_grad_tiles(MaskedConv
   walk_tiles<S, K>(
       p, lane, first, min(first + p.tiles_per_run, p.tiles), memory,
       [&](int64_t tile, Chunk* places) { copy_tile<S>(lane, p.grad, tile, places); },
+      [](const Chunk*) {},
       [&](int64_t, uint32_t visible, const Chunk* places) {
         float grad[S * S][V];
         const uint32_t* words = places[kPlaces * 8 + lane.lane / 4].words + lane.lane % 4;
@@ -130,8 +131,8 @@ void launch_masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, Launch&& 
              dim3(32, 8), 0, p);
     } else if constexpr (!std::is_same_v<T, double>) {
       with_tile_shape(p, [&](auto side, auto kernel) {
-        launch(masked_conv2d_weight_grad_tiles<T, side, kernel>, dim3(unsigned(p.slices * p.runs)),
-               dim3(32), 0, p);
+        launch(masked_conv2d_weight_grad_tiles<T, side, kernel>,
+               dim3(unsigned(p.slices), unsigned(p.runs)), dim3(32), 0, p);
       });
     }
     launch(masked_conv2d_weight_grad_sum<T>, dim3(unsigned((rows * p.channels + 31) / 32)),

@@ -40,8 +40,10 @@ inline void plan_tiles(MaskedConv2dRuns& p, std::initializer_list<const void*> t
   }
 }
 
+constexpr int64_t kMaxRuns = 65535;  // the second dimension of a grid
+
 inline void cut_runs(MaskedConv2dRuns& p, int64_t runs) {
-  p.tiles_per_run = std::max<int64_t>(1, ceil_div(p.tiles, std::max<int64_t>(1, runs)));
+  p.tiles_per_run = std::max<int64_t>(1, ceil_div(p.tiles, std::clamp<int64_t>(runs, 1, kMaxRuns)));
   p.runs = std::max<int64_t>(1, ceil_div(p.tiles, p.tiles_per_run));
 }
 

@@ -155,17 +155,18 @@ __device__ inline void copy_tile(const Lane& lane, const void* x, int64_t tile, 
 }
 
 // Calls compute(tile, visible, places) for the tiles [first, last), in order. `start_extra(tile,
-// places)` starts the copies to the extra places.
-template <int S, int K, int Extra, class StartExtra, class Compute>
+// places)` starts the copies to the extra places. Before all, while the first tile is on its way,
+// prepare(memory.places[1]) finds there what was copied to it before the call.
+template <int S, int K, int Extra, class StartExtra, class Prepare, class Compute>
 __device__ inline void walk_tiles(const MaskedConv2dRuns& p, const Lane& lane, int64_t first,
                                   int64_t last, TileMemory<S, K, Extra>& memory,
-                                  StartExtra&& start_extra, Compute&& compute) {
+                                  StartExtra&& start_extra, Prepare&& prepare, Compute&& compute) {
   using Around = Surroundings<S, K>;
   if (first >= last) return;
   fill_offsets<S, K>(lane, memory.offsets);
   const bool finds = lane.lane < Around::kTiles;
   if (finds) memory.neighbours[0][lane.lane] = find_neighbour<Around>(p, first, lane.lane);
-  int slot = 1;  // of `tile`; the other one is of the next. The first round only starts copies.
+  int slot = 1;  // of `tile`; the other one is of the next. The first round starts copies.
   uint32_t visible = 0;
   for (int64_t tile = first - 1; tile < last; ++tile, slot ^= 1) {
     copies_wait();
@@ -178,7 +179,11 @@ __device__ inline void walk_tiles(const MaskedConv2dRuns& p, const Lane& lane, i
       start_extra(tile + 1, memory.places[slot ^ 1] + Around::kPlaces * 8);
       if (finds && tile + 2 < last) found = find_neighbour<Around>(p, tile + 2, lane.lane);
     }
-    if (tile >= first) compute(tile, visible, memory.places[slot]);
+    if (tile >= first) {
+      compute(tile, visible, memory.places[slot]);
+    } else {
+      prepare(memory.places[1]);
+    }
     if (finds) memory.neighbours[slot][lane.lane] = found;
     visible = coming;
   }

@@ -143,13 +143,13 @@ void fill_params(convmae::MaskedConv2dParams& p, int dtype, const py::array& x,
   p.dilation_columns = dilation[1];
 }
 
-// `runs`: cut the tiles into that many runs; 0: as for a GPU of `multiprocessors`. x and y lie
-// `offset` elements after a multiple of 16 bytes. Also returns the side of the tiles.
+// `runs`: cut the tiles into that many runs; 0: as for a GPU of `multiprocessors`. x, weight and y
+// lie `offset` elements after a multiple of 16 bytes. Also returns the side of the tiles.
 std::pair<py::array, int> masked_conv2d(int dtype, const py::array& x, const py::array& weight,
                                         const std::optional<py::array>& bias,
                                         const py::array& neighbours, Pair dilation, size_t offset,
                                         int multiprocessors, int64_t runs, unsigned seed) {
-  const DeviceArray in(x, offset), taps(weight), table(neighbours);
+  const DeviceArray in(x, offset), taps(weight, offset), table(neighbours);
   const DeviceArray y(x.dtype(), Shape(x.shape(), x.shape() + 3), offset);
   std::optional<DeviceArray> bias_row;
   if (bias) bias_row.emplace(*bias);
