@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(32) masked_conv2d_tiles(MaskedConv2dForward p)
   constexpr int V = kWordChannels<T>;
   __shared__ TileMemory<S, K, 0> memory;
   const int64_t slice = blockIdx.x, run = blockIdx.y;
-  const Lane lane(threadIdx.x, slice, int(p.channels * sizeof(T)), p.wide);
+  const Lane lane(threadIdx.x, int(slice), uint32_t(p.channels * sizeof(T)), p.wide);
 
   static_assert(kWarpChannels<T> * K * K * sizeof(T) <= sizeof(memory.places[1]));
   start_weights<T, K>(p, lane, slice, memory.places[1]);
@@ -56,9 +56,10 @@ __global__ void __launch_bounds__(32) masked_conv2d_tiles(MaskedConv2dForward p)
     const int64_t channel = slice * kWarpChannels<T> + lane.lane * V + v;
     bias[v] = exists ? load(static_cast<const T*>(p.bias) + channel) : 0;
   }
-  const int64_t first = run * p.tiles_per_run;
+  char* const y = kept(static_cast<char*>(p.y) + slice * 128 + lane.lane * 4);
+  const int64_t first = run * p.tiles_per_run, last = min(first + p.tiles_per_run, p.tiles);
   walk_tiles<S, K>(
-      p, lane, first, min(first + p.tiles_per_run, p.tiles), memory, [](int64_t, Chunk*) {},
+      p, lane, int32_t(first), int32_t(last), memory, [](int32_t, Chunk*) {},
       [&](const Chunk* places) {
         // K * K words for each lane, in which the taps of its first channel come first.
         const uint32_t* words = places->words + lane.lane * (K * K);
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(32) masked_conv2d_tiles(MaskedConv2dForward p)
           }
         }
       },
-      [&](int64_t tile, uint32_t visible, const Chunk* places) {
+      [&](int32_t tile, uint32_t visible, const Chunk* places) {
         float sum[S * S][V];
 #pragma unroll
         for (int o = 0; o < S * S; ++o) {
@@ -89,12 +90,10 @@ __global__ void __launch_bounds__(32) masked_conv2d_tiles(MaskedConv2dForward p)
           }
         });
         if (!lane.has_word) return;
-        char* y = static_cast<char*>(p.y) + slice * 128 + lane.lane * 4 +
-                  tile * (S * S * lane.position_bytes);
+        char* out = advance(y, tile * (S * S), lane.position_bytes);
 #pragma unroll
-        for (int o = 0; o < S * S; ++o) {
-          *reinterpret_cast<uint32_t*>(y + int64_t(zorder(o / S, o % S)) * lane.position_bytes) =
-              pack(T{}, sum[o]);
+        for (int rank = 0; rank < S * S; ++rank, out += lane.position_bytes) {
+          store_word(pack(T{}, sum[zorder_row(rank) * S + zorder_column(rank)]), out);
         }
       });
 }

@@ -16,15 +16,16 @@ __global__ void __launch_bounds__(32) masked_conv2d_weight_grad_tiles(MaskedConv
   constexpr int V = kWordChannels<T>, kPlaces = Surroundings<S, K>::kPlaces;
   __shared__ TileMemory<S, K, S * S> memory;
   const int64_t slice = blockIdx.x, run = blockIdx.y;
-  const Lane lane(threadIdx.x, slice, int(p.channels * sizeof(T)), p.wide);
+  const Lane lane(threadIdx.x, int(slice), uint32_t(p.channels * sizeof(T)), p.wide);
+  const char* const grads = kept(static_cast<const char*>(p.grad) + lane.byte);
   float bias[V] = {}, sum[K * K][V] = {};
 
-  const int64_t first = run * p.tiles_per_run;
+  const int64_t first = run * p.tiles_per_run, last = min(first + p.tiles_per_run, p.tiles);
   walk_tiles<S, K>(
-      p, lane, first, min(first + p.tiles_per_run, p.tiles), memory,
-      [&](int64_t tile, Chunk* places) { copy_tile<S>(lane, p.grad, tile, places); },
+      p, lane, int32_t(first), int32_t(last), memory,
+      [&](int32_t tile, Chunk* places) { copy_tile<S>(lane, grads, tile, places); },
       [](const Chunk*) {},
-      [&](int64_t, uint32_t visible, const Chunk* places) {
+      [&](int32_t, uint32_t visible, const Chunk* places) {
         float grad[S * S][V];
         const uint32_t* words = places[kPlaces * 8 + lane.lane / 4].words + lane.lane % 4;
 #pragma unroll

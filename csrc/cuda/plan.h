@@ -27,8 +27,8 @@ inline void plan_tiles(MaskedConv2dRuns& p, std::initializer_list<const void*> t
   p.log_tiles = 0;
   while (side << p.log_tiles < p.side) ++p.log_tiles;
   p.tiles = p.blocks << 2 * p.log_tiles;
-  // Tiles, and the bytes of one, are counted in 32 bits.
-  const bool small = p.tiles < int64_t(1) << 31 && bytes * 16 < int64_t(1) << 31;
+  // Positions, and the bytes of a tile, are counted in 32 bits.
+  const bool small = p.blocks * p.side * p.side < int64_t(1) << 31 && bytes * 16 < int64_t(1) << 31;
   const bool runs_on_tiles =
       p.dtype != DType::Double && square && dense && side >= 2 && small && all_aligned(4);
   p.tile_side = runs_on_tiles ? side : 0;

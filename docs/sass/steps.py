@@ -223,17 +223,18 @@ def _compare(i: Instruction) -> Step:  # ISETP
     return step
 
 
-def _select(i: Instruction) -> Step:  # SEL, VIMNMX
+def _select(i: Instruction) -> Step:  # SEL, VIMNMX, VIADDMNMX
     o = split(i)
-    a, b = o.sources
     unsigned = ".U32" in i.name
+    *added, b = o.sources  # VIADDMNMX adds two before it compares
 
     def step(w: Warp, m: np.ndarray) -> None:
         condition = w.guard(o.predicates_in[0])
-        x, y = a.integer(w) & MASK, b.integer(w) & MASK
-        if i.kind == "VIMNMX":
-            smaller = x < y if unsigned else a.signed(w) < b.signed(w)
-            condition = smaller == condition
+        total = sum((a.integer(w) for a in added), np.zeros(LANES, np.uint64))
+        x, y = (value & MASK for value in (total, b.integer(w)))
+        if i.kind != "SEL":
+            below = np.uint64(0 if unsigned else 1 << 31)  # signed numbers, moved up, keep order
+            condition = ((x ^ below) < (y ^ below)) == condition
         w.write(o.out, np.where(condition, x, y), m)
 
     return step
@@ -287,14 +288,34 @@ def _to_uniform(i: Instruction) -> Step:  # R2UR
     return lambda w, m: w.write(out, np.full(LANES, source.raw(w)[m][0]), ALL) if m.any() else None
 
 
-def _vote(i: Instruction) -> Step:  # VOTEU.ALL UP0, P2
-    out, source = i.operands
+def _vote(i: Instruction) -> Step:  # VOTEU.ALL UP0, P2; VOTE.ANY R4, PT, P0
+    *registers, out, source = i.operands
     every = i.name.endswith(".ALL")
 
     def step(w: Warp, m: np.ndarray) -> None:
-        value = w.guard(source)[m]
-        voted = value.all() if every else value.any()
-        w.write_predicate(predicate(out), np.full(LANES, voted), ALL)
+        taking_part = w.guard(source) & m
+        voted = (taking_part == m).all() if every else taking_part.any()
+        mask = ALL if i.kind == "VOTEU" else m
+        w.write_predicate(predicate(out), np.full(LANES, voted), mask)
+        for name in registers:
+            ballot = sum(1 << int(lane) for lane in np.flatnonzero(taking_part))
+            w.write(register(name), np.full(LANES, ballot), mask)
+
+    return step
+
+
+def _shuffle(i: Instruction) -> Step:  # SHFL.IDX PT, R1, R2, 0x3, 0x1f
+    kind = i.name.partition(".")[2]
+    if kind not in ("IDX", "BFLY") or i.operands[0] != "PT" or i.operands[4] != "0x1f":
+        raise UnknownInstruction("a shuffle of another kind")
+    out, source, lane = register(i.operands[1]), Source(i.operands[2]), Source(i.operands[3])
+
+    def step(w: Warp, m: np.ndarray) -> None:
+        at = lane.raw(w).astype(np.int64) & 31
+        at = at if kind == "IDX" else at ^ np.arange(LANES)
+        if not m[at[m]].all():
+            raise RuntimeError("a shuffle reads a lane that takes no part")
+        w.write(out, source.raw(w)[at], m)
 
     return step
 
@@ -462,12 +483,13 @@ _FAMILIES: dict[str, Callable[[Instruction], Step]] = {
     "U?PLOP3": _logic_of_predicates,
     "U?SHF": _shift,
     "U?ISETP": _compare,
-    "U?SEL|VIMNMX": _select,
+    "U?SEL|VIMNMX|VIADDMNMX": _select,
     "U?PRMT": _permute,
     "R2P": _predicates_from,
     "P2R": _predicates_to,
     "R2UR": _to_uniform,
-    "VOTEU": _vote,
+    "VOTEU?": _vote,
+    "SHFL": _shuffle,
     "FADD|FMUL|FFMA|HADD2": _real,
     "HFMA2": _two_halves,
     "F2FP": _pack,
