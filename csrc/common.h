@@ -109,11 +109,6 @@ class OnDevice {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
   }
   cuda::Stream stream() const { return stream_; }
-  int multiprocessors() const {
-    int count = 1;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_), "the GPU's size");
-    return count;
-  }
   void check(const cuda::LaunchError& error) const { check(error.code, error.kernel); }
 
  private:

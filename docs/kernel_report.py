@@ -54,6 +54,7 @@ class Kernel(NamedTuple):
     stack: int
     shared: int
     local: int
+    threads: int  # of a thread block
 
     @property
     def name(self) -> str:
@@ -75,7 +76,7 @@ class Kernel(NamedTuple):
     @property
     def resident_warps(self) -> int:
         """Warps that a multiprocessor of compute capability 9.0 holds at a time."""
-        warps = 1 if self.is_specialised else 8
+        warps = self.threads // 32
         per_warp = -(-self.registers * 32 // 256) * 256
         per_block = -(-max(self.shared, 1024) // 128) * 128
         by_registers = REGISTERS // (per_warp * warps)
@@ -100,6 +101,7 @@ def cuobjdump(*arguments: str) -> str:
 
 def kernels() -> list[Kernel]:
     """Every kernel of the built library, for every architecture that it was compiled for."""
+    threads = block_sizes()
     found, arch, symbol = [], "", ""
     for line in cuobjdump("-res-usage").splitlines():
         if match := re.match(r"arch = (\S+)", line):
@@ -108,9 +110,24 @@ def kernels() -> list[Kernel]:
             symbol = match[1]
         elif (match := re.match(r"\s*REG:", line)) and symbol:
             sizes = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
-            found.append(
-                Kernel(arch, symbol, sizes["REG"], sizes["STACK"], sizes["SHARED"], sizes["LOCAL"])
-            )
+            bytes_ = (sizes[key] for key in ("STACK", "SHARED", "LOCAL"))
+            found.append(Kernel(arch, symbol, sizes["REG"], *bytes_, threads[arch, symbol]))
+    return found
+
+
+def block_sizes() -> dict[tuple[str, str], int]:
+    """The threads of a thread block, by architecture and symbol: what its launch bounds say."""
+    found, arch, symbol, at = {}, "", "", False
+    for line in cuobjdump("-elf").splitlines():
+        if match := re.match(r"arch = (\S+)", line):
+            arch = match[1]
+        elif match := re.match(r"\.nv\.info\.(\S+)", line):
+            symbol = match[1]
+        elif "EIATTR_" in line:
+            at = "EIATTR_MAX_THREADS" in line
+        elif at and (match := re.match(r"\s*Value:\s*0x(\w+) 0x(\w+) 0x(\w+)", line)):
+            x, y, z = (int(number, 16) for number in match.groups())
+            found[arch, symbol] = x * y * z
     return found
 
 
@@ -188,8 +205,9 @@ def instruction_table(cards: list[Card]) -> str:
             continue
         shape = tile_walk.Shape.of(kernel.name)
         visible = 0.4 if shape.kernel == 7 else 0.25
-        issued = tile_walk.count(kernel.name, code[kernel.symbol])
-        multiply_adds = tile_walk.count(kernel.name, code[kernel.symbol], "FFMA")
+        walked = kernel.name, code[kernel.symbol], kernel.threads // 32
+        issued = tile_walk.count(*walked)
+        multiply_adds = tile_walk.count(*walked, "FFMA")
         cells = [
             f"`{kernel.name}`",
             *(f"{number:.0f}" for number in (issued.alone, issued.all, issued.expected(visible))),

@@ -79,9 +79,14 @@ class Problem:
     Args:
         name: of the kernel.
         visible: bool [tiles, neighbours].
+        warps: of the thread block. They share the tiles.
+        alone: the first warp takes all of them.
     """
 
-    def __init__(self, name: str, visible: np.ndarray) -> None:
+    def __init__(
+        self, name: str, visible: np.ndarray, warps: int = 1, alone: bool = False
+    ) -> None:
+        self.warps = warps
         self.shape = shape = Shape.of(name)
         tiles, channels, taps = len(visible), shape.channels, shape.kernel**2
         rng = np.random.default_rng(0)
@@ -107,7 +112,7 @@ class Problem:
             dilation_rows=1,
             dilation_columns=1,
             tiles=tiles,
-            tiles_per_run=tiles,
+            tiles_per_run=tiles * warps if alone else tiles,
             runs=1,
             slices=1,
             tile_side=shape.side,
@@ -124,10 +129,10 @@ class Problem:
         self.params = bytes(params)
 
     def run(self, code: list[sass.Instruction]) -> sass.Warp:
-        """The warp, after it has run."""
-        warp = sass.Warp(code, self.params, self.memory)
-        warp.run()
-        return warp
+        """The first warp of the thread block, after all have run."""
+        warps = [sass.Warp(code, self.params, self.memory, row=row) for row in range(self.warps)]
+        sass.run_block(warps)
+        return warps[0]
 
     def output(self) -> np.ndarray:
         """float32: y, like x; or the sums of bias and taps, [1 + taps, channels]."""
@@ -177,8 +182,14 @@ class Counts(NamedTuple):
         return self.alone + visible * (self.all - self.alone)
 
 
-def count(name: str, code: list[sass.Instruction], *kinds: str) -> Counts:
-    """What a kernel issues: all instructions, or those of some kinds (`FFMA`).
+def count(name: str, code: list[sass.Instruction], warps: int, *kinds: str) -> Counts:
+    """What a warp issues: all instructions, or those of some kinds (`FFMA`).
+
+    Args:
+        name: of the kernel.
+        code: its instructions.
+        warps: of its thread blocks.
+        kinds: what to count; none: everything.
 
     Raises:
         RuntimeError: the cost of a tile is not, to 1 %, the sum of what its neighbours cost, so
@@ -189,7 +200,7 @@ def count(name: str, code: list[sass.Instruction], *kinds: str) -> Counts:
     one = np.eye(neighbours, dtype=bool)
 
     def issued(visible: np.ndarray) -> int:
-        warp = Problem(name, visible).run(code)
+        warp = Problem(name, visible, warps, alone=True).run(code)
         return warp.count(*kinds) if kinds else sum(warp.issued)
 
     few, many = issued(alone[:4]), issued(alone)

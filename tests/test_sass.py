@@ -78,8 +78,10 @@ def test_what_is_not_known_is_refused():
 
 @pytest.fixture(scope="module")
 def compiled():
+    """The code of a kernel, and the warps of its thread blocks, by its name."""
     code = sass.functions(kernel_report.cuobjdump("-sass", "-arch", "sm_90"))
-    return {k.name: code[k.symbol] for k in kernel_report.kernels() if k.arch == "sm_90"}
+    kernels = [kernel for kernel in kernel_report.kernels() if kernel.arch == "sm_90"]
+    return {kernel.name: (code[kernel.symbol], kernel.threads // 32) for kernel in kernels}
 
 
 KERNELS = [
@@ -99,9 +101,10 @@ def positions(tiles_first):
 def test_the_machine_code_gives_the_reference(name, compiled):
     """So the walk takes the branches that a GPU takes."""
     shape = tile_walk.Shape.of(name)
-    visible = np.random.default_rng(1).random((5, shape.neighbours)) < 0.5
-    problem = tile_walk.Problem(name, visible)
-    problem.run(compiled[name])
+    code, warps = compiled[name]
+    visible = np.random.default_rng(1).random((9, shape.neighbours)) < 0.5
+    problem = tile_walk.Problem(name, visible, warps)
+    problem.run(code)
     x, table = positions(problem.x), torch.from_numpy(problem.table)
     kernel = [shape.kernel, shape.kernel]
     if shape.reduces:
@@ -131,7 +134,7 @@ def multiply_adds(side, kernel, all_visible):
 def test_counts_of_multiply_adds(dtype, kernel, op, compiled):
     name = f"masked_conv2d{op}_tiles<{dtype}, 4, {kernel}>"
     channels = 2 if dtype == "bfloat16" else 1  # of a lane
-    counts = tile_walk.count(name, compiled[name], "FFMA")
+    counts = tile_walk.count(name, *compiled[name], "FFMA")
     assert counts.alone == channels * multiply_adds(4, kernel, False)
     assert counts.all == channels * multiply_adds(4, kernel, True)
     assert counts.once == 0
@@ -140,11 +143,13 @@ def test_counts_of_multiply_adds(dtype, kernel, op, compiled):
 
 @needs_code_for_sm_90
 def test_one_store_for_each_output_and_one_wide_copy_for_four_positions(compiled):
-    code = compiled["masked_conv2d_tiles<bfloat16, 4, 5>"]
-    stores = tile_walk.count("masked_conv2d_tiles<bfloat16, 4, 5>", code, "STG")
-    assert stores == (16, 16, 0)
-    copies = tile_walk.count("masked_conv2d_tiles<bfloat16, 4, 5>", code, "LDGSTS")
-    assert copies == (16 / 4, (4 * (2 * 2) + 4 * (2 * 4) + 16) / 4, 0)
+    name = "masked_conv2d_tiles<bfloat16, 4, 5>"
+    assert tile_walk.count(name, *compiled[name], "STG") == (16, 16, 0)
+    copies = tile_walk.count(name, *compiled[name], "LDGSTS")
+    around = (4 * (2 * 2) + 4 * (2 * 4) + 16) / 4
+    assert (copies.alone, copies.all) == (16 / 4, around)
+    # The weights, 64 channels x 25 taps x 2 bytes: seven copies of 32 lanes.
+    assert copies.once == 7
 
 
 def test_what_copy_speed_allows():

@@ -221,13 +221,13 @@ def runs_on_tiles(dtype, side, channels, kernel, dilation, offset):
     return dtype != torch.float64 and words and square and side > 1
 
 
-def forward(x, weight, bias, mask, dilation=(1, 1), offset=0, runs=0, processors=132, **options):
+def forward(x, weight, bias, mask, dilation=(1, 1), offset=0, runs=0, warps=1716, **options):
     """`y`, and the side of the tiles that the kernel works on."""
     side = math.isqrt(x.shape[1])
     table = mask.neighbours(reach(side, weight.shape[2:], dilation))
     return emulate(
         "masked_conv2d", CODES[x.dtype], array(x), array(weight),
-        None if bias is None else array(bias), table.numpy(), [*dilation], offset, processors, runs,
+        None if bias is None else array(bias), table.numpy(), [*dilation], offset, warps, runs,
         like=x, **options,
     )  # fmt: skip
 
@@ -357,10 +357,15 @@ def test_runs(side, runs):
     check(make_mask("equal"), side, 40, (5, 5), torch.bfloat16, runs=runs, seeds=SEEDS[2:])
 
 
-@pytest.mark.parametrize("processors", [1, 132])
-def test_runs_of_small_and_large_gpus(processors):
-    mask = ck.BlockMask.random(2, (8, 8), 0.25, generator=torch.Generator().manual_seed(0))
-    check_forward(mask, 4, 64, (3, 3), processors=processors, seeds=(2,))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gpus_that_hold_few_or_many_warps_give_the_same_bits(dtype):
+    """Runs of all tiles, of some with a shorter last one, of one; fewer warps than slices."""
+    mask = ck.BlockMask.random(2, (5, 5), 0.25, generator=torch.Generator().manual_seed(0))
+    (x, weight, bias, _), *_ = problem(mask, 4, 136, (5, 5), dtype, (1, 1), 0)
+    check_forward(mask, 4, 136, (5, 5), dtype, warps=40, seeds=(2,))
+    first, _ = forward(x, weight, bias, mask, warps=0, seeds=(0,))
+    for warps in (1, 13, 40, 2000):
+        same(forward(x, weight, bias, mask, warps=warps, seeds=(0,))[0], first)
 
 
 @all_dtypes

@@ -5,55 +5,19 @@
 // [blocks * (side / S)^2, S * S, channels] of tiles; only the neighbour table, which is of blocks,
 // has to be translated.
 //
-// A thread block is one warp. It walks over a run of tiles with 128 bytes of their channels, one
-// word of 4 bytes for each lane. While it computes a tile from shared memory, the positions of the
-// next tile and its surroundings are on their way there, in 16-byte copies, and so are the table
-// entries of the one after. Positions of hidden blocks are neither copied nor computed: whether a
-// block is hidden is the same for the whole warp.
+// A warp walks over consecutive tiles with 128 bytes of their channels, one word of 4 bytes for
+// each lane; it shares nothing with other warps. While it computes a tile from shared memory, the
+// positions of the next tile and its surroundings are on their way there, in 16-byte copies, and so
+// are the table entries of the one after. Positions of hidden blocks are neither copied nor
+// computed: whether a block is hidden is the same for the whole warp.
 #pragma once
 
+#include "cuda/tile_memory.h"
 #include "cuda/vec.cuh"
 #include "masked_conv2d.h"
 #include "unroll.h"
 
 namespace convmae::cuda {
-
-// The surroundings of a tile under a K x K kernel: kSide x kSide tiles, in raster order. Of a tile
-// `d` tiles below (right of) the centre, `count(d)` rows (columns) are read, from `first(d)` on. In
-// shared memory the positions lie tile by tile, then in raster order; every tile begins at a
-// multiple of 4 places, because a warp copies 4 positions at a time.
-template <int S, int K>
-struct Surroundings {
-  static constexpr int kHalo = K / 2;
-  static constexpr int kReach = (kHalo + S - 1) / S;
-  static constexpr int kSide = 2 * kReach + 1;
-  static constexpr int kTiles = kSide * kSide;
-
-  CONVMAE_HD static constexpr int below(int tile) { return tile / kSide - kReach; }
-  CONVMAE_HD static constexpr int right(int tile) { return tile % kSide - kReach; }
-  CONVMAE_HD static constexpr int first(int d) { return d * S < -kHalo ? -kHalo - d * S : 0; }
-  CONVMAE_HD static constexpr int count(int d) {
-    return ((d + 1) * S > S + kHalo ? S + kHalo - d * S : S) - first(d);
-  }
-  CONVMAE_HD static constexpr int positions(int tile) {
-    return count(below(tile)) * count(right(tile));
-  }
-  CONVMAE_HD static constexpr int begin(int tile) {
-    int places = 0;
-    for (int before = 0; before < tile; ++before) places += (positions(before) + 3) / 4 * 4;
-    return places;
-  }
-  static constexpr int kPlaces = begin(kTiles);
-};
-
-// The shared memory of a warp: the places of two tiles and their surroundings, one that is computed
-// and one that is on its way, and `Extra` more places with each. A place is 128 bytes.
-template <int S, int K, int Extra>
-struct TileMemory {
-  static constexpr int kPlaces = Surroundings<S, K>::kPlaces + Extra;
-
-  Chunk places[2][kPlaces * 8];
-};
 
 // What a lane copies of a position: `wide`, 8 lanes copy 16 bytes each; else every lane its word.
 // Lanes beyond the last channel copy again what the last one copies.
@@ -191,7 +155,7 @@ __device__ inline void walk_tiles(const MaskedConv2dRuns& p, const Lane& lane, i
   uint32_t visible = 0;
   for (int32_t tile = first - 1; tile < last; ++tile) {
     copies_wait();
-    __syncthreads();
+    __syncwarp();
     const uint32_t coming = __ballot_sync(0xffffffffu, position >= 0);
     if (tile + 1 < last) {
       start_copies<S, K>(lane, from, position, coming, next_places);
@@ -230,19 +194,6 @@ __device__ inline void for_visible(const Lane& lane, uint32_t visible, const Chu
       }
     }
   });
-}
-
-// f(side of a tile, side of the kernel), as constants.
-template <class F>
-void with_tile_shape(const MaskedConv2dRuns& p, F&& f) {
-  const auto with_kernel = [&](auto side) {
-    switch (p.kernel_rows) {
-      case 3: return f(side, Index<3>{});
-      case 5: return f(side, Index<5>{});
-      case 7: return f(side, Index<7>{});
-    }
-  };
-  p.tile_side == 2 ? with_kernel(Index<2>{}) : with_kernel(Index<4>{});
 }
 
 }  // namespace convmae::cuda

@@ -9,14 +9,10 @@
 #include <cuda_pipeline.h>
 #endif
 
+#include "cuda/tile_memory.h"
 #include "numbers.h"
 
 namespace convmae::cuda {
-
-// Sixteen bytes, the widest access to memory.
-struct alignas(16) Chunk {
-  uint32_t words[4];
-};
 
 // A lane works on the channels of one word of 4 bytes, a warp on 128 bytes of channels.
 template <class T>

@@ -26,7 +26,7 @@ def _for_all_lanes(step: Step) -> Step:
 def compile_step(instruction: Instruction) -> Step:
     """The step that the instruction is, with its operands read once."""
     kind, name = instruction.kind, instruction.name
-    if kind in ("NOP", "BAR", "DEPBAR", "LDGDEPBAR", "WARPSYNC"):
+    if kind in ("NOP", "DEPBAR", "LDGDEPBAR", "WARPSYNC"):
         return lambda warp, mask: None  # one warp: the scheduler of `run` keeps its lanes together
     for family, build in _FAMILIES.items():
         if re.fullmatch(family, kind):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from docs.sass.operands import LANES, MASK
@@ -14,7 +16,7 @@ _SHARED_BYTES = 233472
 
 
 class Warp:
-    """A warp that is a thread block of its own.
+    """A warp of a thread block whose first dimension is 32.
 
     Args:
         code: its kernel, one entry of `functions`.
@@ -22,6 +24,7 @@ class Warp:
         memory: global memory, uint8, a multiple of 16 bytes; its first byte has the address
             MEMORY_BASE. The kernel changes it.
         block: the coordinates of the thread block.
+        row: which warp of the block it is.
     """
 
     def __init__(
@@ -30,11 +33,12 @@ class Warp:
         constants: bytes,
         memory: np.ndarray,
         block: tuple[int, int, int] = (0, 0, 0),
+        row: int = 0,
     ) -> None:
         self.code, self.memory = code, memory
         self.constants = bytes(PARAMETERS) + constants + bytes(16)
         self.special = {f"SR_CTAID.{axis}": value for axis, value in zip("XYZ", block, strict=True)}
-        self.special |= {"SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CgaCtaId": 0}
+        self.special |= {"SR_TID.Y": row, "SR_TID.Z": 0, "SR_CgaCtaId": 0}
         self.shared = np.zeros(_SHARED_BYTES, np.uint8)
         self.registers = np.zeros((UNIFORM + 64, LANES), np.uint32)
         self.predicates = np.zeros((16, LANES), bool)
@@ -45,12 +49,18 @@ class Warp:
 
     def run(self, limit: int = 10_000_000) -> int:
         """Runs until every lane has left the kernel; returns how many instructions were issued."""
+        for _ in self.stretches(limit):
+            pass
+        return sum(self.issued)
+
+    def stretches(self, limit: int = 10_000_000) -> Iterator[None]:
+        """Runs from each barrier of the thread block to the next."""
         at, active = 0, ALL.copy()  # the lanes that go on, and the index of their instruction
         others: list[tuple[int, np.ndarray]] = []  # the same of lanes that went another way
         joins: dict[str, np.ndarray] = {}  # of a barrier: the lanes that meet there
         waiting: dict[str, np.ndarray] = {}  # of a barrier: those that have come
         alive = ALL.copy()
-        for total in range(limit):
+        for _ in range(limit):
             instruction = self.code[at]
             self.issued[at] += 1
             mask = active & self.guard(instruction.guard) if instruction.guard else active
@@ -73,6 +83,8 @@ class Warp:
                     others.append((after, active & ~mask))
                 if mask.any():
                     after, active = target, mask
+            elif kind == "BAR":
+                yield
             else:
                 step = self._steps[at]
                 if step is None:
@@ -85,7 +97,7 @@ class Warp:
             elif alive.any():
                 raise RuntimeError("lanes wait for lanes that do not come")
             else:
-                return total + 1
+                return
         raise RuntimeError(f"the kernel did not end within {limit} instructions")
 
     def count(self, *kinds: str) -> int:
@@ -129,3 +141,11 @@ class Warp:
         if (address % np.uint64(size)).any() or (address + np.uint64(size) > space.nbytes).any():
             raise RuntimeError(f"an access of {size} bytes outside of memory, or misaligned")
         return (address // np.uint64(size)).astype(np.int64)
+
+
+def run_block(warps: list[Warp]) -> None:
+    """Runs the warps of a thread block, which share their memory and meet at its barriers."""
+    for warp in warps[1:]:
+        warp.shared = warps[0].shared
+    for _ in zip(*(warp.stretches() for warp in warps), strict=True):
+        pass

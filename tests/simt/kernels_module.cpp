@@ -143,12 +143,12 @@ void fill_params(convmae::MaskedConv2dParams& p, int dtype, const py::array& x,
   p.dilation_columns = dilation[1];
 }
 
-// `runs`: cut the tiles into that many runs; 0: as for a GPU of `multiprocessors`. x, weight and y
+// `runs`: cut the tiles into that many runs; 0: as for a GPU that holds `warps`. x, weight and y
 // lie `offset` elements after a multiple of 16 bytes. Also returns the side of the tiles.
 std::pair<py::array, int> masked_conv2d(int dtype, const py::array& x, const py::array& weight,
                                         const std::optional<py::array>& bias,
                                         const py::array& neighbours, Pair dilation, size_t offset,
-                                        int multiprocessors, int64_t runs, unsigned seed) {
+                                        int64_t warps, int64_t runs, unsigned seed) {
   const DeviceArray in(x, offset), taps(weight, offset), table(neighbours);
   const DeviceArray y(x.dtype(), Shape(x.shape(), x.shape() + 3), offset);
   std::optional<DeviceArray> bias_row;
@@ -159,7 +159,8 @@ std::pair<py::array, int> masked_conv2d(int dtype, const py::array& x, const py:
   p.weight = taps.data();
   p.bias = bias_row ? bias_row->data() : nullptr;
   p.y = y.data();
-  convmae::cuda::plan_forward(p, multiprocessors);
+  convmae::cuda::plan_forward(p);
+  convmae::cuda::cut_forward(p, warps);
   if (runs > 0) convmae::cuda::cut_runs(p, runs);
   simt::masked_conv2d(p, seed);
   return {y.numpy(), p.tile_side};
