@@ -56,7 +56,7 @@ def bits(value):
 # -- moving -------------------------------------------------------------------------------------
 
 
-def gather(images, mask, side=None, **options):
+def gather(images, mask, **options):
     gh, gw = mask.grid
     count = images.untyped_storage().nbytes() // images.element_size()
     storage = images.as_strided((count,), (1,), 0)
@@ -123,6 +123,31 @@ def test_gather_of_many_channels(layout):
     mask = make_mask("corner")
     check_gather(images_for(mask, 4, 255, torch.bfloat16, layout), mask)
     check_gather(images_for(mask, 4, 256, torch.bfloat16, layout), mask)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (7, 3), (5, 9), (3, 31)], ids=str)
+def test_gather_from_grids_of_odd_sides(grid):
+    mask = ck.BlockMask.random(3, grid, 0.5, generator=torch.Generator().manual_seed(0))
+    for channels, layout in ((3, "contiguous"), (12, "contiguous"), (12, "channels_last")):
+        check_gather(images_for(mask, 2, channels, layout=layout), mask)
+
+
+def test_division_by_multiplication():
+    most = 2**63 - 1
+    divisors = [*range(1, 40), 196, 3136, 2**16 - 1, 2**16, 2**31 - 1, 2**31, 2**32 + 1, 2**62, most]
+    emulator = module("kernels")
+    for divisor in divisors:
+        last = most // divisor * divisor
+        for x in {0, 1, divisor - 1, divisor, divisor + 1, 2**31, last - 1, last, most - 1, most}:
+            if 0 <= x <= most:
+                assert emulator.call("divide", x, divisor, 0) == x // divisor
+
+
+@pytest.mark.parametrize("channels", [2, 3, 8, 9])
+@pytest.mark.parametrize("side", [1, 16])
+def test_gather_of_images_of_few_channels(side, channels):
+    """One position for each thread, or one for four, in tiles that end within a block or beyond."""
+    check_gather(images_for(make_mask("ragged"), side, channels), make_mask("ragged"))
 
 
 @all_dtypes
@@ -458,7 +483,9 @@ def move(**options):
 
 
 def reduce_on_tiles(**options):
-    check_weight_grad(make_mask("row"), 4, 40, runs=2, **options)
+    """Two warps with one tile each, so that their sums go to where that tile was."""
+    mask = ck.BlockMask.full(1, (1, 2))
+    check_weight_grad(mask, 4, 80, dtype=torch.float16, runs=1, **options)
 
 
 def convolve_on_tiles(**options):

@@ -57,6 +57,15 @@ __device__ inline Byte* advance(Byte* pointer, uint32_t count, uint32_t bytes) {
 #endif
 }
 
+// The upper half of the product.
+__device__ inline uint64_t high_product(uint64_t a, uint64_t b) {
+#if defined(__CUDA_ARCH__)
+  return __umul64hi(a, b);
+#else
+  return uint64_t(static_cast<unsigned __int128>(a) * b >> 64);
+#endif
+}
+
 // Reads and writes global memory: the compiler does not see that a pointer from `advance` leads
 // there.
 __device__ inline uint32_t load_word(const void* global) {

@@ -14,6 +14,7 @@ using simt::Shape;
 using Pair = std::array<int, 2>;
 
 // `storage` is the memory of the images, the first of them at `first`; `strides` in elements.
+// Blocks are found as among so many `cells` of all images.
 py::array gather_visible(const py::array& storage, py::ssize_t first,
                          const std::array<int64_t, 4>& strides, const py::array& block_index,
                          int channels, Pair grid, int side, unsigned seed) {
@@ -192,6 +193,7 @@ std::tuple<py::array, py::array, int> masked_conv2d_weight_grad(
 }  // namespace
 
 PYBIND11_MODULE(simt_kernels, m) {
+  m.def("divide", [](uint64_t x, uint64_t divisor, unsigned) { return simt::divide(x, divisor); });
   m.def("gather_visible", &gather_visible);
   m.def("scatter_visible", &scatter_visible);
   m.def("gather_windows", &gather_windows);
