@@ -106,6 +106,7 @@ class OnDevice {
   explicit OnDevice(const Tensor& t) : index_(index_of(t)), guard_(index_) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                     "this build of torch has no CUDA, so no current CUDA stream");
+    check(cudaSetDevice(index_), "the GPU of the features");  // for this library's CUDA runtime
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
   }
   cuda::Stream stream() const { return stream_; }

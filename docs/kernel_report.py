@@ -1,8 +1,7 @@
-"""What the compiler made of the CUDA kernels: registers, shared memory, occupancy, access widths,
-and how many instructions a tile costs.
+"""What the compiler made of the CUDA kernels: registers, shared memory, occupancy, instructions.
 
     python docs/kernel_report.py             # Markdown tables for sm_90, from the built library
-    python docs/kernel_report.py --arch sm_80             # the first table only
+    python docs/kernel_report.py sm_80       # the first one only: tiles are walked for sm_90
     python docs/kernel_report.py --gigahertz 1.98 --copy H100=3.0
 
 It reads `convmae_kernels/_C.so` with `cuobjdump`, from the CUDA toolkit or as Triton carries it; no
@@ -193,7 +192,7 @@ class Card(NamedTuple):
 def instruction_table(cards: list[Card]) -> str:
     """Markdown: what a tile costs in each tiled kernel for sm_90, and what copy speed allows."""
     code = sass.functions(cuobjdump("-sass", "-arch", "sm_90"))
-    heads = [f"{card.name} allows | of its limit" for card in cards]
+    heads = [f"{card.name} allows | predicted, at most" for card in cards]
     rows = [
         "| kernel | alone | all visible | expected | of these multiply-adds | once a run | "
         + " | ".join(heads)
@@ -222,25 +221,33 @@ def instruction_table(cards: list[Card]) -> str:
     return "\n".join(rows)
 
 
+def card_and_speed(text: str) -> tuple[str, float]:
+    """`H100=3.0` of the command line."""
+    match = re.fullmatch(r"(\w+)=(\d+(?:\.\d+)?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a card and its TB/s, as in H100=3.0")
+    return match[1], float(match[2])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("arch", nargs="?", default="sm_90")
     parser.add_argument(
         "--copy",
         nargs="+",
-        default=["H200=4.3", "H100=3.0"],
+        type=card_and_speed,
+        default=[("H200", 4.3), ("H100", 3.0)],
         metavar="CARD=TB/S",
-        help="bytes that a card copies, read and written",
+        help="what a card copies, read and written",
     )
     parser.add_argument("--multiprocessors", type=int, default=132)
     parser.add_argument("--gigahertz", type=float, default=1.85)
     options = parser.parse_args()
     print(table(options.arch))
     if options.arch == "sm_90":
-        pairs = [text.partition("=") for text in options.copy]
         cards = [
-            Card(name, float(speed) * 1e12, options.multiprocessors, options.gigahertz * 1e9)
-            for name, _, speed in pairs
+            Card(name, speed * 1e12, options.multiprocessors, options.gigahertz * 1e9)
+            for name, speed in options.copy
         ]
         print("\n" + instruction_table(cards))
 

@@ -83,9 +83,7 @@ class Problem:
         alone: the first warp takes all of them.
     """
 
-    def __init__(
-        self, name: str, visible: np.ndarray, warps: int = 1, alone: bool = False
-    ) -> None:
+    def __init__(self, name: str, visible: np.ndarray, warps: int = 1, alone: bool = False) -> None:
         self.warps = warps
         self.shape = shape = Shape.of(name)
         tiles, channels, taps = len(visible), shape.channels, shape.kernel**2

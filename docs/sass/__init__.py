@@ -14,4 +14,12 @@ that went different ways meet again where the code says so (BSSY, BSYNC), each s
 from docs.sass.text import Instruction, UnknownInstruction, functions
 from docs.sass.warp import MEMORY_BASE, PARAMETERS, Warp, run_block
 
-__all__ = ["MEMORY_BASE", "PARAMETERS", "Instruction", "UnknownInstruction", "Warp", "functions", "run_block"]
+__all__ = [
+    "MEMORY_BASE",
+    "PARAMETERS",
+    "Instruction",
+    "UnknownInstruction",
+    "Warp",
+    "functions",
+    "run_block",
+]
