@@ -199,6 +199,14 @@ def test_windows(channels, halo, dtype):
             check_windows(x, mask, halo, seeds=SEEDS[2:])
 
 
+@pytest.mark.parametrize("halo", [(-1, -1, 2, 3), (2, 3, -1, -1), (-1, -1, -1, -1)], ids=str)
+def test_windows_that_leave_out_the_edges_of_their_blocks(halo):
+    """Positions that no window holds get gradient 0."""
+    mask = make_mask("ragged")
+    for side in (4, 8):
+        check_windows(random_tensor((mask.num_visible, side * side, 8)), mask, halo)
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_windows_of_every_mask(name):
     mask = make_mask(name)

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(256) gather_visible_turned(GatherVisibleBlocks
     }
   }
   __syncthreads();
-  // An element is the next one's 256th predecessor.
+  // A thread's next element is the 256th after its last one.
   const int positions_further = 256u / unsigned(channels);
   const int channels_further = 256 - positions_further * channels;
   int position = threadIdx.x / unsigned(channels), channel = threadIdx.x - position * channels;

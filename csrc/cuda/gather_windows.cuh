@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(256) gather_windows_grad_rows(GatherWindowsPar
   for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) {
     const Values<T, V>* const from = static_cast<const Values<T, V>*>(p.from) + c;
     Acc<T> sum[V] = {};
-    int i = rows.first, j = columns.first;
+    int i = columns.first <= columns.last ? rows.first : rows.last + 1, j = columns.first;
 #pragma unroll 1  // few windows reach a position; the registers serve more warps
     while (i <= rows.last) {
       int64_t at[kBatch];  // -1: hidden

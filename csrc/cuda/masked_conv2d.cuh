@@ -38,8 +38,8 @@ __device__ inline void start_weights(const MaskedConv2dForward& p, const Lane& l
 // A square kernel of dilation 1 on blocks of side S or, for S = 4, larger. The weights of a lane's
 // channels stay in registers for a whole run of tiles, and a position that is read serves every
 // output of the tile that it reaches.
-// Launch: grid (p.slices, p.runs), block 32. Needs words: channels * sizeof(T) a
-// multiple of 4, x and y aligned to 4 bytes, to 16 where p.wide.
+// Launch: grid (p.slices, p.runs), block 32. Needs words: channels * sizeof(T) a multiple of 4, x
+// and y aligned to 4 bytes, to 16 where p.wide.
 template <class T, int S, int K>
 __global__ void __launch_bounds__(32) masked_conv2d_tiles(MaskedConv2dForward p) {
   constexpr int V = kWordChannels<T>;
