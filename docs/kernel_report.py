@@ -5,7 +5,7 @@
     python docs/kernel_report.py --gigahertz 1.98 --copy H100=3.0
 
 It reads `convmae_kernels/_C.so` with `cuobjdump`, from the CUDA toolkit or as Triton carries it; no
-GPU is needed. Instructions are counted by running the machine code on the CPU (`docs/sass.py`).
+GPU is needed. Instructions are counted by running the machine code on the CPU (`docs/sass/`).
 """
 
 from __future__ import annotations

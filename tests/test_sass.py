@@ -1,4 +1,4 @@
-"""The warp of `docs/sass.py` that counts instructions: right numbers, and right counts."""
+"""The warp of `docs/sass/` that counts instructions: right numbers, and right counts."""
 
 import numpy as np
 import pytest
