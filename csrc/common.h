@@ -106,14 +106,10 @@ class OnDevice {
   explicit OnDevice(const Tensor& t) : index_(index_of(t)), guard_(index_) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                     "this build of torch has no CUDA, so no current CUDA stream");
+    check(cudaSetDevice(index_), "the GPU of the features");  // for this library's CUDA runtime
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
   }
   cuda::Stream stream() const { return stream_; }
-  int multiprocessors() const {
-    int count = 1;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_), "the GPU's size");
-    return count;
-  }
   void check(const cuda::LaunchError& error) const { check(error.code, error.kernel); }
 
  private:

@@ -194,7 +194,8 @@ Tensor masked_conv2d_cuda(const Tensor& x_, const Tensor& weight_, std::optional
   p.weight = weight.const_data_ptr();
   p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
   p.y = y.mutable_data_ptr();
-  cuda::plan_forward(p, device.multiprocessors());
+  cuda::plan_forward(p);
+  if (p.tile_side > 0) cuda::cut_forward(p, cuda::masked_conv2d_warps(p));
   device.check(cuda::masked_conv2d(p, device.stream()));
   return y;
 }

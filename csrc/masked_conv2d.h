@@ -91,6 +91,8 @@ struct MaskedConv2dWeightGrad : MaskedConv2dRuns {
 };
 
 LaunchError masked_conv2d(const MaskedConv2dForward& p, Stream stream);
+// How many warps of the kernel on tiles the current GPU holds at a time; 0: it cannot run it.
+int64_t masked_conv2d_warps(const MaskedConv2dForward& p);
 LaunchError masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, Stream stream);
 }  // namespace cuda
 }  // namespace convmae

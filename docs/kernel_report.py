@@ -1,14 +1,16 @@
-"""What the compiler made of the CUDA kernels: registers, shared memory, occupancy, access widths.
+"""What the compiler made of the CUDA kernels: registers, shared memory, occupancy, instructions.
 
-    python docs/kernel_report.py             # a Markdown table for sm_90, from the built library
-    python docs/kernel_report.py sm_80
+    python docs/kernel_report.py             # Markdown tables for sm_90, from the built library
+    python docs/kernel_report.py sm_80       # the first one only: tiles are walked for sm_90
+    python docs/kernel_report.py --gigahertz 1.98 --copy H100=3.0
 
 It reads `convmae_kernels/_C.so` with `cuobjdump`, from the CUDA toolkit or as Triton carries it; no
-GPU is needed.
+GPU is needed. Instructions are counted by running the machine code on the CPU (`docs/sass/`).
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import re
 import shutil
@@ -16,6 +18,11 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # run as a script, `docs` is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from docs import sass, tile_walk
 
 LIBRARY = Path(__file__).resolve().parents[1] / "convmae_kernels" / "_C.so"
 TYPES = {
@@ -46,6 +53,7 @@ class Kernel(NamedTuple):
     stack: int
     shared: int
     local: int
+    threads: int  # of a thread block
 
     @property
     def name(self) -> str:
@@ -67,7 +75,7 @@ class Kernel(NamedTuple):
     @property
     def resident_warps(self) -> int:
         """Warps that a multiprocessor of compute capability 9.0 holds at a time."""
-        warps = 1 if self.is_specialised else 8
+        warps = self.threads // 32
         per_warp = -(-self.registers * 32 // 256) * 256
         per_block = -(-max(self.shared, 1024) // 128) * 128
         by_registers = REGISTERS // (per_warp * warps)
@@ -92,6 +100,7 @@ def cuobjdump(*arguments: str) -> str:
 
 def kernels() -> list[Kernel]:
     """Every kernel of the built library, for every architecture that it was compiled for."""
+    threads = block_sizes()
     found, arch, symbol = [], "", ""
     for line in cuobjdump("-res-usage").splitlines():
         if match := re.match(r"arch = (\S+)", line):
@@ -100,9 +109,24 @@ def kernels() -> list[Kernel]:
             symbol = match[1]
         elif (match := re.match(r"\s*REG:", line)) and symbol:
             sizes = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
-            found.append(
-                Kernel(arch, symbol, sizes["REG"], sizes["STACK"], sizes["SHARED"], sizes["LOCAL"])
-            )
+            bytes_ = (sizes[key] for key in ("STACK", "SHARED", "LOCAL"))
+            found.append(Kernel(arch, symbol, sizes["REG"], *bytes_, threads[arch, symbol]))
+    return found
+
+
+def block_sizes() -> dict[tuple[str, str], int]:
+    """The threads of a thread block, by architecture and symbol: what its launch bounds say."""
+    found, arch, symbol, at = {}, "", "", False
+    for line in cuobjdump("-elf").splitlines():
+        if match := re.match(r"arch = (\S+)", line):
+            arch = match[1]
+        elif match := re.match(r"\.nv\.info\.(\S+)", line):
+            symbol = match[1]
+        elif "EIATTR_" in line:
+            at = "EIATTR_MAX_THREADS" in line
+        elif at and (match := re.match(r"\s*Value:\s*0x(\w+) 0x(\w+) 0x(\w+)", line)):
+            x, y, z = (int(number, 16) for number in match.groups())
+            found[arch, symbol] = x * y * z
     return found
 
 
@@ -149,5 +173,84 @@ def table(arch: str) -> str:
     return "\n".join(rows)
 
 
+class Card(NamedTuple):
+    """What a GPU could do at best: the figures that a prediction rests on."""
+
+    name: str
+    copy: float  # bytes a second, read and written
+    multiprocessors: int
+    hertz: float
+
+    def instructions(self, moved: int) -> float:
+        """How many warp instructions a multiprocessor can issue while it moves so many bytes.
+
+        It issues 4 a cycle and has its share of the copy bandwidth.
+        """
+        return 4 * self.hertz * moved * self.multiprocessors / self.copy
+
+
+def instruction_table(cards: list[Card]) -> str:
+    """Markdown: what a tile costs in each tiled kernel for sm_90, and what copy speed allows."""
+    code = sass.functions(cuobjdump("-sass", "-arch", "sm_90"))
+    heads = [f"{card.name} allows | predicted, at most" for card in cards]
+    rows = [
+        "| kernel | alone | all visible | expected | of these multiply-adds | once a run | "
+        + " | ".join(heads)
+        + " |",
+        "|---|" + "--:|" * (5 + 2 * len(cards)),
+    ]
+    for kernel in sorted(kernels(), key=lambda kernel: kernel.name):
+        if kernel.arch != "sm_90" or not kernel.is_specialised:
+            continue
+        shape = tile_walk.Shape.of(kernel.name)
+        visible = 0.4 if shape.kernel == 7 else 0.25
+        walked = kernel.name, code[kernel.symbol], kernel.threads // 32
+        issued = tile_walk.count(*walked)
+        multiply_adds = tile_walk.count(*walked, "FFMA")
+        cells = [
+            f"`{kernel.name}`",
+            *(f"{number:.0f}" for number in (issued.alone, issued.all, issued.expected(visible))),
+            f"{multiply_adds.expected(visible):.0f}",
+            f"{issued.once:.0f}",
+        ]
+        for card in cards:
+            allowed = card.instructions(2 * shape.side**2 * 128)  # a tile read, another written
+            share = min(1, allowed / issued.expected(visible))
+            cells += [f"{allowed:.0f}", f"{100 * share:.0f} %"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def card_and_speed(text: str) -> tuple[str, float]:
+    """`H100=3.0` of the command line."""
+    match = re.fullmatch(r"(\w+)=(\d+(?:\.\d+)?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a card and its TB/s, as in H100=3.0")
+    return match[1], float(match[2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("arch", nargs="?", default="sm_90")
+    parser.add_argument(
+        "--copy",
+        nargs="+",
+        type=card_and_speed,
+        default=[("H200", 4.3), ("H100", 3.0)],
+        metavar="CARD=TB/S",
+        help="what a card copies, read and written",
+    )
+    parser.add_argument("--multiprocessors", type=int, default=132)
+    parser.add_argument("--gigahertz", type=float, default=1.85)
+    options = parser.parse_args()
+    print(table(options.arch))
+    if options.arch == "sm_90":
+        cards = [
+            Card(name, speed * 1e12, options.multiprocessors, options.gigahertz * 1e9)
+            for name, speed in options.copy
+        ]
+        print("\n" + instruction_table(cards))
+
+
 if __name__ == "__main__":
-    print(table(sys.argv[1] if len(sys.argv) > 1 else "sm_90"))
+    main()

@@ -87,6 +87,18 @@ def test_global_memory_is_read_sixteen_bytes_at_a_time(kernels, arch):
         assert re.search(r"STG\.E\S*\.128", wide[name]), name
 
 
+@pytest.mark.skipif("9.0" not in ARCHS, reason="there are no kernels for sm_90")
+@needs_cuobjdump
+def test_an_h100_holds_as_many_warps_of_the_weight_gradient_as_planned(kernels):
+    """Shared memory bounds them, as `reducing_warps_held` of tile_memory.h supposes, and nothing
+    else: registers do not."""
+    found = [k for k in kernels if k.arch == "sm_90" and "weight_grad_tiles" in k.symbol]
+    assert len(found) == 18
+    for kernel in found:
+        by_shared_memory = kernel_report.SHARED_BYTES // kernel.shared * (kernel.threads // 32)
+        assert kernel.resident_warps == by_shared_memory, kernel.name
+
+
 @pytest.mark.skipif(not COMPILED, reason=f"there is no compiled library: {WHY_NOT_COMPILED}")
 def test_the_library_needs_the_stable_abi_and_nothing_else_of_torch():
     undefined = {}

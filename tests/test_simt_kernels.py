@@ -56,7 +56,7 @@ def bits(value):
 # -- moving -------------------------------------------------------------------------------------
 
 
-def gather(images, mask, side=None, **options):
+def gather(images, mask, **options):
     gh, gw = mask.grid
     count = images.untyped_storage().nbytes() // images.element_size()
     storage = images.as_strided((count,), (1,), 0)
@@ -125,6 +125,32 @@ def test_gather_of_many_channels(layout):
     check_gather(images_for(mask, 4, 256, torch.bfloat16, layout), mask)
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (7, 3), (5, 9), (3, 31)], ids=str)
+def test_gather_from_grids_of_odd_sides(grid):
+    mask = ck.BlockMask.random(3, grid, 0.5, generator=torch.Generator().manual_seed(0))
+    for channels, layout in ((3, "contiguous"), (12, "contiguous"), (12, "channels_last")):
+        check_gather(images_for(mask, 2, channels, layout=layout), mask)
+
+
+def test_division_by_multiplication():
+    most = 2**63 - 1
+    around = [2**n + more for n in (16, 31, 32, 62) for more in (-1, 0, 1)]
+    divisors = [*range(1, 40), 196, 3136, *around, most]
+    emulator = module("kernels")
+    for divisor in divisors:
+        last = most // divisor * divisor
+        for x in {0, 1, divisor - 1, divisor, divisor + 1, 2**31, last - 1, last, most - 1, most}:
+            if 0 <= x <= most:
+                assert emulator.call("divide", x, divisor, 0) == x // divisor
+
+
+@pytest.mark.parametrize("channels", [2, 3, 8, 9])
+@pytest.mark.parametrize("side", [1, 16])
+def test_gather_of_images_of_few_channels(side, channels):
+    """One position for each thread, or one for four, in tiles that end within a block or beyond."""
+    check_gather(images_for(make_mask("ragged"), side, channels), make_mask("ragged"))
+
+
 @all_dtypes
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("channels", [1, 7, 8, 255])
@@ -171,6 +197,14 @@ def test_windows(channels, halo, dtype):
         if min(halo) > -side:
             x = random_tensor((mask.num_visible, side * side, channels), dtype)
             check_windows(x, mask, halo, seeds=SEEDS[2:])
+
+
+@pytest.mark.parametrize("halo", [(-1, -1, 2, 3), (2, 3, -1, -1), (-1, -1, -1, -1)], ids=str)
+def test_windows_that_leave_out_the_edges_of_their_blocks(halo):
+    """Positions that no window holds get gradient 0."""
+    mask = make_mask("ragged")
+    for side in (4, 8):
+        check_windows(random_tensor((mask.num_visible, side * side, 8)), mask, halo)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -221,13 +255,13 @@ def runs_on_tiles(dtype, side, channels, kernel, dilation, offset):
     return dtype != torch.float64 and words and square and side > 1
 
 
-def forward(x, weight, bias, mask, dilation=(1, 1), offset=0, runs=0, processors=132, **options):
+def forward(x, weight, bias, mask, dilation=(1, 1), offset=0, runs=0, warps=1716, **options):
     """`y`, and the side of the tiles that the kernel works on."""
     side = math.isqrt(x.shape[1])
     table = mask.neighbours(reach(side, weight.shape[2:], dilation))
     return emulate(
         "masked_conv2d", CODES[x.dtype], array(x), array(weight),
-        None if bias is None else array(bias), table.numpy(), [*dilation], offset, processors, runs,
+        None if bias is None else array(bias), table.numpy(), [*dilation], offset, warps, runs,
         like=x, **options,
     )  # fmt: skip
 
@@ -357,10 +391,15 @@ def test_runs(side, runs):
     check(make_mask("equal"), side, 40, (5, 5), torch.bfloat16, runs=runs, seeds=SEEDS[2:])
 
 
-@pytest.mark.parametrize("processors", [1, 132])
-def test_runs_of_small_and_large_gpus(processors):
-    mask = ck.BlockMask.random(2, (8, 8), 0.25, generator=torch.Generator().manual_seed(0))
-    check_forward(mask, 4, 64, (3, 3), processors=processors, seeds=(2,))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gpus_that_hold_few_or_many_warps_give_the_same_bits(dtype):
+    """Runs of all tiles, of some with a shorter last one, of one; fewer warps than slices."""
+    mask = ck.BlockMask.random(2, (5, 5), 0.25, generator=torch.Generator().manual_seed(0))
+    (x, weight, bias, _), *_ = problem(mask, 4, 136, (5, 5), dtype, (1, 1), 0)
+    check_forward(mask, 4, 136, (5, 5), dtype, warps=40, seeds=(2,))
+    first, _ = forward(x, weight, bias, mask, warps=0, seeds=(0,))
+    for warps in (1, 13, 40, 2000):
+        same(forward(x, weight, bias, mask, warps=warps, seeds=(0,))[0], first)
 
 
 @all_dtypes
@@ -453,7 +492,9 @@ def move(**options):
 
 
 def reduce_on_tiles(**options):
-    check_weight_grad(make_mask("row"), 4, 40, runs=2, **options)
+    """Two warps with one tile each, so that their sums go to where that tile was."""
+    mask = ck.BlockMask.full(1, (1, 2))
+    check_weight_grad(mask, 4, 80, dtype=torch.float16, runs=1, **options)
 
 
 def convolve_on_tiles(**options):

@@ -7,18 +7,46 @@
 #include "cuda/rows.cuh"
 #include "cuda/vec.cuh"
 #include "gather_visible.h"
+#include "unroll.h"
 
 namespace convmae::cuda {
 
+// Divides numbers below 2^63 with a multiplication: ceil(2^(64 + shift) / divisor) needs 65 bits,
+// of which `multiplier` holds the lower 64.
+struct Divisor {
+  uint64_t multiplier;
+  int shift;
+
+  explicit Divisor(uint64_t divisor) : shift(0) {
+    while (uint64_t(1) << shift < divisor) ++shift;
+    const auto rest = static_cast<unsigned __int128>((uint64_t(1) << shift) - divisor);
+    multiplier = uint64_t((rest << 64) / divisor + 1);
+  }
+  __device__ uint64_t divide(uint64_t x) const {
+    return (high_product(x, multiplier) + x) >> shift;
+  }
+};
+
+// How blocks are found: a grid of an image, a line of a grid.
+struct GatherVisibleBlocks : GatherVisibleParams {
+  Divisor by_grid, by_columns;
+
+  explicit GatherVisibleBlocks(const GatherVisibleParams& p)
+      : GatherVisibleParams(p),
+        by_grid(uint64_t(p.grid_rows) * uint64_t(p.grid_columns)),
+        by_columns(uint64_t(p.grid_columns)) {}
+};
+
 // The offset in `images`, in elements, of channel 0 of a packed position: block * side^2 + rank.
-__device__ inline int64_t image_offset(const GatherVisibleParams& p, int64_t position) {
+__device__ inline int64_t image_offset(const GatherVisibleBlocks& p, int64_t position) {
   const int log = log2_side(p.side);
   const int rank = int(position) & ((1 << 2 * log) - 1);
-  const int64_t index = p.block_index[position >> 2 * log], grid = p.grid_rows * p.grid_columns;
-  const int64_t image = index / grid, cell = index - image * grid;
-  const int64_t cell_row = cell / p.grid_columns, cell_column = cell - cell_row * p.grid_columns;
-  return image * p.stride_batch + ((cell_row << log) + zorder_row(rank)) * p.stride_row +
-         ((cell_column << log) + zorder_column(rank)) * p.stride_column;
+  const int64_t index = p.block_index[position >> 2 * log];
+  const int64_t image = p.by_grid.divide(index);
+  const int64_t cell = index - image * (p.grid_rows * p.grid_columns);
+  const int64_t row = p.by_columns.divide(cell), column = cell - row * p.grid_columns;
+  return image * p.stride_batch + ((row << log) + zorder_row(rank)) * p.stride_row +
+         ((column << log) + zorder_column(rank)) * p.stride_column;
 }
 
 // Channels-last images: a position's channels are contiguous in both. E is as wide as alignment
@@ -26,7 +54,7 @@ __device__ inline int64_t image_offset(const GatherVisibleParams& p, int64_t pos
 // is found once for all its channels. A thread has up to four positions in flight. Launch: grid
 // ceil(positions / (4 * blockDim.y)), block (x, y) of 256 threads.
 template <class E>
-__global__ void __launch_bounds__(256) gather_visible_rows(GatherVisibleParams p) {
+__global__ void __launch_bounds__(256) gather_visible_rows(GatherVisibleBlocks p) {
   __shared__ int64_t offsets[kMaxRows];  // -1: no such position
   const int64_t positions = p.blocks * p.side * p.side;
   const int rows = 4 * blockDim.y;
@@ -52,29 +80,41 @@ __global__ void __launch_bounds__(256) gather_visible_rows(GatherVisibleParams p
   }
 }
 
-// Any strides: 64 positions x 32 channels are turned in shared memory, read along the positions,
-// which are neighbours in the image, and written along the channels.
-// Launch: grid (ceil(positions / 64), ceil(channels / 32)), block 256.
-template <class E>
-__global__ void __launch_bounds__(256) gather_visible_turned(GatherVisibleParams p) {
-  __shared__ E tile[32][65];
-  const int64_t positions = p.blocks * p.side * p.side, first = int64_t(blockIdx.x) * 64;
-  const int64_t first_channel = int64_t(blockIdx.y) * 32;
-  const int count = int(min(int64_t(64), positions - first));
-  const int channels = int(min(int64_t(32), p.channels - first_channel));
-  const int column = threadIdx.x % 64;
+// Any strides: P positions x 2048 / P channels are turned in shared memory, read along the
+// positions, which are neighbours in the image, and written along the channels. Launch: grid
+// (ceil(positions / P), ceil(channels / (2048 / P))), block 256.
+template <class E, int P>
+__global__ void __launch_bounds__(256) gather_visible_turned(GatherVisibleBlocks p) {
+  constexpr int kChannels = 2048 / P;
+  __shared__ E tile[kChannels][P + 1];
+  const int64_t positions = p.blocks * p.side * p.side, first = int64_t(blockIdx.x) * P;
+  const int64_t first_channel = int64_t(blockIdx.y) * kChannels;
+  const int count = int(min(int64_t(P), positions - first));
+  const int channels = int(min(int64_t(kChannels), p.channels - first_channel));
+  const int column = threadIdx.x % P;
   if (column < count) {
     const E* from = static_cast<const E*>(p.images) + image_offset(p, first + column) +
                     first_channel * p.stride_channel;
-#pragma unroll 8
-    for (int c = threadIdx.x / 64; c < channels; c += 4) {
-      tile[c][column] = from[c * p.stride_channel];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int c = threadIdx.x / P + i * (256 / P);
+      if (c < channels) tile[c][column] = from[c * p.stride_channel];
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < count * channels; i += 256) {
-    static_cast<E*>(p.y)[(first + i / channels) * p.channels + first_channel + i % channels] =
-        tile[i % channels][i / channels];
+  // A thread's next element is the 256th after its last one.
+  const int positions_further = 256u / unsigned(channels);
+  const int channels_further = 256 - positions_further * channels;
+  int position = threadIdx.x / unsigned(channels), channel = threadIdx.x - position * channels;
+  E* const to = static_cast<E*>(p.y) + first * p.channels + first_channel;
+  while (position < count) {
+    to[position * p.channels + channel] = tile[channel][position];
+    position += positions_further;
+    channel += channels_further;
+    if (channel >= channels) {
+      channel -= channels;
+      ++position;
+    }
   }
 }
 
@@ -85,14 +125,19 @@ void launch_gather_visible(const GatherVisibleParams& p, Launch&& launch) {
   if (positions == 0 || p.channels == 0) return;
   with_size(p.element_size, [&](auto element) {
     using E = decltype(element);
+    const auto turned = [&](auto tile) {
+      constexpr int P = tile, kChannels = 2048 / P;
+      const dim3 grid(unsigned((positions + P - 1) / P),
+                      unsigned((p.channels + kChannels - 1) / kChannels));
+      launch(gather_visible_turned<E, P>, grid, dim3(256), 0, GatherVisibleBlocks(p));
+    };
     if (p.stride_channel != 1 && p.channels > 1) {
-      return launch(gather_visible_turned<E>,
-                    dim3(unsigned((positions + 63) / 64), unsigned((p.channels + 31) / 32)),
-                    dim3(256), 0, p);
+      return p.channels <= 8 ? turned(Index<256>{}) : turned(Index<64>{});
     }
     const auto rows = [&](auto unit, const GatherVisibleParams& q) {
       const dim3 block = block_of_rows(q.channels);
-      launch(gather_visible_rows<decltype(unit)>, grid_of_rows(positions, block), block, 0, q);
+      launch(gather_visible_rows<decltype(unit)>, grid_of_rows(positions, block), block, 0,
+             GatherVisibleBlocks(q));
     };
     constexpr int n = int(sizeof(Chunk) / sizeof(E));
     const auto whole = [](int64_t elements) { return elements % n == 0; };

@@ -45,11 +45,11 @@ struct alignas(V * sizeof(T)) Values {
 };
 
 // A thread adds, for V channels of one position, what the windows of all neighbours hold of it, in
-// the order of the neighbour table. `channels` of p is in units of V. Which neighbours to look at
-// is found once for all channels.
-// Launch: grid ceil(positions / blockDim.y), block_of_rows.
+// the order of the neighbour table; two windows are read at a time. `channels` of p is in units of
+// V. Launch: grid ceil(positions / blockDim.y), block_of_rows.
 template <class T, int V>
 __global__ void __launch_bounds__(256) gather_windows_grad_rows(GatherWindowsParams p) {
+  constexpr int kBatch = 2;
   const int log = log2_side(p.side), n = 2 * p.radius + 1;
   const int64_t position = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t block = position >> 2 * log;
@@ -59,19 +59,33 @@ __global__ void __launch_bounds__(256) gather_windows_grad_rows(GatherWindowsPar
   const Holders rows = holders(row, p.top, p.rows, log);
   const Holders columns = holders(column, p.left, p.columns, log);
   const int32_t* const own = p.neighbours + (block * n + p.radius) * n + p.radius;
+  const int positions = p.rows * p.columns;                       // of a window
+  const int place = (row + p.top) * p.columns + column + p.left;  // in the window of its own block
   for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) {
     const Values<T, V>* const from = static_cast<const Values<T, V>*>(p.from) + c;
     Acc<T> sum[V] = {};
-    for (int i = rows.first; i <= rows.last; ++i) {
+    int i = columns.first <= columns.last ? rows.first : rows.last + 1, j = columns.first;
 #pragma unroll 1  // few windows reach a position; the registers serve more warps
-      for (int j = columns.first; j <= columns.last; ++j) {
-        const int64_t window = own[i * n + j];
-        if (window < 0) continue;
-        const int64_t line = window * p.rows + (row + p.top - i * p.side);
-        const int64_t at = line * p.columns + (column + p.left - j * p.side);
-        const Values<T, V> x = from[at * p.channels];
+    while (i <= rows.last) {
+      int64_t at[kBatch];  // -1: hidden
 #pragma unroll
-        for (int v = 0; v < V; ++v) sum[v] += load(&x.value[v]);
+      for (int k = 0; k < kBatch; ++k) {
+        const bool exists = i <= rows.last;
+        const int32_t window = own[exists ? i * n + j : 0];
+        const int shift = (i * p.columns + j) * p.side;
+        at[k] = exists && window >= 0 ? int64_t(window) * positions + (place - shift) : -1;
+        if (++j > columns.last) j = columns.first, ++i;
+      }
+      Values<T, V> x[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        if (at[k] >= 0) x[k] = from[at[k] * p.channels];
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        if (at[k] < 0) continue;
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += load(&x[k].value[v]);
       }
     }
     Values<T, V> y;

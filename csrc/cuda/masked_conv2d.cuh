@@ -6,42 +6,74 @@
 
 namespace convmae::cuda {
 
+// Starts the copies of a slice's weights as they lie in memory, [channels][K * K].
+template <class T, int K>
+__device__ inline void start_weights(const MaskedConv2dForward& p, const Lane& lane, int64_t slice,
+                                     Chunk* to) {
+  constexpr int kSize = kWarpChannels<T> * K * K, kBatch = 8;
+  const T* const from = static_cast<const T*>(p.weight) + slice * kSize;
+  const int count = int(min(int64_t(kSize), p.channels * (K * K) - slice * kSize));
+  if (p.wide && reinterpret_cast<uintptr_t>(from) % sizeof(Chunk) == 0) {
+    constexpr int n = int(sizeof(Chunk) / sizeof(T));
+#pragma unroll
+    for (int i = lane.lane; i < kSize / n; i += 32) {
+      if (i < count / n) copy_chunk(to + i, from + i * n);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int first = lane.lane; first < count; first += 32 * kBatch) {
+    T values[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + 32 * i < count) values[i] = from[first + 32 * i];
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + 32 * i < count) reinterpret_cast<T*>(to)[first + 32 * i] = values[i];
+    }
+  }
+}
+
 // A square kernel of dilation 1 on blocks of side S or, for S = 4, larger. The weights of a lane's
 // channels stay in registers for a whole run of tiles, and a position that is read serves every
 // output of the tile that it reaches.
-// Launch: p.slices * p.runs thread blocks of 32 threads. Needs words: channels * sizeof(T) a
-// multiple of 4, x and y aligned to 4 bytes, to 16 where p.wide.
+// Launch: grid (p.slices, p.runs), block 32. Needs words: channels * sizeof(T) a multiple of 4, x
+// and y aligned to 4 bytes, to 16 where p.wide.
 template <class T, int S, int K>
 __global__ void __launch_bounds__(32) masked_conv2d_tiles(MaskedConv2dForward p) {
   constexpr int V = kWordChannels<T>;
   __shared__ TileMemory<S, K, 0> memory;
-  const int64_t slice = blockIdx.x % p.slices, run = blockIdx.x / p.slices;
-  const Lane lane(threadIdx.x, slice, int(p.channels * sizeof(T)), p.wide);
-  const int64_t channel = slice * kWarpChannels<T> + lane.lane * V;
+  const int64_t slice = blockIdx.x, run = blockIdx.y;
+  const Lane lane(threadIdx.x, int(slice), uint32_t(p.channels * sizeof(T)), p.wide);
 
-  // The slice's weights are [channels][K * K] in memory: coalesced through shared memory.
-  static_assert(kWarpChannels<T> * K * K * sizeof(T) <= sizeof(memory.places));
-  T* const staged = reinterpret_cast<T*>(memory.places);
-  const int64_t start = slice * kWarpChannels<T> * K * K, end = p.channels * K * K;
-  for (int64_t i = lane.lane; i < kWarpChannels<T> * K * K && start + i < end; i += 32) {
-    staged[i] = static_cast<const T*>(p.weight)[start + i];
-  }
-  __syncthreads();
+  static_assert(kWarpChannels<T> * K * K * sizeof(T) <= sizeof(memory.places[1]));
+  start_weights<T, K>(p, lane, slice, memory.places[1]);
   float weight[K * K][V], bias[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    const bool exists = channel + v < p.channels;
-    bias[v] = exists && p.bias != nullptr ? load(static_cast<const T*>(p.bias) + channel + v) : 0;
-#pragma unroll
-    for (int tap = 0; tap < K * K; ++tap) {
-      weight[tap][v] = exists ? load(staged + (lane.lane * V + v) * K * K + tap) : 0;
-    }
+    const bool exists = lane.has_word && p.bias != nullptr;
+    const int64_t channel = slice * kWarpChannels<T> + lane.lane * V + v;
+    bias[v] = exists ? load(static_cast<const T*>(p.bias) + channel) : 0;
   }
-  // walk_tiles writes to the places only after barriers of its own.
-  const int64_t first = run * p.tiles_per_run;
+  char* const y = kept(static_cast<char*>(p.y) + slice * 128 + lane.lane * 4);
+  const int64_t first = run * p.tiles_per_run, last = min(first + p.tiles_per_run, p.tiles);
   walk_tiles<S, K>(
-      p, lane, first, min(first + p.tiles_per_run, p.tiles), memory, [](int64_t, Chunk*) {},
-      [&](int64_t tile, uint32_t visible, const Chunk* places) {
+      p, lane, int32_t(first), int32_t(last), memory, [](int32_t, Chunk*) {},
+      [&](const Chunk* places) {
+        // K * K words for each lane, in which the taps of its first channel come first.
+        const uint32_t* words = places->words + lane.lane * (K * K);
+#pragma unroll
+        for (int i = 0; i < K * K; ++i) {
+          float values[V];
+          unpack(T{}, words[i], values);
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            weight[(i * V + v) % (K * K)][(i * V + v) / (K * K)] = values[v];
+          }
+        }
+      },
+      [&](int32_t tile, uint32_t visible, const Chunk* places) {
         float sum[S * S][V];
 #pragma unroll
         for (int o = 0; o < S * S; ++o) {
@@ -58,12 +90,10 @@ __global__ void __launch_bounds__(32) masked_conv2d_tiles(MaskedConv2dForward p)
           }
         });
         if (!lane.has_word) return;
-        char* y = static_cast<char*>(p.y) + slice * 128 + lane.lane * 4 +
-                  tile * (S * S * lane.position_bytes);
+        char* out = advance(y, tile * (S * S), lane.position_bytes);
 #pragma unroll
-        for (int o = 0; o < S * S; ++o) {
-          *reinterpret_cast<uint32_t*>(y + int64_t(zorder(o / S, o % S)) * lane.position_bytes) =
-              pack(T{}, sum[o]);
+        for (int rank = 0; rank < S * S; ++rank, out += lane.position_bytes) {
+          store_word(pack(T{}, sum[zorder_row(rank) * S + zorder_column(rank)]), out);
         }
       });
 }
@@ -120,8 +150,8 @@ void launch_masked_conv2d(const MaskedConv2dForward& p, Launch&& launch) {
              dim3(unsigned((groups + 7) / 8), unsigned((p.channels + 31) / 32)), dim3(32, 8), 0, p);
     } else if constexpr (!std::is_same_v<T, double>) {
       with_tile_shape(p, [&](auto side, auto kernel) {
-        launch(masked_conv2d_tiles<T, side, kernel>, dim3(unsigned(p.slices * p.runs)), dim3(32), 0,
-               p);
+        launch(masked_conv2d_tiles<T, side, kernel>, dim3(unsigned(p.slices), unsigned(p.runs)),
+               dim3(32), 0, p);
       });
     }
   });

@@ -7,23 +7,32 @@
 
 namespace convmae::cuda {
 
-// A square kernel of dilation 1 on blocks of side S or, for S = 4, larger. A lane keeps the sums of
-// its channels in registers for the whole run.
-// Launch: p.slices * p.runs thread blocks of 32 threads. Needs words: channels * sizeof(T) a
-// multiple of 4, x and grad aligned to 4 bytes, to 16 where p.wide.
+// A square kernel of dilation 1 on blocks of side S or, for S = 4, larger. The warps of a thread
+// block take parts of its run. A lane keeps the sums of its channels in registers for the whole
+// part; at the end those of all warps are added up.
+// Launch: grid (p.slices, p.runs), block (32, kReducingWarps<S, K>). Needs words: channels *
+// sizeof(T) a multiple of 4, x and grad aligned to 4 bytes, to 16 where p.wide.
 template <class T, int S, int K>
-__global__ void __launch_bounds__(32) masked_conv2d_weight_grad_tiles(MaskedConv2dWeightGrad p) {
+__global__ void __launch_bounds__(32 * kReducingWarps<S, K>)
+    masked_conv2d_weight_grad_tiles(MaskedConv2dWeightGrad p) {
   constexpr int V = kWordChannels<T>, kPlaces = Surroundings<S, K>::kPlaces;
-  __shared__ TileMemory<S, K, S * S> memory;
-  const int64_t slice = blockIdx.x % p.slices, run = blockIdx.x / p.slices;
-  const Lane lane(threadIdx.x, slice, int(p.channels * sizeof(T)), p.wide);
+  constexpr int kWarps = kReducingWarps<S, K>, kRows = 1 + K * K;
+  __shared__ TileMemory<S, K, S * S> memories[kWarps];
+  const int64_t slice = blockIdx.x, run = blockIdx.y;
+  const int warp = __shfl_sync(0xffffffffu, int(threadIdx.y), 0);  // so that all lanes agree
+  TileMemory<S, K, S * S>& memory = memories[warp];
+  const Lane lane(threadIdx.x, int(slice), uint32_t(p.channels * sizeof(T)), p.wide);
+  const char* const grads = kept(static_cast<const char*>(p.grad) + lane.byte);
   float bias[V] = {}, sum[K * K][V] = {};
 
-  const int64_t first = run * p.tiles_per_run;
+  const int64_t begin = run * p.tiles_per_run, end = min(begin + p.tiles_per_run, p.tiles);
+  const int64_t part = (p.tiles_per_run + kWarps - 1) / kWarps;
+  const int64_t first = begin + warp * part, last = min(first + part, end);
   walk_tiles<S, K>(
-      p, lane, first, min(first + p.tiles_per_run, p.tiles), memory,
-      [&](int64_t tile, Chunk* places) { copy_tile<S>(lane, p.grad, tile, places); },
-      [&](int64_t, uint32_t visible, const Chunk* places) {
+      p, lane, int32_t(first), int32_t(last), memory,
+      [&](int32_t tile, Chunk* places) { copy_tile<S>(lane, grads, tile, places); },
+      [](const Chunk*) {},
+      [&](int32_t, uint32_t visible, const Chunk* places) {
         float grad[S * S][V];
         const uint32_t* words = places[kPlaces * 8 + lane.lane / 4].words + lane.lane % 4;
 #pragma unroll
@@ -43,15 +52,44 @@ __global__ void __launch_bounds__(32) masked_conv2d_weight_grad_tiles(MaskedConv
         });
       });
 
-  if (!lane.has_word) return;
-  float* out = static_cast<float*>(p.partial) + run * (1 + K * K) * p.channels +
-               slice * kWarpChannels<T> + lane.lane * V;
+  const int64_t start = slice * kWarpChannels<T>;  // the first channel
+  float* const out = static_cast<float*>(p.partial) + run * kRows * p.channels + start;
+  if constexpr (kWarps == 1) {
+    if (!lane.has_word) return;
 #pragma unroll
-  for (int v = 0; v < V; ++v) out[v] = bias[v];
+    for (int row = 0; row < kRows; ++row) {
 #pragma unroll
-  for (int tap = 0; tap < K * K; ++tap) {
+      for (int v = 0; v < V; ++v) {
+        out[row * p.channels + lane.lane * V + v] = row == 0 ? bias[v] : sum[max(row, 1) - 1][v];
+      }
+    }
+    return;
+  }
+
+  // The sums of a warp, [kRows][channels of a warp], where its tiles were.
+  struct alignas(4 * V) Sums {
+    float value[V];
+  };
+  static_assert(kRows * kWarpChannels<T> * sizeof(float) <= sizeof(memory));
+  __syncwarp();
+  Sums* const own = reinterpret_cast<Sums*>(memory.places) + lane.lane;
 #pragma unroll
-    for (int v = 0; v < V; ++v) out[(1 + tap) * p.channels + v] = sum[tap][v];
+  for (int row = 0; row < kRows; ++row) {
+    Sums& sums = own[row * 32];
+#pragma unroll
+    for (int v = 0; v < V; ++v) sums.value[v] = row == 0 ? bias[v] : sum[max(row, 1) - 1][v];
+  }
+  __syncthreads();
+  constexpr int kRowsAtOnce = 32 * kWarps / kWarpChannels<T>;
+  const int thread = warp * 32 + lane.lane, channel = thread % kWarpChannels<T>;
+  if (start + channel >= p.channels) return;
+  for (int row = thread / kWarpChannels<T>; row < kRows; row += kRowsAtOnce) {
+    float total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      total += reinterpret_cast<const float*>(memories[w].places)[row * kWarpChannels<T> + channel];
+    }
+    out[row * p.channels + channel] = total;
   }
 }
 
@@ -130,8 +168,9 @@ void launch_masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, Launch&& 
              dim3(32, 8), 0, p);
     } else if constexpr (!std::is_same_v<T, double>) {
       with_tile_shape(p, [&](auto side, auto kernel) {
-        launch(masked_conv2d_weight_grad_tiles<T, side, kernel>, dim3(unsigned(p.slices * p.runs)),
-               dim3(32), 0, p);
+        launch(masked_conv2d_weight_grad_tiles<T, side, kernel>,
+               dim3(unsigned(p.slices), unsigned(p.runs)), dim3(32, kReducingWarps<side, kernel>),
+               0, p);
       });
     }
     launch(masked_conv2d_weight_grad_sum<T>, dim3(unsigned((rows * p.channels + 31) / 32)),

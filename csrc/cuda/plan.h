@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/tile_memory.h"
 #include "masked_conv2d.h"
 
 namespace convmae::cuda {
@@ -27,8 +28,8 @@ inline void plan_tiles(MaskedConv2dRuns& p, std::initializer_list<const void*> t
   p.log_tiles = 0;
   while (side << p.log_tiles < p.side) ++p.log_tiles;
   p.tiles = p.blocks << 2 * p.log_tiles;
-  // Tiles, and the bytes of one, are counted in 32 bits.
-  const bool small = p.tiles < int64_t(1) << 31 && bytes * 16 < int64_t(1) << 31;
+  // Positions, and the bytes of a tile, are counted in 32 bits.
+  const bool small = p.blocks * p.side * p.side < int64_t(1) << 31 && bytes * 16 < int64_t(1) << 31;
   const bool runs_on_tiles =
       p.dtype != DType::Double && square && dense && side >= 2 && small && all_aligned(4);
   p.tile_side = runs_on_tiles ? side : 0;
@@ -40,26 +41,39 @@ inline void plan_tiles(MaskedConv2dRuns& p, std::initializer_list<const void*> t
   }
 }
 
+constexpr int64_t kMaxRuns = 65535;  // the second dimension of a grid
+
 inline void cut_runs(MaskedConv2dRuns& p, int64_t runs) {
-  p.tiles_per_run = std::max<int64_t>(1, ceil_div(p.tiles, std::max<int64_t>(1, runs)));
+  p.tiles_per_run = std::max<int64_t>(1, ceil_div(p.tiles, std::clamp<int64_t>(runs, 1, kMaxRuns)));
   p.runs = std::max<int64_t>(1, ceil_div(p.tiles, p.tiles_per_run));
 }
 
-// A run loads its weights once, so it should be long; and there should be several warps for each of
-// the places that a multiprocessor has for them, about 12, so that all end at the same time.
-inline void plan_forward(MaskedConv2dForward& p, int multiprocessors) {
+// The first step of a plan: which kernel. The second one cuts runs for the GPU.
+inline void plan_forward(MaskedConv2dForward& p) {
   plan_tiles(p, {p.x, p.y});
-  const int64_t warps = int64_t(multiprocessors) * 24;
-  const int64_t runs = std::max(ceil_div(warps, std::max<int64_t>(1, p.slices)), p.tiles / 64);
-  cut_runs(p, runs);
+  cut_runs(p, 1);
 }
 
-// The number of runs depends on the problem only, so that the order of the sum does: eight warps
-// for each of the 132 multiprocessors of an H100, as far as there are four tiles for each.
+// A run loads its weights once and fills its pipeline once, so it should be long; and as many as
+// the GPU holds warps should be there at once, so that they end together.
+inline void cut_forward(MaskedConv2dForward& p, int64_t warps) {
+  cut_runs(p, warps / std::max<int64_t>(1, p.slices));
+}
+
+// The number of runs depends on the problem only, so that the order of the sum does: as many thread
+// blocks as an H100 holds at a time, as far as there are four tiles for each of their warps. The
+// kernel for any shape has its share of eight for each multiprocessor.
 inline void plan_weight_grad(MaskedConv2dWeightGrad& p) {
   plan_tiles(p, {p.x, p.grad});
-  const int64_t runs = 8 * 132 / std::max<int64_t>(1, p.slices);
-  cut_runs(p, std::clamp<int64_t>(runs, 1, std::max<int64_t>(1, p.tiles / 4)));
+  int64_t blocks = 8 * 132, warps = 1;
+  if (p.tile_side > 0) {
+    with_tile_shape(p, [&](auto side, auto kernel) {
+      blocks = kReducingBlocks<side, kernel>;
+      warps = kReducingWarps<side, kernel>;
+    });
+  }
+  const int64_t most = std::max<int64_t>(1, p.tiles / (4 * warps));
+  cut_runs(p, std::clamp<int64_t>(blocks / std::max<int64_t>(1, p.slices), 1, most));
 }
 
 }  // namespace convmae::cuda

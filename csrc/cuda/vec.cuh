@@ -9,14 +9,10 @@
 #include <cuda_pipeline.h>
 #endif
 
+#include "cuda/tile_memory.h"
 #include "numbers.h"
 
 namespace convmae::cuda {
-
-// Sixteen bytes, the widest access to memory.
-struct alignas(16) Chunk {
-  uint32_t words[4];
-};
 
 // A lane works on the channels of one word of 4 bytes, a warp on 128 bytes of channels.
 template <class T>
@@ -28,6 +24,74 @@ __device__ inline float as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+
+// The same value, which the compiler keeps in a register: it does not know where it comes from, so
+// it cannot compute it again at every use. All lanes of the warp must call it.
+__device__ inline uint32_t kept(uint32_t x) {
+#if defined(__CUDA_ARCH__)
+  return __shfl_xor_sync(0xffffffffu, x, 0);
+#else
+  return x;
+#endif
+}
+template <class T>
+__device__ inline T* kept(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  return reinterpret_cast<T*>(__shfl_xor_sync(0xffffffffu, reinterpret_cast<uint64_t>(pointer), 0));
+#else
+  return pointer;
+#endif
+}
+
+// pointer + count * bytes, in one instruction.
+template <class Byte>
+__device__ inline Byte* advance(Byte* pointer, uint32_t count, uint32_t bytes) {
+  static_assert(sizeof(Byte) == 1);
+#if defined(__CUDA_ARCH__)
+  uint64_t result;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(result) : "r"(count), "r"(bytes), "l"(pointer));
+  return reinterpret_cast<Byte*>(result);
+#else
+  return pointer + uint64_t(count) * bytes;
+#endif
+}
+
+// The upper half of the product.
+__device__ inline uint64_t high_product(uint64_t a, uint64_t b) {
+#if defined(__CUDA_ARCH__)
+  return __umul64hi(a, b);
+#else
+  return uint64_t(static_cast<unsigned __int128>(a) * b >> 64);
+#endif
+}
+
+// Reads and writes global memory: the compiler does not see that a pointer from `advance` leads
+// there.
+__device__ inline uint32_t load_word(const void* global) {
+  uint32_t word;
+#if defined(__CUDA_ARCH__)
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(word) : "l"(global) : "memory");
+#else
+  std::memcpy(&word, global, 4);
+#endif
+  return word;
+}
+__device__ inline void store_word(uint32_t word, void* global) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(global), "r"(word) : "memory");
+#else
+  std::memcpy(global, &word, 4);
+#endif
+}
+
+// A byte of a word, the lowest one first.
+__device__ inline uint32_t byte_of(uint32_t word, int byte) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(word, 0, 0x4440 + byte);
+#else
+  return word >> 8 * byte & 0xff;
+#endif
 }
 
 // A value in the accumulation type, and back.

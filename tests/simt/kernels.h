@@ -1,6 +1,8 @@
 // Launches of the project's kernels on the emulator.
 #pragma once
 
+#include <cstdint>
+
 #include "gather_visible.h"
 #include "gather_windows.h"
 #include "masked_conv2d.h"
@@ -9,6 +11,7 @@
 
 namespace simt {
 
+uint64_t divide(uint64_t x, uint64_t divisor);
 void gather_visible(const convmae::GatherVisibleParams& p, unsigned seed);
 void scatter_visible(const convmae::ScatterVisibleRows& rows,
                      const convmae::ScatterVisibleParams& p, unsigned seed);

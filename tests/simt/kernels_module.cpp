@@ -14,6 +14,7 @@ using simt::Shape;
 using Pair = std::array<int, 2>;
 
 // `storage` is the memory of the images, the first of them at `first`; `strides` in elements.
+// Blocks are found as among so many `cells` of all images.
 py::array gather_visible(const py::array& storage, py::ssize_t first,
                          const std::array<int64_t, 4>& strides, const py::array& block_index,
                          int channels, Pair grid, int side, unsigned seed) {
@@ -143,13 +144,13 @@ void fill_params(convmae::MaskedConv2dParams& p, int dtype, const py::array& x,
   p.dilation_columns = dilation[1];
 }
 
-// `runs`: cut the tiles into that many runs; 0: as for a GPU of `multiprocessors`. x and y lie
-// `offset` elements after a multiple of 16 bytes. Also returns the side of the tiles.
+// `runs`: cut the tiles into that many runs; 0: as for a GPU that holds `warps`. x, weight and y
+// lie `offset` elements after a multiple of 16 bytes. Also returns the side of the tiles.
 std::pair<py::array, int> masked_conv2d(int dtype, const py::array& x, const py::array& weight,
                                         const std::optional<py::array>& bias,
                                         const py::array& neighbours, Pair dilation, size_t offset,
-                                        int multiprocessors, int64_t runs, unsigned seed) {
-  const DeviceArray in(x, offset), taps(weight), table(neighbours);
+                                        int64_t warps, int64_t runs, unsigned seed) {
+  const DeviceArray in(x, offset), taps(weight, offset), table(neighbours);
   const DeviceArray y(x.dtype(), Shape(x.shape(), x.shape() + 3), offset);
   std::optional<DeviceArray> bias_row;
   if (bias) bias_row.emplace(*bias);
@@ -159,7 +160,8 @@ std::pair<py::array, int> masked_conv2d(int dtype, const py::array& x, const py:
   p.weight = taps.data();
   p.bias = bias_row ? bias_row->data() : nullptr;
   p.y = y.data();
-  convmae::cuda::plan_forward(p, multiprocessors);
+  convmae::cuda::plan_forward(p);
+  convmae::cuda::cut_forward(p, warps);
   if (runs > 0) convmae::cuda::cut_runs(p, runs);
   simt::masked_conv2d(p, seed);
   return {y.numpy(), p.tile_side};
@@ -191,6 +193,7 @@ std::tuple<py::array, py::array, int> masked_conv2d_weight_grad(
 }  // namespace
 
 PYBIND11_MODULE(simt_kernels, m) {
+  m.def("divide", [](uint64_t x, uint64_t divisor, unsigned) { return simt::divide(x, divisor); });
   m.def("gather_visible", &gather_visible);
   m.def("scatter_visible", &scatter_visible);
   m.def("gather_windows", &gather_windows);

@@ -9,6 +9,8 @@
 
 namespace simt {
 
+uint64_t divide(uint64_t x, uint64_t divisor) { return convmae::cuda::Divisor(divisor).divide(x); }
+
 void gather_visible(const convmae::GatherVisibleParams& p, unsigned seed) {
   convmae::cuda::launch_gather_visible(p, Launcher{seed});
 }

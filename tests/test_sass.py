@@ -1,0 +1,158 @@
+"""The warp of `docs/sass/` that counts instructions: right numbers, and right counts."""
+
+import numpy as np
+import pytest
+import torch
+
+from convmae_kernels.ops import reference
+from convmae_kernels.ops.library import WHY_NOT_COMPILED
+from docs import kernel_report, sass, tile_walk
+
+COMPILED = WHY_NOT_COMPILED is None
+ARCHS = torch.ops.convmae.cuda_architectures().split(", ") if COMPILED else [""]
+needs_code_for_sm_90 = pytest.mark.skipif(
+    "9.0" not in [arch.removesuffix("+PTX") for arch in ARCHS]
+    or kernel_report.find_tool("cuobjdump") is None,
+    reason="there are no kernels for sm_90, or no cuobjdump",
+)
+
+# out[lane] = lane * (lane + 1) / 2 for lanes below n, 7 for the others: two ways, one with a loop.
+TRIANGLE = """
+        Function : triangle
+        /*0000*/                   S2R R0, SR_TID.X ;          /* 0x0 */
+                                                               /* 0x0 */
+        /*0010*/                   ULDC UR4, c[0x0][0x218] ;   /* 0x0 */
+        /*0020*/                   LDC.64 R2, c[0x0][0x210] ;  /* 0x0 */
+        /*0030*/                   BSSY B0, 0xd0 ;             /* 0x0 */
+        /*0040*/                   ISETP.GE.AND P0, PT, R0, UR4, PT ;
+        /*0050*/                   IMAD.MOV.U32 R4, RZ, RZ, 0x7 ;
+        /*0060*/               @P0 BRA 0xc0 ;
+        /*0070*/                   CS2R R4, SRZ ;
+        /*0080*/                   IADD3 R4, R4, R5, RZ ;
+        /*0090*/                   ISETP.LT.AND P1, PT, R5, R0, PT ;
+        /*00a0*/                   VIADD R5, R5, 0x1 ;
+        /*00b0*/               @P1 BRA 0x80 ;
+        /*00c0*/                   BSYNC B0 ;
+        /*00d0*/                   IMAD.WIDE.U32 R2, R0, 0x4, R2 ;
+        /*00e0*/                   STG.E desc[UR4][R2.64], R4 ;
+        /*00f0*/                   EXIT ;
+"""
+
+
+def triangle(n):
+    code = sass.functions(TRIANGLE)["triangle"]
+    memory = np.zeros(4 * 32, np.uint8)
+    warp = sass.Warp(code, np.array([sass.MEMORY_BASE, n], np.uint64).tobytes(), memory)
+    return warp, warp.run(), memory.view(np.uint32)
+
+
+@pytest.mark.parametrize("n", [0, 1, 20, 32])
+def test_lanes_that_part_and_meet_again(n):
+    warp, total, out = triangle(n)
+    lanes = np.arange(32)
+    assert np.array_equal(out, np.where(lanes < n, lanes * (lanes + 1) // 2, 7))
+    # The loop goes on as long as its last lane. Lanes leave it one after another, each to wait at
+    # BSYNC, as do the lanes that never entered it; after it all go on together.
+    arrivals = n + (n < 32)
+    assert warp.count("VIADD") == n
+    assert warp.count("BSYNC") == arrivals
+    assert [warp.count(kind) for kind in ("STG", "EXIT", "CS2R")] == [1, 1, n > 0]
+    assert total == sum(warp.issued) == 10 + arrivals + (1 + 4 * n if n else 0)
+
+
+def test_what_is_not_known_is_refused():
+    code = sass.functions(TRIANGLE.replace("VIADD R5, R5, 0x1", "QUADD R5, R5, 0x1"))["triangle"]
+    memory = np.zeros(4 * 32, np.uint8)
+    constants = np.array([sass.MEMORY_BASE, 20], np.uint64).tobytes()
+    with pytest.raises(sass.UnknownInstruction, match="QUADD"):
+        sass.Warp(code, constants, memory).run()
+    code = sass.functions(TRIANGLE)["triangle"]
+    with pytest.raises(RuntimeError, match="outside of memory"):
+        sass.Warp(code, constants, memory[:64]).run()
+    with pytest.raises(RuntimeError, match="did not end within 30"):
+        sass.Warp(code, constants, memory).run(limit=30)
+
+
+# -- the kernels as compiled --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The code of a kernel, and the warps of its thread blocks, by its name."""
+    code = sass.functions(kernel_report.cuobjdump("-sass", "-arch", "sm_90"))
+    kernels = [kernel for kernel in kernel_report.kernels() if kernel.arch == "sm_90"]
+    return {kernel.name: (code[kernel.symbol], kernel.threads // 32) for kernel in kernels}
+
+
+KERNELS = [
+    f"masked_conv2d{op}_tiles<{shape}>"
+    for op in ("", "_weight_grad")
+    for shape in ("bfloat16, 4, 5", "bfloat16, 2, 5", "half, 2, 3", "float, 4, 7", "float, 2, 7")
+]
+
+
+def positions(tiles_first):
+    """Features [tiles, side^2, channels] in the order of packed features, as a tensor."""
+    return torch.from_numpy(tiles_first.astype(np.float64))
+
+
+@needs_code_for_sm_90
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_machine_code_gives_the_reference(name, compiled):
+    """So the walk takes the branches that a GPU takes."""
+    shape = tile_walk.Shape.of(name)
+    code, warps = compiled[name]
+    visible = np.random.default_rng(1).random((9, shape.neighbours)) < 0.5
+    problem = tile_walk.Problem(name, visible, warps)
+    problem.run(code)
+    x, table = positions(problem.x), torch.from_numpy(problem.table)
+    kernel = [shape.kernel, shape.kernel]
+    if shape.reduces:
+        grad = positions(problem.grad)
+        weight, bias = reference.masked_conv2d_weight_grad(grad, x, table, kernel, [1, 1])
+        expected = torch.cat([bias[None], weight.reshape(shape.channels, -1).T])
+    else:
+        weight = positions(problem.weight).reshape(shape.channels, 1, *kernel)
+        expected = reference.masked_conv2d(x, weight, positions(problem.bias), table, [1, 1])
+    exact = shape.reduces or shape.dtype == "float"  # sums in float32, not rounded to a half
+    tolerance = 1e-5 if exact else {"bfloat16": 2**-8, "half": 2**-11}[shape.dtype]
+    found = torch.from_numpy(problem.output().astype(np.float64))
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=50 * 2**-24)
+
+
+def multiply_adds(side, kernel, all_visible):
+    """Pairs of an output of a tile and a position that it reads, in the tile or around it."""
+    halo, read = kernel // 2, range(-(kernel // 2), side + kernel // 2)
+    rows = [(o, i) for o in range(side) for i in read if abs(o - i) <= halo]
+    inside = len([i for _, i in rows if 0 <= i < side])
+    return len(rows) ** 2 if all_visible else inside**2
+
+
+@needs_code_for_sm_90
+@pytest.mark.parametrize("op", ["", "_weight_grad"])
+@pytest.mark.parametrize(("dtype", "kernel"), [("bfloat16", 5), ("float", 7)])
+def test_counts_of_multiply_adds(dtype, kernel, op, compiled):
+    name = f"masked_conv2d{op}_tiles<{dtype}, 4, {kernel}>"
+    channels = 2 if dtype == "bfloat16" else 1  # of a lane
+    counts = tile_walk.count(name, *compiled[name], "FFMA")
+    assert counts.alone == channels * multiply_adds(4, kernel, False)
+    assert counts.all == channels * multiply_adds(4, kernel, True)
+    assert counts.once == 0
+    assert counts.expected(0.5) == (counts.alone + counts.all) / 2
+
+
+@needs_code_for_sm_90
+def test_one_store_for_each_output_and_one_wide_copy_for_four_positions(compiled):
+    name = "masked_conv2d_tiles<bfloat16, 4, 5>"
+    assert tile_walk.count(name, *compiled[name], "STG") == (16, 16, 0)
+    copies = tile_walk.count(name, *compiled[name], "LDGSTS")
+    around = (4 * (2 * 2) + 4 * (2 * 4) + 16) / 4
+    assert (copies.alone, copies.all) == (16 / 4, around)
+    # The weights, 64 channels x 25 taps x 2 bytes: seven copies of 32 lanes.
+    assert copies.once == 7
+
+
+def test_what_copy_speed_allows():
+    card = kernel_report.Card("a card", copy=4e12, multiprocessors=100, hertz=2e9)
+    # 4,000 bytes of a multiprocessor's 40 GB/s take 100 ns: 200 cycles of 4 instructions.
+    assert card.instructions(4000) == pytest.approx(800)
