@@ -106,7 +106,9 @@ class Result:
 
     def __str__(self) -> str:
         numbers = ", ".join(f"{self.counts[k]} {k}" for k in ("passed", "skipped", "failed"))
-        end = "ok" if self.good else f"FAILED (exit code {self.exit_code} of pytest)"
+        end = "ok" if self.counts["passed"] else "nothing ran"
+        if not self.good:
+            end = f"FAILED (exit code {self.exit_code} of pytest)"
         return f"{self.name:14} {numbers}, {self.seconds:.0f} s: {end}"
 
 
@@ -225,7 +227,10 @@ def run_suite(
 
 
 def read_report(file: Path) -> tuple[Counter[str], Counter[str]]:
-    """The numbers of tests that passed, were skipped and failed, and why they were skipped."""
+    """The numbers of tests that passed, were skipped and failed, and why they were skipped.
+
+    A file that is skipped as a whole counts as one test.
+    """
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     for case in ElementTree.parse(file).iter("testcase"):
@@ -234,7 +239,12 @@ def read_report(file: Path) -> tuple[Counter[str], Counter[str]]:
             counts["failed"] += 1
         elif skipped is not None:
             counts["skipped"] += 1
-            reasons[skipped.get("message", "")] += 1
+            whole_file = re.search(r"Skipped: (.*?)['\"]\)$", skipped.text or "")
+            if skipped.get("message") == "collection skipped" and whole_file is not None:
+                name = case.get("name", "").rpartition(".")[2]
+                reasons[f"all of {name}.py: {whole_file[1]}"] += 1
+            else:
+                reasons[skipped.get("message", "")] += 1
         else:
             counts["passed"] += 1
     return counts, reasons

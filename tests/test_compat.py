@@ -1,6 +1,8 @@
 """`make compat`: what it refuses, what it keeps of constraints.txt, and what it reports."""
 
+import os
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -87,10 +89,41 @@ def test_a_suite(text, counts, good, tmp_path, monkeypatch):
     path = {"PATH": str(Path(sys.executable).parent), "PYTHONPATH": ":".join(sys.path)}
     result = compat.run_suite(python, "a suite", [file], 1, path)
     assert (result.counts, result.good) == (Counter(counts), good)
-    assert str(result).endswith(": ok") == good
+    end = f": {'ok' if counts.get('passed') else 'nothing ran'}"
+    assert str(result).endswith(end if good else " of pytest)")
     assert result.reasons.total() == result.counts["skipped"]
     if text == SOME:
         assert result.reasons == {"a reason": 1}
+    if "importorskip" in text:
+        reason = "could not import 'no_such_module': No module named 'no_such_module'"
+        assert result.reasons == {f"all of test_it.py: {reason}": 1}
+
+
+@pytest.mark.parametrize(
+    ("age", "exit_code", "built"), [(None, 0, True), (-9, 0, True), (9, 0, False), (-9, 3, True)]
+)
+def test_the_library_is_built_if_it_is_older(age, exit_code, built, tmp_path, monkeypatch, capsys):
+    """`age`: by how many seconds the library is newer than the sources; None: not there."""
+    library, python, ran = tmp_path / "_C.so", tmp_path / "python", tmp_path / "ran"
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    for source in ("setup.py", "csrc/cpu/op.cpp"):
+        (tmp_path / source).write_text("")
+    python.write_text(f'#!/bin/sh\necho "$@" > {ran}\ntouch {library}\nexit {exit_code}\n')
+    python.chmod(0o755)
+    now = time.time()
+    if age is not None:
+        library.write_text("")
+        os.utime(library, (now + age, now + age))
+    monkeypatch.setattr(compat, "ROOT", tmp_path)
+    monkeypatch.setattr(compat, "LIBRARY", library)
+    if exit_code:
+        with pytest.raises(compat.CompatError, match="_C.so could not be built"):
+            compat.make_library(python, dict(os.environ))
+    else:
+        compat.make_library(python, dict(os.environ))
+    assert ran.is_file() == built
+    assert not built or ran.read_text() == "setup.py --quiet build_ext --inplace\n"
+    assert ("taken as it is" in capsys.readouterr().out) == (not built)
 
 
 @pytest.mark.parametrize(("failing", "code"), [(None, 0), ("kernels", 1)])
