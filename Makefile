@@ -6,7 +6,7 @@ CODE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 SOURCES := $(CODE) setup.py
 export CONVMAE_REQUIRE_EXT = 1
 
-.PHONY: demo fashion-mnist test lint bench gpu build clean
+.PHONY: demo fashion-mnist test compat lint bench gpu build clean
 
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,10 @@ data/fashion-mnist:
 test: build
 	$(BIN)/pytest -n 2 --dist worksteal
 
+# make compat TORCH=2.11.0 PYTHON=python3.12: the tests under another torch, see docs/compatibility.md
+compat:
+	@$(PYTHON) tests/compat.py "$(TORCH)" --workers $(or $(WORKERS),2)
+
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,4 +54,4 @@ gpu:
 	bash benchmarks/gpu.sh $(STAGES)
 
 clean:
-	rm -rf .venv build *.egg-info convmae_kernels/_C.so
+	rm -rf .venv .venv-compat build *.egg-info convmae_kernels/_C.so

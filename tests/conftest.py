@@ -14,7 +14,7 @@ WARNINGS_OF_OTHERS = (
     r"ignore:There is a performance drop because we have not yet implemented the batching rule",
     r"ignore:.*isinstance\(treespec, LeafSpec\).*:FutureWarning",
     r"ignore:`torch.jit.script` is deprecated:FutureWarning",
-    r"ignore:`torch.jit.script` is deprecated:DeprecationWarning",
+    r"ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning",
 )
 
 

@@ -4,11 +4,8 @@ import copy
 import re
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import SEModule
-from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
 import convmae_kernels as ck
@@ -17,6 +14,7 @@ from convmae_kernels.equivalence import MaskedDense
 from convmae_kernels.packed import HANDLERS
 from convmae_kernels.testing import make_mask, random_tensor
 
+timm = pytest.importorskip("timm")
 MASK = ck.BlockMask.from_visible(
     torch.tensor([[[1, 0, 1], [1, 1, 0], [0, 0, 0]], [[0, 1, 1], [0, 0, 0], [1, 0, 0]]]).bool()
 )
@@ -36,7 +34,7 @@ class Block(nn.Module):
         self.conv = nn.Conv2d(width, width, 5, padding=2, groups=width)
         self.norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, 2 * width)
-        self.grn = GlobalResponseNorm(2 * width)
+        self.grn = timm.layers.grn.GlobalResponseNorm(2 * width)
         self.reduce = nn.Linear(2 * width, width)
         self.drop = nn.Dropout(0.2)
         self.gamma = nn.Parameter(torch.full((width, 1, 1), 0.5))
@@ -56,7 +54,7 @@ class Net(nn.Module):
         self.bn = nn.BatchNorm2d(8)
         self.act = nn.ReLU(inplace=True)
         self.block = Block(8)
-        self.se = SEModule(8, rd_channels=4, add_maxpool=True)
+        self.se = timm.layers.SEModule(8, rd_channels=4, add_maxpool=True)
         self.pool = nn.MaxPool2d(3, 2, 1)
         self.gn = nn.GroupNorm(2, 8)
         self.average = nn.AvgPool2d(2)

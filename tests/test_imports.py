@@ -11,28 +11,35 @@ from pathlib import Path
 import pytest
 import torch
 
-from convmae_kernels.ops.library import LIBRARY_FILE, WHY_NOT_TRITON, why_not
+from convmae_kernels.ops.library import LIBRARY_FILE, WHY_NOT_COMPILED, WHY_NOT_TRITON, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS, MODELS = ROOT / "convmae_kernels", ROOT / "convmae"
 OPTIONAL = [
     *("triton", "torchvision", "timm", "PIL", "tqdm", "tensorboard", "safetensors", "tyro"),
-    *("matplotlib", "skimage", "scipy", "webdataset", "yaml", "hypothesis", "pytest"),
+    *("matplotlib", "skimage", "scipy", "webdataset", "wandb", "yaml", "hypothesis", "pytest"),
 ]
 OPS = [
     *("gather_visible", "gather_windows", "gather_windows_grad", "masked_conv2d"),
     *("masked_conv2d_weight_grad", "scatter_visible"),
 ]
-BLOCKER = f"""
+
+
+def blocker(names):
+    """Code after which no package of these names can be imported."""
+    return f"""
 import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {OPTIONAL!r}:
+        if name.partition(".")[0] in {names!r}:
             raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
 
 sys.meta_path.insert(0, Blocker())
 """
+
+
+BLOCKER = blocker(OPTIONAL)
 USE = """
 import torch, convmae_kernels as ck
 mask = ck.BlockMask.random(2, (3, 4), 0.5)
@@ -167,6 +174,21 @@ def test_import_with_torch_and_numpy_only(package):
     assert lines[-1] == "[]"
 
 
+def test_only_their_users_need_the_command_line_shards_and_wandb():
+    """Every module can be imported without these; without others only if they are not there."""
+    names = ["tyro", "webdataset", "wandb"]
+    lines = python(
+        blocker(names) + "import importlib, pkgutil, benchmarks, convmae\nfound = {}\n"
+        "for package in (convmae, benchmarks):\n"
+        "    for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
+        "        try: found[module.name] = importlib.import_module(module.name)\n"
+        "        except ModuleNotFoundError as error: found[module.name] = error.name\n"
+        f"print([name for name, what in found.items() if what in {names!r}])\n"
+        "print('convmae.cli' in found, 'benchmarks.runner' in found)"
+    )
+    assert lines[-2:] == ["[]", "True True"]
+
+
 def test_import_leaves_triton_and_the_compiler_alone():
     heavy = ["triton", "torch._inductor", "torch.utils.cpp_extension", "torchvision", "convmae"]
     lines = python(
@@ -204,14 +226,16 @@ def test_with_triton_and_without_a_gpu():
 
 
 def test_who_has_the_cuda_key():
-    """Triton where the compiled library has no CUDA kernel, and Triton alone in its own library."""
+    """The compiled library if it has CUDA kernels, else Triton; Triton alone in its own library."""
+    triton = WHY_NOT_TRITON is None
+    compiled = WHY_NOT_COMPILED is None and torch.ops.convmae.cuda_architectures() != ""
     has = "torch._C._dispatch_has_kernel_for_dispatch_key"
     lines = python(
         f"import torch, convmae_kernels\nfor name in {OPS!r}:\n"
         f"    print({has}('convmae::' + name, 'CUDA'), {has}('convmae_triton::' + name, 'CUDA'),\n"
         f"          {has}('convmae_triton::' + name, 'CPU'))"
     )
-    assert lines == [f"{WHY_NOT_TRITON is None} {WHY_NOT_TRITON is None} False"] * len(OPS)
+    assert lines == [f"{compiled or triton} {triton} False"] * len(OPS)
 
 
 def test_a_compiled_cuda_kernel_is_not_replaced(copy_without_library):

@@ -259,6 +259,13 @@ def test_compiles_without_break_or_recompilation():
             assert_close(encoder(images, mask), model.forward_encoder(images, mask), 1e-6)
 
 
+def test_one_graph():
+    model = convmae.create_model("convmae_tiny")
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model)(torch.randn(1, 3, 224, 224), noise=torch.rand(1, 196))
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
 def test_exports():
     class Encoder(torch.nn.Module):
         def __init__(self, model):

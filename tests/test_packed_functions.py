@@ -5,10 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, SEModule
-from timm.layers.grn import GlobalResponseNorm
 from torch import nn
-from torchvision.ops import stochastic_depth
 
 from convmae_kernels.testing import random_tensor
 from tests.packed_maps import (
@@ -110,10 +107,11 @@ def test_batch_norm(training, options):
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_layer_norm(affine):
+    layers = pytest.importorskip("timm.layers")
     images = make_map()
     module = nn.LayerNorm(C, elementwise_affine=affine).double()
     assert_same(module(pack(hide(images), True)), module(images.permute(0, 2, 3, 1)), True)
-    per_position = LayerNorm2d(C, affine=affine).double()
+    per_position = layers.LayerNorm2d(C, affine=affine).double()
     assert_same(per_position(pack(hide(images))), per_position(images))
 
 
@@ -131,8 +129,9 @@ def test_group_norm(groups, affine):
 
 
 def test_global_response_norm():
+    grn = pytest.importorskip("timm.layers.grn")
     for last in (False, True):
-        module, images = GlobalResponseNorm(C, channels_last=last).double(), make_map()
+        module, images = grn.GlobalResponseNorm(C, channels_last=last).double(), make_map()
         nn.init.normal_(module.weight)
         nn.init.normal_(module.bias)
         dense = hide(images, 0).permute(0, 2, 3, 1) if last else hide(images, 0)
@@ -252,7 +251,8 @@ def test_adaptive_pooling_to_one(size):
 
 @pytest.mark.parametrize("maximum", [False, True])
 def test_squeeze_excite(maximum):
-    module = SEModule(C, rd_channels=3, add_maxpool=maximum).double()
+    layers = pytest.importorskip("timm.layers")
+    module = layers.SEModule(C, rd_channels=3, add_maxpool=maximum).double()
     images = make_map()
     found = module(pack(hide(images)))
     expected = torch.zeros_like(images)
@@ -342,23 +342,24 @@ def test_dropout(inplace):
 
 @both_layouts
 @pytest.mark.parametrize(
-    "drop",
+    ("package", "name", "arguments"),
     [
-        DropPath(0.4).train(),
-        DropPath(0.4, scale_by_keep=False).train(),
-        lambda x: stochastic_depth(x, 0.4, "row", True),
-        lambda x: stochastic_depth(x, 0.4, "batch", True),
+        ("timm.layers", "drop_path", (0.4, True)),
+        ("timm.layers", "drop_path", (0.4, True, False)),
+        ("torchvision.ops", "stochastic_depth", (0.4, "row", True)),
+        ("torchvision.ops", "stochastic_depth", (0.4, "batch", True)),
     ],
     ids=["timm", "timm, unscaled", "row", "batch"],
 )
-def test_stochastic_depth_drops_the_images_that_it_drops_densely(drop, last):
+def test_stochastic_depth_drops_the_images_that_it_drops_densely(package, name, arguments, last):
+    drop = getattr(pytest.importorskip(package), name)
     images = make_map()
     dense = images.permute(0, 2, 3, 1) if last else images
     seen = set()
     for seed in range(8):
         torch.manual_seed(seed)
-        found = drop(pack(images, last))
+        found = drop(pack(images, last), *arguments)
         torch.manual_seed(seed)
-        assert_same(found, drop(dense), last, exact=True)
+        assert_same(found, drop(dense, *arguments), last, exact=True)
         seen |= {bool((f == 0).all()) for f in found.features}
     assert seen == {True, False}

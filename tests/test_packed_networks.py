@@ -6,7 +6,6 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import SEModule
 from torch import nn
 
 import convmae_kernels as ck
@@ -14,6 +13,7 @@ from convmae_kernels import Packed
 from convmae_kernels.testing import random_tensor
 from tests.packed_maps import INF, MASK, NAN, VISIBLE, B, C, H, W, hide, make_map, pack
 
+layers = pytest.importorskip("timm.layers")
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 # -- gradients, autocast, hidden values, concurrency --------------------------------------------
@@ -29,7 +29,7 @@ class Net(nn.Module):
         self.dw = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.ln = nn.LayerNorm(8)
         self.fc = nn.Linear(8, 8)
-        self.se = SEModule(8, rd_channels=4)
+        self.se = layers.SEModule(8, rd_channels=4)
         self.gamma = nn.Parameter(torch.full((8, 1, 1), 0.5))
         self.head = nn.Linear(8, 3)
 

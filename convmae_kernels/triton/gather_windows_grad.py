@@ -60,7 +60,7 @@ def gather_windows_grad_kernel(
             column = first_column - j * SIDE
             meets = meets_row & (column >= 0) & (column < columns)
             window = tl.load(table_ptr + i * TABLE_SIDE + j, mask=meets, other=-1)
-            source = (window.to(tl.int64) * rows + row) * columns + column
+            source = window.to(tl.int64) * (rows * columns) + row * columns + column
             sums += tl.load(
                 windows_ptr + source[:, None] * channels + channel[None, :],
                 mask=(window >= 0)[:, None] & real[None, :],

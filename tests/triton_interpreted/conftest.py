@@ -2,6 +2,7 @@
 
 import pytest
 import triton
+from triton.runtime import interpreter
 
 from convmae_kernels.triton import (
     gather_visible,
@@ -20,6 +21,23 @@ POSITION_TILES = (
     masked_conv2d,
     scatter_visible,
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bounds_of_loops():
+    """Mends Triton 3.6: `int()` of an array of one element, which numpy has refused since 2.4."""
+    if not triton.__version__.startswith("3.6."):
+        yield
+        return
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_mend
+    yield
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 @pytest.fixture
