@@ -29,6 +29,7 @@ LIBRARY = ROOT / "convmae_kernels" / "_C.so"
 SUITES = {
     "kernels": (
         "test_block_mask.py",
+        "test_cast_together.py",
         "test_determinism.py",
         "test_equivalence.py",
         "test_gather_scatter.py",
@@ -54,6 +55,7 @@ SUITES = {
         "test_models.py",
         "test_models_errors.py",
         "test_models_parameters.py",
+        "test_models_step.py",
         "test_timm.py",
     ),
     "compile": ("test_compiled_networks.py", "test_transforms.py"),
@@ -62,6 +64,7 @@ SUITES = {
         "test_triton_kernels.py",
         "test_triton_tuning.py",
     ),
+    "gpu rehearsal": ("test_budget.py", "test_gpu_rehearsal.py"),
 }
 
 PACKAGES = (

@@ -8,7 +8,6 @@ import convmae
 import convmae_kernels as ck
 from convmae.models import layers
 from convmae.models.tokens import _spread, shared_places
-from convmae.training import pretrain
 from convmae_kernels.ops import arithmetic
 
 SMALL = {
@@ -167,21 +166,3 @@ def test_rates_of_stochastic_depth_share_code():
     assert sorted(set(scale.tolist())) == pytest.approx([0.0, 1 / 0.75])
     assert (scale > 0).float().mean() == pytest.approx(0.75, abs=0.05)
     assert torch.equal(drop.eval()(scale.view(-1, 1, 1)).flatten(), scale)
-
-
-def test_torchcompile_blocks(pictures, tmp_path, monkeypatch):
-    pytest.importorskip("torchvision")
-    from convmae.training import preparation
-    from tests.training_runs import curve, options
-
-    compile_blocks = convmae.ConvMAE.compile_blocks
-    monkeypatch.setattr(
-        convmae.ConvMAE, "compile_blocks", lambda model: compile_blocks(model, "aot_eager")
-    )
-    common = {"epochs": 1, "amp": "float32"}
-    pretrain(options(pictures, tmp_path / "plain", **common))
-    pretrain(options(pictures, tmp_path / "blocks", torchcompile=preparation.BLOCKS, **common))
-    wanted, found = curve(tmp_path / "plain"), curve(tmp_path / "blocks")
-    assert [point[2] for point in found] == pytest.approx([point[2] for point in wanted], rel=1e-5)
-    with pytest.raises(ValueError, match="--torchcompile must be blocks, .* got 'block'"):
-        pretrain(options(pictures, tmp_path / "wrong", torchcompile="block"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from convmae.models.trunk import Trunk
 from convmae.training import ReconstructConfig, StatsConfig, pretrain, reconstruct, stats
 from convmae.training.checkpoint import read_weights
 from tests.training_runs import curve, interrupt_after, options, same, tensors
@@ -104,3 +105,18 @@ def test_other_ways_to_compute_give_the_same_losses(
     pretrain(options(pictures, tmp_path / "other", **common, **changes))
     wanted, found = curve(tmp_path / "plain"), curve(tmp_path / "other")
     assert [point[2] for point in found] == pytest.approx([point[2] for point in wanted], rel=1e-5)
+
+
+def test_torchcompile_blocks(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_blocks = Trunk.compile_blocks
+    monkeypatch.setattr(Trunk, "compile_blocks", lambda model: compile_blocks(model, "aot_eager"))
+    common = {"epochs": 1, "amp": "float32"}
+    pretrain(options(pictures, tmp_path / "plain", **common))
+    pretrain(options(pictures, tmp_path / "blocks", torchcompile="blocks", **common))
+    wanted, found = curve(tmp_path / "plain"), curve(tmp_path / "blocks")
+    assert [point[2] for point in found] == pytest.approx([point[2] for point in wanted], rel=1e-5)
+    with pytest.raises(ValueError, match="--torchcompile must be blocks, .* got 'block'"):
+        pretrain(options(pictures, tmp_path / "wrong", torchcompile="block"))
+    assert not (tmp_path / "wrong").exists()
