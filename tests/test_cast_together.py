@@ -99,6 +99,19 @@ def test_a_parameter_that_is_not_used_has_no_gradient():
     assert weight.grad is not None and bias.grad is None
 
 
+def test_gradients_can_be_differentiated_again():
+    x, results = torch.randn(3, 4), []
+    for together in (False, True):
+        weight, bias = weights()
+        cast = [weight, bias] if together else []
+        with torch.autocast("cpu", torch.bfloat16), cast_together(cast, x):
+            y = multiply(linear, x, weight, bias)
+        first = torch.autograd.grad(y.float().pow(3).sum(), weight, create_graph=True)[0]
+        results.append(torch.autograd.grad(first.square().sum(), (weight, bias)))
+    for plain, cast in zip(*results, strict=True):
+        torch.testing.assert_close(cast, plain)
+
+
 def test_other_threads_have_their_own():
     (weight, _), x, seen = weights(), torch.randn(3, 4), []
     with torch.autocast("cpu", torch.bfloat16), cast_together([weight], x):

@@ -166,3 +166,7 @@ def test_rates_of_stochastic_depth_share_code():
     assert sorted(set(scale.tolist())) == pytest.approx([0.0, 1 / 0.75])
     assert (scale > 0).float().mean() == pytest.approx(0.75, abs=0.05)
     assert torch.equal(drop.eval()(scale.view(-1, 1, 1)).flatten(), scale)
+    drop.train().rate = 0.0
+    assert torch.equal(drop(scale.view(-1, 1, 1)).flatten(), scale)
+    drop.rate = 0.5
+    assert (compiled(torch.ones(4000, 1, 1)) > 0).float().mean() == pytest.approx(0.5, abs=0.05)

@@ -198,16 +198,24 @@ class DropPath(nn.Module):
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
         self.rate = rate
-        self.drops = rate > 0.0
-        self.keep = torch.tensor(1.0 - rate, device="cpu")
+
+    @property
+    def rate(self) -> float:
+        """Share of images whose `x` is dropped; may be set."""
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate: float) -> None:
+        self._rate = rate
+        self._drops, self._keep = rate > 0.0, torch.tensor(1.0 - rate, device="cpu")
 
     def forward(self, x: Tensor, mask: BlockMask | None = None) -> Tensor:
         """Tokens `[N, K, D]`; or packed features `[T, P, C]` and their mask."""
-        if not self.drops or not self.training:
+        if not self._drops or not self.training:
             return x
         images = x.shape[0] if mask is None else mask.batch_size
         if torch.compiler.is_compiling():  # no number in it, so one code serves all rates
-            scale = (torch.rand(images, device=x.device) < self.keep).to(x.dtype) / self.keep
+            scale = (torch.rand(images, device=x.device) < self._keep).to(x.dtype) / self._keep
         else:
             scale = x.new_empty(images).bernoulli_(1 - self.rate) / (1 - self.rate)
         if mask is not None:

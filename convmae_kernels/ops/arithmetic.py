@@ -93,6 +93,8 @@ class _CastTogether(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        if torch.is_grad_enabled():  # to be differentiated again, which copies into tensors are not
+            return None, *(None if grad is None else grad.float() for grad in grads)
         copies = iter(_copy_together([g for g in grads if g is not None], torch.float32))
         return None, *(None if grad is None else next(copies) for grad in grads)
 
