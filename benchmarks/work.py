@@ -134,7 +134,9 @@ def forward_macs(
         skip_hidden: the encoder before stage 3 works at visible positions, and a depthwise
             convolution at visible taps; otherwise everywhere, with `KERNEL^2` taps each.
         loss_only: the last decoder block's queries, its projection and MLP and `decoder_pred` are
-            computed for hidden blocks alone, which are all that the loss reads.
+            computed for hidden blocks alone, which are all that the loss reads; and in the first
+            one (of several) hidden blocks at the same place of all images share queries, keys and
+            values, which differ later only.
 
     Returns:
         MACs by part (`"patch_embed1"`, `"blocks1"`, ..., `"decoder_pred"`). The depthwise
@@ -143,7 +145,8 @@ def forward_macs(
     visible_per_image = mask.visible.flatten(1).sum(1).tolist()
     length = math.prod(mask.grid)
     visible, total = sum(visible_per_image), mask.num_blocks
-    last = f"decoder_blocks.{_depth(shapes, 'decoder_blocks') - 1}."
+    depth = _depth(shapes, "decoder_blocks")
+    last = f"decoder_blocks.{depth - 1}."
     macs: Counter[str] = Counter()
     for name, shape in shapes.items():
         part = name.split(".")[0]
@@ -161,6 +164,8 @@ def forward_macs(
             macs[part] += visible * math.prod(shape)
         elif loss_only and name.startswith(last) and name.endswith("qkv.weight"):
             macs[part] += (total - visible) * shape[1] ** 2 + total * 2 * shape[1] ** 2
+        elif loss_only and name == "decoder_blocks.0.attn.qkv.weight":
+            macs[part] += min(total, visible + length) * math.prod(shape)
         elif loss_only and (name.startswith(last) or part == "decoder_pred"):
             macs[part] += (total - visible) * math.prod(shape)
         elif part in ("decoder_blocks", "decoder_pred"):

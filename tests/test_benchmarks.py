@@ -92,6 +92,16 @@ def test_macs_of_visible_work():
     assert every1 // 2 < useful1 < every1 and every2 // 4 < useful2 < every2
 
 
+def test_macs_of_tokens_that_are_the_same_in_all_images():
+    shapes = {name: p.shape for name, p in models.parameters("convmae_base").items()}
+    mask = BlockMask.random(8, (14, 14), 0.75, torch.Generator().manual_seed(0))
+    every, needed = (work.forward_macs(shapes, mask, loss_only=flag) for flag in (False, True))
+    one, alone = base_macs(loss_only=False), base_macs()
+    last = 8 * (one["decoder_blocks"] - alone["decoder_blocks"])  # see below
+    shared = (8 - 1) * 147 * 3 * 512**2 - 49 * 3 * 512**2
+    assert every["decoder_blocks"] - needed["decoder_blocks"] == last + shared
+
+
 def test_macs_that_the_loss_needs():
     every, needed = base_macs(loss_only=False), base_macs()
     visible, width = 49, 512  # of the last block: queries, projection, MLP and attention
@@ -109,7 +119,9 @@ def test_matmul_flops_are_those_that_the_model_executes():
         with models.autocast(TINY, torch.bfloat16):
             loss = model(models.images(TINY), noise=TINY.noise()).loss
         loss.backward()
-    assert counted.matmul_flops == counter.get_total_flops()
+    width = known["mask_token"].shape[2]
+    sums = 2 * TINY.block_mask().num_blocks * 4 * width  # of gradients of rows that tokens share
+    assert counted.matmul_flops + sums == counter.get_total_flops()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert counted.bytes == 4 * 10 * trainable
 

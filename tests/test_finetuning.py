@@ -330,7 +330,7 @@ BAD: dict[str, dict[str, Any]] = {
         "std": (0.5, 0.5, 0.5),
     },
     "--std must be a number above 0": {"mean": (0.5,), "std": (0.0,)},
-    "--torchcompile must be one of": {"torchcompile": "inducer"},
+    "--torchcompile must be blocks, which": {"torchcompile": "inducer"},
     "--data_path 'demo' holds pictures without labels": {"data_path": "demo", "max_samples": None},
 }
 
