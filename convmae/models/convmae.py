@@ -298,9 +298,10 @@ class ConvMAE(Trunk):
         x = add_parameter(x, position.index_select(0, mask.block_index % self.num_patches))
         x = torch.cat([x, (self.mask_token[0] + position).to(x.dtype)])  # [T + L, width]
         places = shared_places(mask)
-        *blocks, last = self.decoder_blocks
-        if blocks and len(x) < mask.num_blocks:  # hidden tokens are the same in all images yet
-            x = self.run(blocks.pop(0), x, None, None, places)
+        blocks, last = self.decoder_blocks[:-1], self.decoder_blocks[-1]
+        if len(blocks) and len(x) < mask.num_blocks:  # hidden tokens are the same in all images yet
+            x = self.run(blocks[0], x, None, None, places)
+            blocks = blocks[1:]
         else:
             x = places.spread(x)
         for block in blocks:
