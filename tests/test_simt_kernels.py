@@ -1,245 +1,38 @@
-"""The CUDA kernels on the emulator of `tests/simt`, against the reference in float64."""
+"""The convolution's CUDA kernels on the emulator of `tests/simt`, against the reference in float64.
+
+The barriers of all kernels are tested here too.
+"""
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from simt.emulator import ROOT, EmulatorError, Removed, module, why_not
+from simt.emulator import ROOT, EmulatorError, Removed, why_not
 
 import convmae_kernels as ck
 from convmae_kernels.block_mask import BLOCK_SIZES
 from convmae_kernels.ops import reference
-from convmae_kernels.ops.gather_windows import reach as halo_reach
 from convmae_kernels.testing import (
-    DTYPES,
-    LAYOUTS,
     MASKS,
     assert_within_budget,
     make_mask,
     random_tensor,
 )
+from tests.simt_emulation import (
+    CODES,
+    INF,
+    NAN,
+    SEEDS,
+    all_dtypes,
+    array,
+    emulate,
+    gather,
+    images_for,
+    same,
+    scatter,
+)
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
-
-SEEDS = (0, 1, 2, 3)  # ascending, descending, random, random and interrupted
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-NAN, INF = float("nan"), float("inf")
-
-all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def array(tensor):
-    """The tensor as NumPy sees it; bfloat16, which NumPy lacks, as 16-bit integers."""
-    tensor = tensor.contiguous()
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def emulate(function, *arguments, like, seeds=SEEDS, checker="address", removed=None):
-    """The outputs of a kernel, as tensors of the dtype of `like`; the same under every seed."""
-    emulator = module("kernels", checker, removed)
-    first = None
-    for seed in seeds:
-        results = emulator.call(function, *arguments, seed)
-        results = results if isinstance(results, tuple) else (results,)
-        if first is None:
-            first = results
-        for a, b in zip(first, results, strict=True):
-            assert np.array_equal(bits(a), bits(b)), f"seed {seed} gives other bits"
-    return [torch.from_numpy(r).view(like.dtype) if isinstance(r, np.ndarray) else r for r in first]
-
-
-def bits(value):
-    return np.asarray(value).reshape(-1).view(np.uint8)
-
-
-# -- moving -------------------------------------------------------------------------------------
-
-
-def gather(images, mask, **options):
-    gh, gw = mask.grid
-    count = images.untyped_storage().nbytes() // images.element_size()
-    storage = images.as_strided((count,), (1,), 0)
-    return emulate(
-        "gather_visible", array(storage), images.storage_offset(), list(images.stride()),
-        mask.block_index.numpy(), images.shape[1], [gh, gw], images.shape[2] // gh, like=images,
-        **options,
-    )[0]  # fmt: skip
-
-
-def scatter(x, mask, fill=0.0, offset=0, **options):
-    value = array(torch.full((1,), fill, dtype=x.dtype))
-    y = emulate(
-        "scatter_visible", array(x), mask.block_index.numpy(), mask.batch_size, list(mask.grid),
-        value, offset, like=x, **options,
-    )[0]  # fmt: skip
-    return y.permute(0, 3, 1, 2)
-
-
-def images_for(mask, side, channels, dtype=torch.float32, layout="contiguous"):
-    gh, gw = mask.grid
-    return random_tensor((mask.batch_size, channels, gh * side, gw * side), dtype, layout)
-
-
-def same(actual, expected):
-    assert actual.shape == expected.shape
-    assert np.array_equal(bits(array(actual)), bits(array(expected)))
-
-
-def check_gather(images, mask):
-    same(gather(images, mask), reference.gather_visible(images, mask.block_index, *mask.grid))
-
-
-def check_scatter(x, mask, fill, offset=0):
-    expected = reference.scatter_visible(x, mask.block_index, mask.batch_size, *mask.grid, fill)
-    same(scatter(x, mask, fill, offset), expected)
-
-
-@all_dtypes
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("channels", [1, 7, 8, 40])
-def test_gather(layout, channels, dtype):
-    mask = make_mask("ragged")
-    check_gather(images_for(mask, 4, channels, dtype, layout), mask)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("name", MASKS)
-def test_gather_of_every_mask(name, layout):
-    for side in (1, 2, 8):
-        mask = make_mask(name)
-        check_gather(images_for(mask, side, 9, layout=layout), mask)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("side", BLOCK_SIZES)
-def test_gather_of_every_block_side(side, layout):
-    mask = make_mask("corner")
-    check_gather(images_for(mask, side, 16, layout=layout), mask)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gather_of_many_channels(layout):
-    mask = make_mask("corner")
-    check_gather(images_for(mask, 4, 255, torch.bfloat16, layout), mask)
-    check_gather(images_for(mask, 4, 256, torch.bfloat16, layout), mask)
-
-
-@pytest.mark.parametrize("grid", [(1, 1), (7, 3), (5, 9), (3, 31)], ids=str)
-def test_gather_from_grids_of_odd_sides(grid):
-    mask = ck.BlockMask.random(3, grid, 0.5, generator=torch.Generator().manual_seed(0))
-    for channels, layout in ((3, "contiguous"), (12, "contiguous"), (12, "channels_last")):
-        check_gather(images_for(mask, 2, channels, layout=layout), mask)
-
-
-def test_division_by_multiplication():
-    most = 2**63 - 1
-    around = [2**n + more for n in (16, 31, 32, 62) for more in (-1, 0, 1)]
-    divisors = [*range(1, 40), 196, 3136, *around, most]
-    emulator = module("kernels")
-    for divisor in divisors:
-        last = most // divisor * divisor
-        for x in {0, 1, divisor - 1, divisor, divisor + 1, 2**31, last - 1, last, most - 1, most}:
-            if 0 <= x <= most:
-                assert emulator.call("divide", x, divisor, 0) == x // divisor
-
-
-@pytest.mark.parametrize("channels", [2, 3, 8, 9])
-@pytest.mark.parametrize("side", [1, 16])
-def test_gather_of_images_of_few_channels(side, channels):
-    """One position for each thread, or one for four, in tiles that end within a block or beyond."""
-    check_gather(images_for(make_mask("ragged"), side, channels), make_mask("ragged"))
-
-
-@all_dtypes
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("channels", [1, 7, 8, 255])
-def test_scatter(channels, offset, dtype):
-    mask, side = make_mask("ragged"), 2
-    x = random_tensor((mask.num_visible, side * side, channels), dtype)
-    check_scatter(x, mask, -1.5, offset)
-
-
-@pytest.mark.parametrize("name", MASKS)
-def test_scatter_of_every_mask(name):
-    mask = make_mask(name)
-    for side in (1, 2, 8):
-        check_scatter(random_tensor((mask.num_visible, side * side, 9)), mask, NAN)
-
-
-@pytest.mark.parametrize("side", BLOCK_SIZES)
-def test_scatter_of_every_block_side(side):
-    mask = make_mask("corner")
-    check_scatter(random_tensor((mask.num_visible, side * side, 16), torch.float16), mask, 1.0)
-
-
-HALOS = [(1, 1, 1, 1), (0, 0, 0, 0), (3, 2, 0, 5), (-1, 0, 2, -1)]
-
-
-def check_windows(x, mask, halo, fill=-1.5, offset=0, **options):
-    """Windows, and the gradient of random ones, both bit for bit as the reference has them."""
-    table = mask.neighbours(halo_reach(halo, math.isqrt(x.shape[1])))
-    arguments = [CODES[x.dtype], array(x), table.numpy(), [*halo]]
-    value = array(torch.full((1,), fill, dtype=x.dtype))
-    windows = emulate("gather_windows", *arguments, value, offset, like=x, **options)[0]
-    same(windows, reference.gather_windows(x, table, halo, fill))
-    arguments[1] = array(grad := random_tensor(windows.shape, x.dtype))
-    grad_x = emulate("gather_windows_grad", *arguments, offset, like=x, **options)[0]
-    same(grad_x, reference.gather_windows_grad(grad, table, halo))
-
-
-@all_dtypes
-@pytest.mark.parametrize("halo", HALOS, ids=str)
-@pytest.mark.parametrize("channels", [1, 7, 8, 64])
-def test_windows(channels, halo, dtype):
-    mask = make_mask("ragged")
-    for side in (1, 2, 4, 8):
-        if min(halo) > -side:
-            x = random_tensor((mask.num_visible, side * side, channels), dtype)
-            check_windows(x, mask, halo, seeds=SEEDS[2:])
-
-
-@pytest.mark.parametrize("halo", [(-1, -1, 2, 3), (2, 3, -1, -1), (-1, -1, -1, -1)], ids=str)
-def test_windows_that_leave_out_the_edges_of_their_blocks(halo):
-    """Positions that no window holds get gradient 0."""
-    mask = make_mask("ragged")
-    for side in (4, 8):
-        check_windows(random_tensor((mask.num_visible, side * side, 8)), mask, halo)
-
-
-@pytest.mark.parametrize("name", MASKS)
-def test_windows_of_every_mask(name):
-    mask = make_mask(name)
-    for side in (2, 4):
-        for channels in (0, 9):
-            check_windows(random_tensor((mask.num_visible, side * side, channels)), mask, HALOS[2])
-
-
-@all_dtypes
-@pytest.mark.parametrize("offset", [1, 2])
-def test_windows_at_addresses_that_are_not_multiples_of_16_bytes(offset, dtype):
-    mask = make_mask("row")
-    for channels in (16, 255):
-        x = random_tensor((mask.num_visible, 4, channels), dtype)
-        check_windows(x, mask, HALOS[0], NAN, offset)
-
-
-@pytest.mark.parametrize("side", BLOCK_SIZES)
-def test_windows_of_every_block_side(side):
-    mask = make_mask("corner")
-    x = random_tensor((mask.num_visible, side * side, 8), torch.float16)
-    check_windows(x, mask, HALOS[0], seeds=SEEDS[2:])
-
-
-@pytest.mark.parametrize("radius", [1, 2, 7])
-@pytest.mark.parametrize("name", MASKS)
-def test_neighbour_table(name, radius):
-    mask = make_mask(name)
-    table = emulate(
-        "neighbour_table", mask.visible.numpy(), mask.block_index.numpy(), radius,
-        like=mask.neighbours(1),
-    )[0]  # fmt: skip
-    assert torch.equal(table, mask.neighbours(radius))
 
 
 # -- the convolution ----------------------------------------------------------------------------
@@ -462,18 +255,6 @@ def test_values_reach_their_window_only(kernel, side, dtype):
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7)], ids=str)
 def test_no_races(kernel, side, dtype):
     check(make_mask("row"), side, 40, kernel, dtype, runs=2, checker="races", seeds=(0, 3))
-
-
-def test_no_races_in_gather():
-    gather(images_for(make_mask("ragged"), 4, 70), make_mask("ragged"), checker="races")
-
-
-def test_no_races_in_windows():
-    mask = make_mask("row")
-    for channels in (7, 256):
-        check_windows(
-            random_tensor((mask.num_visible, 16, channels)), mask, HALOS[2], checker="races"
-        )
 
 
 def move(**options):

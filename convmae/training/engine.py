@@ -121,13 +121,13 @@ class Task(ABC):
     def inputs(self, run: Run, batch: Batch) -> Any:
         """What `captured_loss` reads besides the images: tensors on the device, of fixed shapes.
 
-        None where a step decides things on the host, and cannot be captured.
+        A task whose options have `cuda_graph` defines this and `captured_loss`.
         """
-        return None
+        raise NotImplementedError(f"the steps of {self.command} cannot be captured")
 
     def captured_loss(self, run: Run, images: Tensor, inputs: Any) -> Tensor:
-        """`loss` from what `inputs` gave, without the host."""
-        raise NotImplementedError(f"{self.command} has no inputs that a capture could read")
+        """`loss` of images and of what `inputs` gave; decides nothing on the host."""
+        raise NotImplementedError(f"the steps of {self.command} cannot be captured")
 
     def statistics(self, config: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Mean and deviation that the weights to start from were trained with, if any."""

@@ -420,19 +420,23 @@ def _access_bytes(name: str) -> int:
 _WORD = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
+def _words(w: Warp, m: np.ndarray, address: _Address, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The memory as words of up to 4 bytes, and where in it the lanes of `m` begin."""
+    space, unit, at = w.memory if address.is_global else w.shared, min(size, 4), address.of(w)[m]
+    w.words(space, at, size)  # the whole access is inside the memory, and aligned
+    return space.view(_WORD[unit]), w.words(space, at, unit)
+
+
 def _load(i: Instruction) -> Step:  # LDG, LDS
     out, address, size = register(i.operands[0]), _Address(i.operands[1]), _access_bytes(i.name)
 
     def step(w: Warp, m: np.ndarray) -> None:
         if not m.any():
             return
-        space = w.memory if address.is_global else w.shared
-        unit = min(size, 4)
-        w.words(space, address.of(w)[m], size)
-        at = w.words(space, address.of(w)[m], unit)
+        words, at = _words(w, m, address, size)
         for word in range(max(1, size // 4)):
             value = np.zeros(LANES, np.uint32)
-            value[m] = space.view(_WORD[unit])[at + word]
+            value[m] = words[at + word]
             if out not in (RZ, URZ):
                 w.write(out + word, value, m)
 
@@ -445,14 +449,11 @@ def _store(i: Instruction) -> Step:  # STG, STS
     def step(w: Warp, m: np.ndarray) -> None:
         if not m.any():
             return
-        space = w.memory if address.is_global else w.shared
-        unit = min(size, 4)
-        w.words(space, address.of(w)[m], size)
-        at = w.words(space, address.of(w)[m], unit)
+        words, at = _words(w, m, address, size)
         for word in range(max(1, size // 4)):
             zero = source.register in (RZ, URZ)
             value = source.raw(w) if zero else w.registers[source.register + word]
-            space.view(_WORD[unit])[at + word] = value[m].astype(_WORD[unit])
+            words[at + word] = value[m].astype(words.dtype)
 
     return step
 
