@@ -417,14 +417,11 @@ def _access_bytes(name: str) -> int:
     return 4
 
 
-_WORD = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-
-
 def _words(w: Warp, m: np.ndarray, address: _Address, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The memory as words of up to 4 bytes, and where in it the lanes of `m` begin."""
     space, unit, at = w.memory if address.is_global else w.shared, min(size, 4), address.of(w)[m]
     w.words(space, at, size)  # the whole access is inside the memory, and aligned
-    return space.view(_WORD[unit]), w.words(space, at, unit)
+    return space.view(f"u{unit}"), w.words(space, at, unit)
 
 
 def _load(i: Instruction) -> Step:  # LDG, LDS
