@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(32 * kReducingWarps<S, K>)
 }
 
 // Any kernel, dilation, block side, alignment, dtype. A thread sums one tap, or the bias, of one
-// channel over a run of blocks.
+// channel over a run of blocks, 64 positions at a time: one chain of additions over thousands of
+// positions rounds ten times as badly.
 // Launch: grid (p.runs, ceil(channels / 32), ceil((1 + taps) / 8)), block (32, 8).
 template <class T>
 __global__ void __launch_bounds__(256) masked_conv2d_weight_grad_any(MaskedConv2dWeightGrad p) {
@@ -108,11 +109,15 @@ __global__ void __launch_bounds__(256) masked_conv2d_weight_grad_any(MaskedConv2
   const int64_t run = blockIdx.x, first = run * p.tiles_per_run;
   const int64_t last = min(first + p.tiles_per_run, p.blocks);
 
-  A sum = 0;
+  A sum = 0, total = 0;
   for (int64_t block = first; block < last; ++block) {
     const int32_t* const table = p.neighbours + block * p.table_columns;
     const T* grad = static_cast<const T*>(p.grad) + block * positions * p.channels + channel;
     for (int rank = 0; rank < positions; ++rank, grad += p.channels) {
+      if (rank % 64 == 0) {
+        total += sum;
+        sum = 0;
+      }
       if (row == 0) {
         sum += load(grad);
         continue;
@@ -125,8 +130,9 @@ __global__ void __launch_bounds__(256) masked_conv2d_weight_grad_any(MaskedConv2
              load(static_cast<const T*>(p.x) + (from * positions + at.rank) * p.channels + channel);
     }
   }
+  total += sum;
   static_cast<A*>(
-      p.partial)[(run * (1 + p.kernel_rows * p.kernel_columns) + row) * p.channels + channel] = sum;
+      p.partial)[(run * (1 + p.kernel_rows * p.kernel_columns) + row) * p.channels + channel] = total;
 }
 
 // Adds up the shares: eight threads take every eighth run each, then one adds their sums.
