@@ -48,11 +48,16 @@ class _CropAndFlip(Transform):
         self.size, self.pick, self.hflip = size, pick, hflip
 
     def __call__(self, picture: Picture) -> Tensor:
-        from torchvision.transforms.v2.functional import horizontal_flip
-
         flip = bool(torch.rand(()) < self.hflip)
         image = picture.crop(self.pick, self.size)
-        return horizontal_flip(image) if flip else image
+        return flipped(image) if flip else image
+
+
+def flipped(image: Tensor) -> Tensor:
+    """`image.flip(-1)`, which PyTorch 2.11 does not have for uint16."""
+    if image.dtype == torch.uint16:
+        return image.view(torch.int16).flip(-1).view(torch.uint16)
+    return image.flip(-1)
 
 
 class PretrainTransform(_CropAndFlip):
