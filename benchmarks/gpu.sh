@@ -4,9 +4,9 @@
 #
 #   benchmarks/gpu.sh [--stand-in] [first] [test] [models] [STAGE ...]    first if nothing is named
 #
-# first is env build checks kernels counters steps profile, test is env build tests sanitizer, models
-# is env build memory graph blocks compiled stages12. Each of these stages runs for itself under its
-# own time limit, and none stops another. All results are in $OUT (runs/gpu if not set), at most 8
+# first is env build checks kernels counters steps profile, test is env build tests sanitizer training,
+# models is env build memory graph blocks compiled stages12. Each of these stages runs for itself under
+# its own time limit, and none stops another. All results are in $OUT (runs/gpu if not set), at most 8
 # files, as soon as they exist; a digest of them is printed last. --stand-in rehearses without a GPU.
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -21,10 +21,10 @@ stages=()
 for word in "${@:-first}"; do
   case $word in
     first) stages+=(env build checks kernels counters steps profile) ;;
-    test) stages+=(env build tests sanitizer) ;;
+    test) stages+=(env build tests sanitizer training) ;;
     models) stages+=(env build memory graph blocks compiled stages12) ;;
-    env | build | checks | kernels | counters | steps | profile | tests | sanitizer | memory | graph | \
-      blocks | compiled | stages12) stages+=("$word") ;;
+    env | build | checks | kernels | counters | steps | profile | tests | sanitizer | training | \
+      memory | graph | blocks | compiled | stages12) stages+=("$word") ;;
     *)
       echo "gpu.sh: there is no call or stage '$word'; there are first, test and models" >&2
       exit 2
@@ -141,8 +141,19 @@ for stage in "${stages[@]}"; do
       [ -n "$stand_in" ] && options+=(-k dilations) # a few, which are skipped
       signal=INT run tests 420 "$python" -m pytest "${options[@]}"
       ;;
+    training) # the command line, runs and their resumption, on the GPU
+      if ! has tyro || ! has torchvision || ! has webdataset; then
+        run training 5 echo "left out: tyro, torchvision or webdataset is not installed"
+        continue
+      fi
+      files=(tests/test_{cli,finetuning,step_graph}.py tests/test_training{,_crashes,_data,_failures}.py)
+      options=(-v --junitxml "$out/${stand_in:+stand-in-}training.xml")
+      [ -z "$stand_in" ] && has xdist && options+=(-n $((($(nproc) * 3 + 3) / 4)))
+      [ -n "$stand_in" ] && options+=(-k test_info) where=cpu || where=cuda
+      CONVMAE_TEST_DEVICE=$where signal=INT run training 300 "$python" -m pytest "${options[@]}" "${files[@]}"
+      ;;
     sanitizer) run sanitizer 110 "$python" -m pytest -v -rs -m gpu tests/test_gpu_sanitizer.py ;;
-    memory) measure memory 60 --case memory ;;
+    memory) measure memory 150 --case memory ;;
     graph) contender graph 60 '*graph*' ;;
     blocks) contender blocks 120 '*blocks*' --compile-blocks ;;
     compiled) contender compiled 300 '* compiled' --compile-models ;;

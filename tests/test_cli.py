@@ -13,11 +13,12 @@ import pytest
 
 from convmae import cli
 from convmae.training import PretrainConfig, ReconstructConfig
+from tests.training_runs import DEVICE
 
 pytest.importorskip("tyro")
 RECIPES = Path(__file__).parent.parent / "recipes"
 
-TINY = ["--model", "convmae_tiny", "--input_size", "32", "--num_workers", "0", "--device", "cpu"]
+TINY = ["--model", "convmae_tiny", "--input_size", "32", "--num_workers", "0", "--device", DEVICE]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -210,7 +211,7 @@ def test_a_reader_that_stops_is_no_traceback() -> None:
 def test_every_command_on_real_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From pictures to an accuracy, to the official format and back, by the command line alone."""
     data = str(Path(__file__).parent / "data" / "fashion_mnist")
-    small = ["--data_path", data, "--input_size", "32", "--num_workers", "0", "--device", "cpu"]
+    small = ["--data_path", data, "--input_size", "32", "--num_workers", "0", "--device", DEVICE]
     steps = ["--max-samples", "60", "-b", "20", "--epochs", "1", "--warmup_epochs", "0.5"]
     few = [*small, *steps, "--amp", "float32"]
     folders = {name: str(tmp_path / name) for name in ("mae", "tuned", "probe", "back")}

@@ -26,7 +26,7 @@ from convmae.training import (
 from convmae.training import log as logs
 from convmae.training.checkpoint import read_training_state, read_weights
 from convmae.training.optim import lars, layer_decay_groups
-from tests.training_runs import curve, interrupt_after, same, tensors
+from tests.training_runs import DEVICE, curve, interrupt_after, same, tensors
 
 pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
@@ -44,7 +44,7 @@ SHORT: dict[str, Any] = {
     "log_every": 1,
     "num_workers": 0,
     "amp": "float32",
-    "device": "cpu",
+    "device": DEVICE,
 }
 
 
@@ -96,7 +96,7 @@ def test_pretrained_weights_are_finetuned_evaluated_and_kept(
     config = EvaluateConfig(
         str(tmp_path / "run" / "best"),
         str(FASHION),
-        device="cpu",
+        device=DEVICE,
         amp="float32",
         output=str(output),
     )
@@ -247,7 +247,7 @@ def test_a_probe_trains_its_head_alone(pretrained: Path, tmp_path: Path) -> None
     assert isinstance(norm, torch.nn.BatchNorm1d) and not norm.affine and norm.eps == 1e-6
     assert int(norm.num_batches_tracked) == 6 and layer.weight.shape[0] == 10
     figures = evaluate(
-        EvaluateConfig(str(tmp_path / "run"), str(FASHION), device="cpu", amp="float32")
+        EvaluateConfig(str(tmp_path / "run"), str(FASHION), device=DEVICE, amp="float32")
     )
     assert figures["acc1"] == pytest.approx(summary.evaluation["acc1"], abs=1e-4)
 
@@ -292,7 +292,7 @@ def test_the_running_average_is_what_is_evaluated_and_kept(
     def noting(optimiser: torch.optim.Optimizer, *args: Any) -> Any:
         result = step(optimiser, *args)
         values = [p for group in optimiser.param_groups for p in group["params"]]
-        seen.append({str(i): p.detach().clone() for i, p in enumerate(values)})
+        seen.append({str(i): p.detach().cpu().clone() for i, p in enumerate(values)})
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noting)
@@ -352,7 +352,7 @@ def test_a_probe_refuses_what_it_would_ignore(tmp_path: Path) -> None:
 
 def test_what_does_not_classify_is_not_evaluated(pretrained: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="is a ConvMAE, which does not classify"):
-        evaluate(EvaluateConfig(str(pretrained), str(FASHION), device="cpu"))
+        evaluate(EvaluateConfig(str(pretrained), str(FASHION), device=DEVICE))
     finetune(finetuning(tmp_path / "run", epochs=1))
     with pytest.raises(OptionError, match="has pictures of 3 channels, but the model takes 1"):
         from tests.training_runs import folder_of
@@ -360,4 +360,4 @@ def test_what_does_not_classify_is_not_evaluated(pretrained: Path, tmp_path: Pat
         for split in ("train", "val"):
             for kind in ("cat", "dog"):
                 folder_of(tmp_path / "data" / split / kind, 2)
-        evaluate(EvaluateConfig(str(tmp_path / "run"), str(tmp_path / "data"), device="cpu"))
+        evaluate(EvaluateConfig(str(tmp_path / "run"), str(tmp_path / "data"), device=DEVICE))

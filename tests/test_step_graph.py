@@ -85,7 +85,7 @@ def test_a_failed_capture_goes_on_without(pictures, tmp_path, captures, capsys):
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({}, "the device is cpu, and CUDA graphs need an NVIDIA GPU (--device cuda)")],
+    [({"device": "cpu"}, "the device is cpu, and CUDA graphs need an NVIDIA GPU (--device cuda)")],
 )
 def test_a_run_that_cannot_says_why(pictures, tmp_path, capsys, changes, reason):
     pretrain(options(pictures, tmp_path / "run", epochs=1, cuda_graph=True, **changes))

@@ -11,7 +11,7 @@ import pytest
 
 from convmae.training import checkpoint as checkpoints
 from tests.training_processes import finish, flags, kill_at, losses, start
-from tests.training_runs import folder_of, same, tensors
+from tests.training_runs import DEVICE, folder_of, same, tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,7 +40,7 @@ def run_options(data: Path) -> Options:
         "log_every": 1,
         "save_every": 0.75,
         "num_workers": 1,
-        "device": "cpu",
+        "device": DEVICE,
     }
 
 

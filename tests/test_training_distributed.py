@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from convmae.training import log as logs
 from tests.training_processes import finish, flags, losses, start
-from tests.training_runs import folder_of, tensors
+from tests.training_runs import DEVICE, folder_of, tensors
 
 Options = dict[str, Any]
 FASHION = Path(__file__).parent / "data" / "fashion_mnist"
 
 pytest.importorskip("torchvision")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="two processes need two GPUs"
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,7 @@ def run_options(tmp_path_factory: pytest.TempPathFactory) -> Options:
         "accum_iter": 2,
         "num_workers": 0,
         "amp": "float32",
-        "device": "cpu",
+        "device": DEVICE,
     }
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("torchvision")
 
+# The tests of training run on a GPU as well: CONVMAE_TEST_DEVICE=cuda.
+DEVICE = os.environ.get("CONVMAE_TEST_DEVICE", "cpu")
+
 
 def folder_of(path: Path, count: int, size: int = 48) -> Path:
     """A folder of `count` random pictures."""
@@ -45,7 +48,7 @@ def options(pictures: Path, output: Path, **changes: Any) -> PretrainConfig:
         "log_every": 1,
         "save_every": 100,
         "num_workers": 0,
-        "device": "cpu",
+        "device": DEVICE,
     }
     return PretrainConfig(**(values | changes))
 
