@@ -1,7 +1,9 @@
 """ConvMAE: masked-image pretraining of convolution-transformer hybrids that skips what is hidden.
 
-`create_model` and `list_models` are all that most programs need. Names are imported on first use,
-so that `import convmae` alone (and `convmae --help`) does not import torch.
+`create_model`, `load_model` and `list_models` are all that most programs need; each command of the
+command line is a function here besides, which takes its options: `pretrain(PretrainConfig(...))`.
+Names are imported on first use, so that `import convmae` alone (and `convmae --help`) does not
+import torch.
 """
 
 from __future__ import annotations
@@ -10,6 +12,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from convmae.commands.convert import convert
+    from convmae.commands.evaluate import evaluate
+    from convmae.commands.reconstruct import reconstruct
+    from convmae.commands.stats import stats
+    from convmae.config import (
+        ConvertConfig,
+        EvaluateConfig,
+        FinetuneConfig,
+        LinprobeConfig,
+        OptionError,
+        PretrainConfig,
+        ReconstructConfig,
+        StatsConfig,
+    )
+    from convmae.data import DataError
     from convmae.models import (
         ConvMAE,
         ConvMAEOutput,
@@ -20,20 +37,71 @@ if TYPE_CHECKING:
         full_name,
         list_models,
     )
+    from convmae.records.report import write_report
+    from convmae.tasks.finetune import finetune
+    from convmae.tasks.pretrain import pretrain
+    from convmae.tasks.probe import linprobe
+    from convmae.training.run import RunSummary
+    from convmae.training.state import TrainingError
+    from convmae.weights.checkpoint import load_model
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "commands.convert": ("convert",),
+    "commands.evaluate": ("evaluate",),
+    "commands.reconstruct": ("reconstruct",),
+    "commands.stats": ("stats",),
+    "config": (
+        *("ConvertConfig", "EvaluateConfig", "FinetuneConfig", "LinprobeConfig", "OptionError"),
+        *("PretrainConfig", "ReconstructConfig", "StatsConfig"),
+    ),
+    "data": ("DataError",),
+    "models": (
+        *("ConvMAE", "ConvMAEOutput", "ConvViT", "FastConvMAE", "Reconstruction"),
+        *("create_model", "full_name", "list_models"),
+    ),
+    "records.report": ("write_report",),
+    "tasks.finetune": ("finetune",),
+    "tasks.pretrain": ("pretrain",),
+    "tasks.probe": ("linprobe",),
+    "training.run": ("RunSummary",),
+    "training.state": ("TrainingError",),
+    "weights.checkpoint": ("load_model",),
+}
+_WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "ConvMAE",
     "ConvMAEOutput",
     "ConvViT",
+    "ConvertConfig",
+    "DataError",
+    "EvaluateConfig",
     "FastConvMAE",
+    "FinetuneConfig",
+    "LinprobeConfig",
+    "OptionError",
+    "PretrainConfig",
     "Reconstruction",
+    "ReconstructConfig",
+    "RunSummary",
+    "StatsConfig",
+    "TrainingError",
     "__version__",
+    "convert",
     "create_model",
+    "evaluate",
+    "finetune",
     "full_name",
+    "linprobe",
     "list_models",
+    "load_model",
+    "pretrain",
+    "reconstruct",
     "register_timm",
+    "stats",
+    "write_report",
 ]
 
 
@@ -49,9 +117,9 @@ def register_timm() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("convmae.models"), name)
+    return getattr(import_module(f"convmae.{_WHERE[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,13 +1,18 @@
-"""The command line: `convmae COMMAND`. Only running one imports torch."""
+"""The command line: `convmae COMMAND`. Only running one imports torch.
+
+A new command is a line of `COMMANDS`: its options, a dataclass that can be imported without torch,
+and where the function is that takes them, prints, and returns the exit status.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
+from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
-from convmae.training.config import (
+from convmae.config import (
     ConvertConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -21,9 +26,32 @@ from convmae.training.config import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from convmae.training import RunSummary
+
+@dataclass(frozen=True)
+class Command:
+    """The options of a command, and `module:function`, which runs it."""
+
+    options: type
+    function: str
+
+    def run(self, config: Any) -> int:
+        """Runs the command; returns the exit status."""
+        module, _, name = self.function.partition(":")
+        return getattr(import_module(module), name)(config)
+
+
+COMMANDS = {
+    "pretrain": Command(PretrainConfig, "convmae.tasks.pretrain:main"),
+    "finetune": Command(FinetuneConfig, "convmae.tasks.finetune:main"),
+    "linprobe": Command(LinprobeConfig, "convmae.tasks.probe:main"),
+    "evaluate": Command(EvaluateConfig, "convmae.commands.evaluate:main"),
+    "reconstruct": Command(ReconstructConfig, "convmae.commands.reconstruct:main"),
+    "convert": Command(ConvertConfig, "convmae.commands.convert:main"),
+    "stats": Command(StatsConfig, "convmae.commands.stats:main"),
+    "info": Command(InfoConfig, "convmae.commands.info:main"),
+}
 
 # Other names of flags, for hands that are used to them.
 ALIASES = {
@@ -55,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [_canonical(argument, command) for argument in given]
     try:
         config = _parse(arguments)
-        return COMMANDS[type(config)](config)
+        return COMMANDS[arguments[0]].run(config)
     except KeyboardInterrupt:
         print("convmae: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -66,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _tell(error, BAD_OPTION)
     except (ValueError, RuntimeError) as error:
         from convmae.data import DataError
-        from convmae.training import TrainingError
+        from convmae.training.state import TrainingError
 
         if isinstance(error, DataError | TrainingError):
             return _tell(error, BAD_OPTION if isinstance(error, DataError) else FAILED)
@@ -95,13 +123,12 @@ def _parse(arguments: list[str]) -> Any:
     import tyro
 
     arguments, file = _take_config(arguments)
-    kinds = dict(NAMES)
-    read: dict[type, Any] = {}
+    defaults: dict[str, Any] = {}
     if file is not None:
-        kind = kinds[arguments[0]]
-        read[kind] = config_from_mapping(kind, _read_yaml(file))
+        name = arguments[0]
+        defaults[name] = config_from_mapping(COMMANDS[name].options, _read_yaml(file))
     commands: Any = Union[  # noqa: UP007 (built at run time)
-        tuple(_subcommand(name, kind, read) for name, kind in NAMES)
+        tuple(_subcommand(name, defaults.get(name)) for name in COMMANDS)
     ]
     return tyro.cli(
         commands,
@@ -117,13 +144,12 @@ def _parse(arguments: list[str]) -> Any:
     )
 
 
-def _subcommand(name: str, kind: type, read: dict[type, Any]) -> Any:
+def _subcommand(name: str, default: Any) -> Any:
     """A command of that name, with the defaults that a file gave it, if one did."""
     import tyro
 
-    if kind in read:
-        return Annotated[kind, tyro.conf.subcommand(name, default=read[kind])]
-    return Annotated[kind, tyro.conf.subcommand(name)]
+    given = {} if default is None else {"default": default}
+    return Annotated[COMMANDS[name].options, tyro.conf.subcommand(name, **given)]
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
@@ -133,7 +159,7 @@ def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
     remaining = iter(arguments)
     for argument in remaining:
         name, equals, value = argument.partition("=")
-        if arguments[0] not in dict(NAMES) or name not in ("--config", "-c"):
+        if arguments[0] not in COMMANDS or name not in ("--config", "-c"):
             rest.append(argument)
             continue
         file = value if equals else next(remaining, None)
@@ -154,105 +180,3 @@ def _read_yaml(file: str) -> dict[str, Any]:
         found = type(values).__name__
         raise OptionError(f"--config {file!r} must hold options and values, found a {found}")
     return values
-
-
-# -- the commands ---------------------------------------------------------------------------------
-
-
-def _pretrain(config: PretrainConfig) -> int:
-    from convmae.training import pretrain
-
-    return _told(pretrain(config), ("reconstruction.png", "report.html"))
-
-
-def _finetune(config: FinetuneConfig) -> int:
-    from convmae.training import finetune
-
-    return _told(finetune(config), ("best/model.safetensors", "report.html"))
-
-
-def _linprobe(config: LinprobeConfig) -> int:
-    from convmae.training import linprobe
-
-    return _told(linprobe(config), ("best/model.safetensors", "report.html"))
-
-
-def _told(summary: RunSummary, results: Sequence[str]) -> int:
-    """Prints what a run came to, in the main process; returns the exit status."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(
-            f"{summary.steps} steps, {summary.epochs:.2f} epochs in {summary.output_dir}: loss "
-            f"{summary.first_loss:.4f} -> {summary.last_loss:.4f}, "
-            f"{summary.images_per_s:.1f} images/s over {summary.seconds:.0f} s"
-        )
-        if summary.evaluation:
-            figures = summary.evaluation
-            print(f"accuracy {figures['acc1']:.2f} % (best of 5: {figures['acc5']:.2f} %)")
-        if summary.unreadable:
-            count = len(summary.unreadable)
-            print(f"{count} unreadable pictures were skipped (named in log.txt)")
-        if summary.skipped:
-            print(f"{summary.skipped} steps were skipped: not finite (in log.txt)")
-        if summary.interrupted:
-            print(f"interrupted; go on with --output_dir {summary.output_dir} --resume auto")
-        else:
-            print("see " + " and ".join(str(summary.output_dir / name) for name in results))
-    return INTERRUPTED if summary.signal == signal.SIGINT else 0
-
-
-def _evaluate(config: EvaluateConfig) -> int:
-    from convmae.training import evaluate
-
-    result = evaluate(config)
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(
-            f"accuracy {result['acc1']:.2f} % (best of 5: {result['acc5']:.2f} %), loss "
-            f"{result['loss']:.4f} on {result['images']} pictures, "
-            f"{result['images_per_s']:.1f} images/s"
-        )
-    return 0
-
-
-def _reconstruct(config: ReconstructConfig) -> int:
-    from convmae.training import reconstruct
-
-    print(f"wrote {reconstruct(config)}")
-    return 0
-
-
-def _convert(config: ConvertConfig) -> int:
-    from convmae.training import convert
-
-    print(convert(config))
-    return 0
-
-
-def _stats(config: StatsConfig) -> int:
-    from convmae.training import stats
-
-    print(stats(config), end="")
-    return 0
-
-
-def _info(config: InfoConfig) -> int:
-    from convmae.training.machine import machine_info, model_sizes
-
-    for name, text in machine_info().items():
-        print(f"{name:10} {text}")
-    print("\nmodel                parameters")
-    for name, parameters in model_sizes():
-        print(f"{name:20} {parameters / 1e6:8.2f} M")
-    return 0
-
-
-COMMANDS: dict[type, Callable[[Any], int]] = {
-    PretrainConfig: _pretrain,
-    FinetuneConfig: _finetune,
-    LinprobeConfig: _linprobe,
-    EvaluateConfig: _evaluate,
-    ReconstructConfig: _reconstruct,
-    ConvertConfig: _convert,
-    StatsConfig: _stats,
-    InfoConfig: _info,
-}
-NAMES = [(kind.__name__.removesuffix("Config").lower(), kind) for kind in COMMANDS]

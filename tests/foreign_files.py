@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import convmae
-from convmae.training.config import ConvertConfig, OptionError
-from convmae.training.conversion import ConversionReport, convert
+from convmae.commands.convert import ConversionReport, convert
+from convmae.config import ConvertConfig, OptionError
 
 if TYPE_CHECKING:
     from pathlib import Path

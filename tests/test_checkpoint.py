@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import convmae
-from convmae.training import checkpoint as checkpoints
-from convmae.training.config import OptionError
+from convmae.config import OptionError
+from convmae.weights import checkpoint as checkpoints
 
 pytest.importorskip("safetensors")
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +24,7 @@ REFUSED = """
 import resource, signal, sys
 from pathlib import Path
 import torch, convmae
-from convmae.training import checkpoint as checkpoints
+from convmae.weights import checkpoint as checkpoints
 
 run, limit, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 model = convmae.create_model("convmae_tiny", img_size=32)

@@ -12,10 +12,10 @@ import torch
 from golden import fill
 
 import convmae
+from convmae.config import OptionError
 from convmae.models.layers import sincos_pos_embed
-from convmae.training.checkpoint import load_model, read_weights
-from convmae.training.config import OptionError
-from convmae.training.pretrained import (
+from convmae.weights.checkpoint import load_model, read_weights
+from convmae.weights.pretrained import (
     load_pretrained,
     pretrained_model,
     pretrained_statistics,
@@ -369,7 +369,7 @@ def test_a_full_disk_leaves_the_output_before(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("convmae.training.checkpoint.os.fsync", full)
+    monkeypatch.setattr("convmae.weights.checkpoint.os.fsync", full)
     with pytest.raises(OptionError, match=r"--output .* cannot be written: .*No space left"):
         run(file, tmp_path / "ours", overwrite=True)
     assert output.read_bytes() == before

@@ -24,15 +24,15 @@ from convmae.data import (
     PretrainTransform,
     check_readable,
     denormalise,
-    derive_seed,
     find_pictures,
     normalise,
     read_picture,
 )
 from convmae.data.base import PhotoSource
-from convmae.data.crops import centre_box, random_box, seeded
+from convmae.data.crops import centre_box, random_box
 from convmae.data.loader import PictureDataset, RunSampler
 from convmae.data.picture import to_rgb, upright_size
+from convmae.seeds import seeded
 
 if TYPE_CHECKING:
     from convmae.data import Failure, Photos
@@ -249,13 +249,6 @@ def test_cropping_leaves_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
     data[0, 0]
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_seeds_of_different_keys_differ() -> None:
-    seeds = {derive_seed(a, b, c) for a in range(8) for b in range(8) for c in range(8)}
-    assert len(seeds) == 512
-    assert derive_seed(1, 2) == derive_seed(1, 2)
-    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_random_boxes_follow_the_recipe() -> None:

@@ -23,7 +23,8 @@ from convmae.data import (
     normalise,
     open_source,
 )
-from convmae.data.crops import seeded, single_draw_box
+from convmae.data.crops import single_draw_box
+from convmae.seeds import seeded
 
 Image = pytest.importorskip("PIL.Image")
 transforms = pytest.importorskip("torchvision.transforms.v2")

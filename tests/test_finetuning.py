@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import convmae
-from convmae.training import (
+from convmae import (
     EvaluateConfig,
     FinetuneConfig,
     LinprobeConfig,
@@ -23,9 +23,9 @@ from convmae.training import (
     load_model,
     pretrain,
 )
-from convmae.training import log as logs
-from convmae.training.checkpoint import read_training_state, read_weights
+from convmae.records import log as logs
 from convmae.training.optim import lars, layer_decay_groups
+from convmae.weights.checkpoint import read_training_state, read_weights
 from tests.training_runs import DEVICE, curve, interrupt_after, same, tensors
 
 pytest.importorskip("torchvision")
@@ -195,7 +195,8 @@ def test_every_layer_gets_its_share_of_the_rate(
 
 def test_a_new_head_is_small_after_pretraining(pretrained: Path, tmp_path: Path) -> None:
     from convmae.data.sources import open_source
-    from convmae.training.finetuning import Finetuning, Probing
+    from convmae.tasks.finetune import Finetuning
+    from convmae.tasks.probe import Probing
 
     source = open_source(str(FASHION))
     for config, task, wanted in (

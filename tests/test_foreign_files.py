@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import convmae
-from convmae.training.config import OptionError
-from convmae.training.pretrained import (
+from convmae.config import OptionError
+from convmae.weights.pretrained import (
     load_pretrained,
 )
 from tests.foreign_files import official, refused, run, save

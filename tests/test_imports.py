@@ -14,7 +14,7 @@ import torch
 from convmae_kernels.ops.library import LIBRARY_FILE, WHY_NOT_COMPILED, WHY_NOT_TRITON, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS, MODELS = ROOT / "convmae_kernels", ROOT / "convmae"
+KERNELS, MODELS, BENCHMARKS = ROOT / "convmae_kernels", ROOT / "convmae", ROOT / "benchmarks"
 OPTIONAL = [
     *("triton", "torchvision", "timm", "PIL", "tqdm", "tensorboard", "safetensors", "tyro"),
     *("matplotlib", "skimage", "scipy", "webdataset", "wandb", "yaml", "hypothesis", "pytest"),
@@ -74,16 +74,23 @@ def module_name(file):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(file):
-    """`(module, lazy)` of every import in a file; lazy: inside a function or for type checkers."""
+def imports(file, annotations=True):
+    """`(module, lazy)` of every import in a file; lazy: inside a function or for type checkers.
+
+    Without `annotations` those for type checkers are left out.
+    """
     tree = ast.parse(file.read_text())
-    lazy = set()
+    lazy, left_out = set(), set()
     for node in ast.walk(tree):
         typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if typing_only and not annotations:
+            left_out.update(id(n) for part in node.body for n in ast.walk(part))
         if typing_only or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             lazy.update(map(id, ast.walk(node)))
     package = module_name(file) if file.stem == "__init__" else module_name(file).rpartition(".")[0]
     for node in ast.walk(tree):
+        if id(node) in left_out:
+            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -146,13 +153,70 @@ def test_arrows_inside_the_kernels():
     assert not wrong
 
 
+ROOMS = (  # of convmae, from the top: each may import from those of the lines below its own
+    ("__init__", "__main__"),
+    ("cli",),
+    ("commands",),
+    ("tasks",),
+    ("training",),
+    ("records", "weights"),
+    ("data",),
+    ("models",),
+    ("config", "files", "seeds"),
+)
+
+
+def test_arrows_inside_convmae():
+    """From the top to the bottom, in type annotations and inside functions as well."""
+    floor = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
+    wrong = []
+    for module, name, _ in all_imports(MODELS):
+        if module == "convmae" or not within(name, "convmae"):
+            continue
+        if name == "convmae" or name.startswith("convmae.__"):
+            wrong.append((module, name))  # the table of public names is for users
+            continue
+        own, other = module.split(".")[1], name.split(".")[1]
+        assert {own, other} <= floor.keys(), f"{module} or {name} is in no room"
+        if own != other and floor[own] >= floor[other]:
+            wrong.append((module, name))
+    wrong = [(a, b) for a, b in wrong if (a, b) != ("convmae.models.timm_models", "convmae")]
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", [KERNELS, MODELS, BENCHMARKS], ids=lambda p: p.name)
+def test_no_circles(package):
+    """No module needs itself to be imported, wherever the import stands; annotations aside."""
+    files = {module_name(f): f for f in package.rglob("*.py") if "__pycache__" not in f.parts}
+    arrows = {
+        module: {
+            name
+            for name in (n for n, _ in imports(file, annotations=False))
+            if name in files and not within(module, name)
+        }
+        for module, file in files.items()
+    }
+
+    def reached(module):
+        seen, waiting = set(), list(arrows[module])
+        while waiting:
+            name = waiting.pop()
+            if name not in seen:
+                seen.add(name)
+                waiting += arrows[name]
+        return seen
+
+    assert not [module for module in arrows if module in reached(module)]
+
+
 @pytest.mark.parametrize("package", [KERNELS, MODELS], ids=lambda p: p.name)
 def test_top_level_imports(package):
     """What is needed to import the core of a package: the standard library, torch and numpy."""
     core = {"torch", "numpy", "convmae_kernels", *sys.stdlib_module_names}
     if package is MODELS:
         core |= {"convmae"}
-    extras = ("convmae.data", "convmae.training", "convmae.cli", "convmae_kernels.triton")
+    extras = (*("convmae.data", "convmae.training", "convmae.records", "convmae.weights"),)
+    extras += ("convmae.tasks", "convmae.commands", "convmae.cli", "convmae_kernels.triton")
     extras += ("convmae.models.timm_models",)
     wrong = [
         (module, name)

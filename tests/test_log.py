@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from convmae.training import OptionError, trackers
-from convmae.training import log as logs
-from convmae.training.log import RunLog, memory_mib, read_log
+from convmae import OptionError
+from convmae.records import log as logs
+from convmae.records import trackers
+from convmae.records.log import RunLog, memory_mib, read_log
 
 ROOT = Path(__file__).parents[1]
 FULL = Path("/dev/full")  # a file on a disk without room
@@ -234,7 +235,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 MEASURE = """
 import numpy, torch
-from convmae.training.log import memory_mib
+from convmae.records.log import memory_mib
 print(memory_mib(torch.device("cpu")))
 held = numpy.ones(256 * 2**17)
 print(memory_mib(torch.device("cpu")))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import convmae
-from convmae.training.pictures import reconstruction_picture
+from convmae.records.pictures import reconstruction_picture
 
 pytest.importorskip("PIL.Image")
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convmae.training import PretrainConfig
-from convmae.training.config import config_to_mapping
-from convmae.training.curves import smooth, thin
-from convmae.training.report import MAX_PICTURES, MAX_POINTS, write_report
-from convmae.training.wording import clock, mebibytes, number, plain
+from convmae import PretrainConfig
+from convmae.config import config_to_mapping
+from convmae.records.curves import smooth, thin
+from convmae.records.report import MAX_PICTURES, MAX_POINTS, write_report
+from convmae.records.wording import clock, mebibytes, number, plain
 
 Image = pytest.importorskip("PIL.Image")
 yaml = pytest.importorskip("yaml")
@@ -286,7 +286,7 @@ def test_texts_of_the_run_are_no_markup(tmp_path: Path) -> None:
 
 
 def test_embedded_data_closes_no_script(tmp_path: Path) -> None:
-    from convmae.training import report
+    from convmae.records import report
 
     text = report._embeddable({"a": "</script><!--&"})
     assert not set(text) & set("<>&")

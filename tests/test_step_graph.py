@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import convmae_kernels as ck
-from convmae.training import preparation, pretrain
-from convmae.training.engine import Outcome
+from convmae import pretrain
+from convmae.training import setup
+from convmae.training.loop import Outcome
 from convmae.training.step_graph import WARM_UP, GraphError, StepGraph, why_not
 from tests.training_runs import curve, interrupt_after, options, same, tensors
 
@@ -37,8 +38,8 @@ class Captures:
 @pytest.fixture
 def captures(monkeypatch):
     stand_in = Captures()
-    monkeypatch.setattr(preparation, "why_not", lambda run: None)
-    monkeypatch.setattr(preparation, "cuda_capture", stand_in)
+    monkeypatch.setattr(setup, "why_not", lambda run: None)
+    monkeypatch.setattr(setup, "cuda_capture", stand_in)
     return stand_in
 
 

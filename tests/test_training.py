@@ -14,20 +14,20 @@ import pytest
 import torch
 
 import convmae
-from convmae.training import (
+from convmae import (
     FinetuneConfig,
     LinprobeConfig,
     OptionError,
     PretrainConfig,
     ReconstructConfig,
-    machine,
     pretrain,
     reconstruct,
 )
-from convmae.training import log as logs
-from convmae.training.config import config_from_mapping, config_to_mapping
+from convmae.config import config_from_mapping, config_to_mapping
+from convmae.records import log as logs
+from convmae.tasks.pretrain import BETAS
+from convmae.training import machine
 from convmae.training.optim import adamw, decay_groups, make_scheduler
-from convmae.training.pretraining import BETAS
 from tests.training_runs import curve, interrupt_after, options, same, tensors
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from convmae.training import checkpoint as checkpoints
+from convmae.weights import checkpoint as checkpoints
 from tests.training_processes import finish, flags, kill_at, losses, start
 from tests.training_runs import DEVICE, folder_of, same, tensors
 

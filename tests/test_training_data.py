@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from convmae import (
+    ReconstructConfig,
+    StatsConfig,
+    pretrain,
+    reconstruct,
+    stats,
+)
 from convmae.models.trunk import Trunk
-from convmae.training import ReconstructConfig, StatsConfig, pretrain, reconstruct, stats
-from convmae.training.checkpoint import read_weights
+from convmae.weights.checkpoint import read_weights
 from tests.training_runs import curve, interrupt_after, options, same, tensors
 
 if TYPE_CHECKING:

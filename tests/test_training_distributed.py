@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from convmae.training import log as logs
+from convmae.records import log as logs
 from tests.training_processes import finish, flags, losses, start
 from tests.training_runs import DEVICE, folder_of, tensors
 

@@ -10,16 +10,11 @@ import pytest
 import torch
 
 import convmae
+from convmae import OptionError, TrainingError, load_model, pretrain
 from convmae.data import DataError
-from convmae.training import (
-    OptionError,
-    TrainingError,
-    engine,
-    load_model,
-    pretrain,
-)
-from convmae.training import checkpoint as checkpoints
-from convmae.training import log as logs
+from convmae.records import log as logs
+from convmae.training import saving, step
+from convmae.weights import checkpoint as checkpoints
 from tests.training_runs import folder_of, options, same, tensors
 
 if TYPE_CHECKING:
@@ -294,13 +289,13 @@ def test_save_every_keeps_the_last_epoch_too(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
-    save = engine.save_checkpoint
+    save = saving.save_checkpoint
 
     def noting(run: Path, model: Any, name: str, state: dict[str, Any], *args: Any, **more: Any):
         saved.append(state["step"])
         return save(run, model, name, state, *args, **more)
 
-    monkeypatch.setattr(engine, "save_checkpoint", noting)
+    monkeypatch.setattr(saving, "save_checkpoint", noting)
     pretrain(options(pictures, tmp_path / "run", epochs=5, save_every=2))
     assert saved == [6, 12, 15]
     saved.clear()
@@ -315,7 +310,7 @@ def break_steps(
     monkeypatch: pytest.MonkeyPatch, where: str, steps: set[int], value: float = math.nan
 ) -> None:
     """Spoils the loss, a gradient or a weight in the steps given, counted from 1 by calls."""
-    backward, count = engine.backward, [0]
+    backward, count = step.backward, [0]
 
     def breaking(run: Any, task: Any, batch: Any, *args: Any) -> torch.Tensor:
         count[0] += 1
@@ -328,7 +323,7 @@ def break_steps(
             run.model.mask_token.grad.fill_(value)
         return loss
 
-    monkeypatch.setattr(engine, "backward", breaking)
+    monkeypatch.setattr(step, "backward", breaking)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from convmae.training import log as logs
+from convmae.records import log as logs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

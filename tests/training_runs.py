@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from convmae.training import PretrainConfig, engine
-from convmae.training import checkpoint as checkpoints
-from convmae.training import log as logs
+from convmae import PretrainConfig
+from convmae.records import log as logs
+from convmae.training import step
+from convmae.weights import checkpoint as checkpoints
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +70,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Sends this process SIGINT in the middle of step `steps` (from 1)."""
-    backward, count = engine.backward, [0]
+    backward, count = step.backward, [0]
 
     def counting(*args: Any) -> torch.Tensor:
         count[0] += 1
@@ -77,4 +78,4 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return backward(*args)
 
-    monkeypatch.setattr(engine, "backward", counting)
+    monkeypatch.setattr(step, "backward", counting)

@@ -1,7 +1,6 @@
 """Pictures in, batches out: folders, arrays, IDX files and shards, their transforms and loader."""
 
 from convmae.data.base import PhotoSource, Source, check_share
-from convmae.data.crops import derive_seed
 from convmae.data.demo import DemoPhotos
 from convmae.data.folder import FolderPhotos, check_readable, find_pictures
 from convmae.data.loader import Batch
@@ -43,7 +42,6 @@ __all__ = [
     "check_share",
     "check_readable",
     "denormalise",
-    "derive_seed",
     "find_pictures",
     "full_scale",
     "normalise",

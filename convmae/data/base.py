@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
-from convmae.data.crops import derive_seed
 from convmae.data.loader import (
     EvaluationDataset,
     EvaluationSampler,
@@ -22,6 +21,7 @@ from convmae.data.loader import (
 from convmae.data.photos import Failure, Subset, UnreadableError
 from convmae.data.picture import DataError
 from convmae.data.transforms import CentreTransform
+from convmae.seeds import Stream, generator_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from convmae.data.loader import Batch
     from convmae.data.photos import Photos
     from convmae.data.transforms import Transform
-
-CHOICE_STREAM = 3  # keeps the seeds of choosing pictures apart from all others
 
 
 @dataclass(frozen=True)
@@ -296,8 +294,7 @@ def choose_balanced(
     Raises:
         DataError: `count` is below 1 or above the number of pictures.
     """
-    generator = torch.Generator()
-    generator.manual_seed(derive_seed(seed, CHOICE_STREAM, 0, 0))
+    generator = generator_for(seed, Stream.CHOICE)
     seen: dict[int, int] = {}
     ranked: list[tuple[int, float, int]] = []  # rank in its class, tie of ranks, index
     ties = torch.rand(max(1, classes) + 1, generator=generator).tolist()

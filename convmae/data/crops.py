@@ -1,19 +1,12 @@
-"""Boxes, resizing and the seeds they are drawn from: a crop is the same whoever computes it."""
+"""Boxes, and cutting and resizing a picture by one."""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 MIN_CROP = 0.2  # share of the picture's area, as the official recipe
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height
@@ -21,26 +14,6 @@ CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 Box = tuple[int, int, int, int]  # top, left, height, width
 Size = tuple[int, int]  # height, width
 Pick = Callable[[int, int], Box]  # from the height and width of a picture
-
-
-def derive_seed(*keys: int) -> int:
-    """A 63-bit seed from non-negative integers; different keys give unrelated streams."""
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seeds the global generators of torch (CPU), `random` and NumPy; puts their states back."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
 
 
 def random_box(height: int, width: int, min_crop: float = MIN_CROP) -> Box:

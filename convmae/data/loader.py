@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from convmae.data.crops import derive_seed, seeded
 from convmae.data.photos import NO_LABEL, Chosen, Failure, UnreadableError
 from convmae.data.picture import DataError
+from convmae.seeds import Stream, derive_seed, generator_for, seeded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from convmae.data.photos import Photos
     from convmae.data.transforms import Transform
-
-ORDER_STREAM = 1  # keeps the seeds of the shuffling apart from those of the crops
 
 
 class Batch(NamedTuple):
@@ -96,8 +94,7 @@ class RunSampler(Sampler[list[Key]]):
         for step in range(self.first, self.last):
             epoch, position = divmod(step, self.batches_per_epoch)
             if epoch != order_of:
-                generator = torch.Generator()
-                generator.manual_seed(derive_seed(self.seed, ORDER_STREAM, epoch, 0))
+                generator = generator_for(self.seed, Stream.ORDER, epoch)
                 order = torch.randperm(self.num_samples, generator=generator).tolist()
                 order_of = epoch
             start = (position * self.world + self.rank) * self.batch_size
@@ -150,7 +147,7 @@ class PictureDataset(Dataset[Sample]):
         Raises:
             DataError: no picture at all could be read.
         """
-        with seeded(derive_seed(self.seed, epoch, sample)):
+        with seeded(derive_seed(self.seed, Stream.SAMPLE, epoch, sample)):
             return read_or_next(self.photos, sample, self.transform)
 
     def __getitems__(self, keys: list[Key]) -> Batch:
@@ -171,7 +168,7 @@ class EvaluationDataset(PictureDataset):
             sample: Sample = (blank, NO_LABEL)
             if index < len(self.photos):
                 try:
-                    with seeded(derive_seed(self.seed, 0, index)):
+                    with seeded(derive_seed(self.seed, Stream.EVALUATION, index)):
                         image = self.transform(Chosen(self.photos, index))
                     sample = (image, self.photos.label(index))
                 except UnreadableError as error:

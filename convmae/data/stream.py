@@ -26,9 +26,8 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from convmae.data.arrays import decode_array
 from convmae.data.base import Source, check_share
-from convmae.data.crops import derive_seed, seeded
 from convmae.data.folder import EncodedPicture
-from convmae.data.loader import ORDER_STREAM, Batch, make_batch, run_batches
+from convmae.data.loader import Batch, make_batch, run_batches
 from convmae.data.photos import NO_LABEL, Failure, Pixels, UnreadableError
 from convmae.data.picture import DataError
 from convmae.data.shards import (
@@ -44,6 +43,7 @@ from convmae.data.shards import (
     what_broke,
 )
 from convmae.data.transforms import CentreTransform
+from convmae.seeds import Stream, derive_seed, generator_for, seeded
 
 if TYPE_CHECKING:
     import tarfile
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from convmae.data.transforms import Transform
 
 BUFFER = 1000  # samples, not decoded, that one loading process shuffles
-BUFFER_STREAM = 4  # keeps the seeds of the buffers apart from all others
 GIVE_UP = 1000  # unreadable samples in a row
 
 
@@ -245,7 +244,7 @@ class StreamDataset(IterableDataset[Batch]):
 
         from webdataset.filters import _shuffle as shuffle
 
-        seed = derive_seed(plan.seed, BUFFER_STREAM, epoch, plan.rank * workers + reader)
+        seed = derive_seed(plan.seed, Stream.BUFFER, epoch, plan.rank * workers + reader)
         places = shuffle(iter(range(count)), BUFFER, rng=random.Random(seed))
         skipped = set(islice(places, skip))
         raws = in_order(self.shards, self._order(epoch), epoch, low, count, skipped)
@@ -253,8 +252,7 @@ class StreamDataset(IterableDataset[Batch]):
 
     def _order(self, epoch: int) -> list[int]:
         """The shards of an epoch of training, by number."""
-        generator = torch.Generator()
-        generator.manual_seed(derive_seed(self.plan.seed, ORDER_STREAM, epoch, 0))
+        generator = generator_for(self.plan.seed, Stream.ORDER, epoch)
         return torch.randperm(len(self.shards.names), generator=generator).tolist()
 
     def _transformed(self, raw: Raw, epoch: int, sample: int) -> tuple[Tensor, int]:
@@ -265,7 +263,7 @@ class StreamDataset(IterableDataset[Batch]):
         """
         picture, text = decode(raw)
         label = label_of(text, self.kind)
-        with seeded(derive_seed(self.plan.seed, epoch, sample)):
+        with seeded(derive_seed(self.plan.seed, Stream.SAMPLE, epoch, sample)):
             image = self.transform(picture)
         if (len(image), image.dtype) != (self.kind.channels, self.kind.dtype):
             raise UnreadableError(

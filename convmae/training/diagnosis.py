@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convmae.data import normalise
-from convmae.training.checkpoint import FOLDER
 from convmae.training.distributed import whole_model
+from convmae.weights.checkpoint import FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor, nn
 
-    from convmae.training.engine import Outcome, Run, Task
+    from convmae.training.state import Run
+    from convmae.training.step import Outcome
+    from convmae.training.task import Task
 
 REMEDIES = "Try a lower --blr, more --warmup_epochs, --clip_grad 1 or --amp float32"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from convmae.training.config import OptionError
+from convmae.config import OptionError
 from convmae.training.machine import pick_device
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from convmae.training.config import OptionError
+from convmae.config import OptionError
 
 CPU_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # Intel, AMD; the last one is Arm's
 
@@ -91,15 +91,3 @@ def machine_info() -> dict[str, str]:
         "bfloat16": f"{'native' if native else 'not native'}: {why}",
     }
     return entries | convmae_kernels.info()
-
-
-def model_sizes() -> list[tuple[str, int]]:
-    """Every model's name and number of parameters, counted without allocating them."""
-    import convmae
-
-    sizes = []
-    for name in convmae.list_models():
-        with torch.device("meta"):
-            model = convmae.create_model(name)
-        sizes.append((name, sum(parameter.numel() for parameter in model.parameters())))
-    return sizes

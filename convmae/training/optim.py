@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from torch import nn
 
-    from convmae.training.config import RunConfig
+    from convmae.config import RunConfig
 
 Groups = list[dict[str, Any]]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from convmae.training.engine import Run
+    from convmae.training.state import Run
 
     Capture = Callable[[Callable[[], None]], Callable[[], None]]
 

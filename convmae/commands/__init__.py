@@ -1,0 +1,1 @@
+"""What does not train: evaluate, reconstruct, convert, stats, info."""

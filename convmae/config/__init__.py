@@ -1,0 +1,35 @@
+"""The options of the commands, their defaults and what they must satisfy. Imports no torch."""
+
+from convmae.config.checks import (
+    OptionError,
+    check_mask_ratio,
+    check_number,
+    check_patches,
+    config_from_mapping,
+    config_to_mapping,
+    suggest,
+)
+from convmae.config.classify import EvaluateConfig, FinetuneConfig, LinprobeConfig
+from convmae.config.convert import ConvertConfig
+from convmae.config.pretrain import PretrainConfig
+from convmae.config.run import RunConfig
+from convmae.config.tools import InfoConfig, ReconstructConfig, StatsConfig
+
+__all__ = [
+    "ConvertConfig",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "InfoConfig",
+    "LinprobeConfig",
+    "OptionError",
+    "PretrainConfig",
+    "ReconstructConfig",
+    "RunConfig",
+    "StatsConfig",
+    "check_mask_ratio",
+    "check_number",
+    "check_patches",
+    "config_from_mapping",
+    "config_to_mapping",
+    "suggest",
+]

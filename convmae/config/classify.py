@@ -1,0 +1,235 @@
+"""The options of `convmae finetune`, `convmae linprobe` and `convmae evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from convmae.config.checks import (
+    OptionError,
+    check_choice,
+    check_number,
+    check_text,
+)
+from convmae.config.run import AMP, RunConfig
+
+MIX_MODES = ("batch", "pair", "elem")
+ERASE_MODES = ("const", "rand", "pixel")
+
+
+@dataclass
+class ClassifyConfig(RunConfig):
+    """What finetuning and probing have in common."""
+
+    finetune: str | None = None
+    """Pretrained weights: a run's folder, a .safetensors file or an official .pth; by default the
+    model starts from random weights."""
+    model: str | None = None
+    """Which classifier: convvit_tiny, _small, _base, _large, _huge; by default the size of
+    --finetune, else convvit_base."""
+    nb_classes: int | None = None
+    """Classes; by default those of the data."""
+    global_pool: bool = True
+    """Classify the mean of all tokens; otherwise the top-left one, as the official code can."""
+    crop_pct: float = 0.875
+    """For evaluation the shorter side is resized to input_size / crop_pct, and the centre cut."""
+    eval_every: float = 1
+    """Epochs between evaluations on the val split; the last is always evaluated."""
+    eval_batch_size: int | None = None
+    """Pictures in a batch of an evaluation; batch_size if not given."""
+
+    def validate(self) -> None:
+        """Checks every option that can be checked without the data or the model.
+
+        Raises:
+            OptionError: naming the option, what was found and what was expected.
+        """
+        super().validate()
+        if self.nb_classes is not None:
+            check_number("nb_classes", self.nb_classes, whole=True, at_least=2)
+        if self.eval_batch_size is not None:
+            check_number("eval_batch_size", self.eval_batch_size, whole=True, above=0)
+        check_number("crop_pct", self.crop_pct, above=0, at_most=1)
+        check_number("eval_every", self.eval_every, above=0)
+        for name in ("finetune", "model"):
+            if getattr(self, name) is not None:
+                check_text(name, getattr(self, name))
+
+
+@dataclass
+class FinetuneConfig(ClassifyConfig):
+    """Finetune a pretrained encoder (or train one from random weights) to classify pictures.
+
+    The defaults are the published recipe, for an effective batch of 1024: AdamW with layer decay,
+    mixup, cutmix, RandAugment, random erasing, label smoothing and stochastic depth.
+    """
+
+    epochs: int = 100
+    """Passes over the pictures."""
+    blr: float = 5e-4
+    """Base learning rate, for an effective batch of 256."""
+    min_lr: float = 1e-6
+    """Learning rate at the end."""
+    warmup_epochs: float = 5
+    """Epochs over which the learning rate rises linearly from 0."""
+    min_crop: float = 0.08
+    """Smallest share of a picture's area that a random crop takes."""
+    layer_decay: float = 0.65
+    """Every layer learns this many times more slowly than the one after it; all convolution
+    stages count as the first."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last block; it rises linearly from 0."""
+    aa: str | None = "rand-m9-mstd0.5-inc1"
+    """timm's automatic augmentation, or none; 1 or 3 channels of 8 bits."""
+    color_jitter: float | None = None
+    """Strength of colour jitter, where --aa is none."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    reprob: float = 0.25
+    """Share of the pictures of which a rectangle is erased."""
+    remode: Literal["const", "rand", "pixel"] = "pixel"
+    """What it is filled with: 0, one random colour, random pixels."""
+    recount: int = 1
+    """Rectangles at most."""
+    mixup: float = 0.8
+    """Alpha of mixup; 0 for none."""
+    cutmix: float = 1.0
+    """Alpha of cutmix; 0 for none."""
+    mixup_prob: float = 1.0
+    """Share of the batches that are mixed."""
+    mixup_switch_prob: float = 0.5
+    """Share of the mixed batches that are cut rather than blended, where both are on."""
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    """One draw a batch, a pair or a picture."""
+    model_ema: bool = False
+    """Keep a running average of the weights; it is what is evaluated and kept as the best."""
+    model_ema_decay: float = 0.9999
+    """Its decay a step."""
+
+    def validate(self) -> None:
+        """Checks every option that can be checked without the data or the model.
+
+        Raises:
+            OptionError: naming the option, what was found and what was expected.
+        """
+        super().validate()
+        check_number("layer_decay", self.layer_decay, above=0, at_most=1)
+        for name in ("drop_path", "smoothing"):
+            check_number(name, getattr(self, name), at_least=0, below=1)
+        for name in ("reprob", "mixup_prob", "mixup_switch_prob"):
+            check_number(name, getattr(self, name), at_least=0, at_most=1)
+        for name in ("mixup", "cutmix"):
+            check_number(name, getattr(self, name), at_least=0)
+        check_number("recount", self.recount, whole=True, above=0)
+        check_number("model_ema_decay", self.model_ema_decay, above=0, below=1)
+        check_choice("remode", self.remode, ERASE_MODES)
+        check_choice("mixup_mode", self.mixup_mode, MIX_MODES)
+        if self.color_jitter is not None:
+            check_number("color_jitter", self.color_jitter, at_least=0)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.mixes and self.batch_size % 2:
+            raise OptionError(
+                f"--batch_size must be even for --mixup and --cutmix, which pair pictures, got "
+                f"{self.batch_size}; or give --mixup 0 --cutmix 0"
+            )
+        if self.color_jitter and self.auto_augment:
+            raise OptionError(
+                f"--color_jitter {self.color_jitter:g} has no effect beside --aa {self.aa}; give "
+                "--aa none to use it"
+            )
+        if self.model_ema and self.strategy == "fsdp2":
+            raise OptionError(
+                "--model_ema keeps a whole copy of the model, which --strategy fsdp2 divides over "
+                "the processes; use --strategy ddp"
+            )
+
+    @property
+    def auto_augment(self) -> str | None:
+        """`aa`, None where it says none."""
+        return None if self.aa is None or self.aa.lower() in ("none", "") else self.aa
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pictures are blended or cut together."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.mixup_prob > 0
+
+
+@dataclass
+class LinprobeConfig(ClassifyConfig):
+    """Train a linear classifier on a frozen pretrained encoder.
+
+    The defaults are the published recipe, for an effective batch of 4096: LARS on a BatchNorm
+    without affine parameters and a linear layer.
+    """
+
+    epochs: int = 90
+    """Passes over the pictures."""
+    blr: float = 0.1
+    """Base learning rate, for an effective batch of 256."""
+    warmup_epochs: float = 10
+    """Epochs over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Of the linear layer's matrix."""
+
+    def validate(self) -> None:
+        """Checks every option that can be checked without the data or the model.
+
+        Raises:
+            OptionError: naming the option, what was found and what was expected.
+        """
+        super().validate()
+        for name in ("min_crop", "hflip"):
+            if getattr(self, name) != getattr(RunConfig, name):
+                raise OptionError(
+                    f"--{name} {getattr(self, name):g} has no effect in linprobe, whose crops are "
+                    "the published ones; leave it out"
+                )
+        if self.strategy == "fsdp2":
+            raise OptionError(
+                "--strategy fsdp2 divides what is trained, and linprobe trains one layer; use "
+                "--strategy ddp"
+            )
+
+
+@dataclass
+class EvaluateConfig:
+    """Measure the accuracy of a classifier on the val split of a data set."""
+
+    checkpoint: str
+    """A run's folder, a checkpoint folder or a .safetensors file of a classifier."""
+    data_path: str
+    """As in convmae finetune; what is there is read as a val split."""
+    split: Literal["val", "train"] = "val"
+    """Which of its splits."""
+    batch_size: int = 64
+    """Pictures in a batch."""
+    crop_pct: float = 0.875
+    """The shorter side is resized to input_size / crop_pct, and the centre cut."""
+    amp: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Arithmetic."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+    num_workers: int | None = None
+    """Loading processes."""
+    max_unreadable: float = 0.1
+    """Share of unreadable pictures above which the evaluation fails."""
+    output: str | None = None
+    """A JSON file to write the figures to."""
+
+    def validate(self) -> None:
+        """Checks every option that can be checked without the data or the model.
+
+        Raises:
+            OptionError: naming the option, what was found and what was expected.
+        """
+        for name in ("checkpoint", "data_path"):
+            check_text(name, getattr(self, name))
+        check_number("batch_size", self.batch_size, whole=True, above=0)
+        check_number("crop_pct", self.crop_pct, above=0, at_most=1)
+        check_number("max_unreadable", self.max_unreadable, at_least=0, at_most=1)
+        check_choice("amp", self.amp, AMP)
+        check_choice("split", self.split, ("val", "train"))
+        if self.num_workers is not None:
+            check_number("num_workers", self.num_workers, whole=True, at_least=0)

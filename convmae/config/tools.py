@@ -1,0 +1,83 @@
+"""The options of the commands that do not train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from convmae.config.checks import (
+    OptionError,
+    check_mask_ratio,
+    check_number,
+    check_text,
+)
+
+
+@dataclass
+class ReconstructConfig:
+    """Draw what a checkpoint paints: original, masked, reconstructed, reconstructed + visible."""
+
+    checkpoint: str
+    """A run's folder, a checkpoint folder or a .safetensors file."""
+    images: tuple[str, ...]
+    """Picture files and folders of pictures, or demo."""
+    output: str = "reconstruction.png"
+    """The picture to write."""
+    mask_ratio: float = 0.75
+    """Share of the 16 x 16 pixel patches that is hidden."""
+    seed: int = 0
+    """Of the masks."""
+    max_images: int = 16
+    """Of more pictures, an even sample of this many is drawn."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+
+    def validate(self) -> None:
+        """Checks what can be checked without the checkpoint.
+
+        Raises:
+            OptionError: naming the option, what was found and what was expected.
+        """
+        check_mask_ratio(self.mask_ratio)
+        check_number("seed", self.seed, whole=True, at_least=0)
+        check_number("max_images", self.max_images, whole=True, above=0)
+        if not self.images:
+            raise OptionError("--images needs at least one file or folder, got none")
+        if not self.output.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
+            raise OptionError(f"--output must end in .png, .jpg or .webp, got {self.output!r}")
+
+
+@dataclass
+class StatsConfig:
+    """Measure the mean and deviation of every channel, for --mean and --std."""
+
+    data_path: str
+    """As in convmae pretrain."""
+    split: Literal["train", "val"] = "train"
+    """Which of its splits."""
+    max_samples: int | None = None
+    """Measure on this many pictures, chosen by --seed; on all if not given."""
+    seed: int = 0
+    """Of that choice."""
+    num_workers: int | None = None
+    """Loading processes."""
+    output: str | None = None
+    """A YAML file to write them to, that --config takes."""
+
+    def validate(self) -> None:
+        """Checks what can be checked without the data.
+
+        Raises:
+            OptionError: naming the option, what was found and what was expected.
+        """
+        check_text("data_path", self.data_path)
+        check_number("seed", self.seed, whole=True, at_least=0)
+        if self.max_samples is not None:
+            check_number("max_samples", self.max_samples, whole=True, above=0)
+        if self.num_workers is not None:
+            check_number("num_workers", self.num_workers, whole=True, at_least=0)
+
+
+@dataclass
+class InfoConfig:
+    """Tell versions, devices, what runs the operators here, and the models with their sizes."""

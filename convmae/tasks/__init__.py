@@ -1,0 +1,1 @@
+"""What is learned: pretraining, finetuning, probing."""

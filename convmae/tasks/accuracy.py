@@ -1,0 +1,99 @@
+"""Accuracy of a classifier on batches with labels."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from convmae.config import OptionError
+from convmae.data import DataError, normalise
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+
+    from convmae.data import Batch, Source
+    from convmae.training.distributed import World
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def check_labels(source: Source, nb_classes: int, option: str) -> None:
+    """Raises `OptionError` unless the pictures have labels, and no more classes than the model."""
+    if source.classes is None:
+        raise OptionError(
+            f"{option} holds pictures without labels; expected class folders, IDX files with "
+            "labels, or shards with .cls members"
+        )
+    if len(source.classes) > nb_classes:
+        raise OptionError(
+            f"--nb_classes {nb_classes} is fewer than the {len(source.classes)} classes of {option}"
+        )
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    nb_classes: int,
+    statistics: Statistics,
+    world: World,
+    autocast: torch.autocast,
+) -> dict[str, float]:
+    """`acc1`, `acc5` (per cent; the second of the best 5, or of all classes if fewer), mean `loss`.
+
+    Fillers, whose label is -1, count for nothing. Every process gets the figures of all.
+
+    Raises:
+        DataError: a label is not below `nb_classes`, or there is no picture.
+    """
+    from torchmetrics import MeanMetric, MetricCollection
+    from torchmetrics.classification import MulticlassAccuracy
+
+    common: dict[str, Any] = {"average": "micro", "ignore_index": -1}
+    metrics = MetricCollection(
+        {
+            "acc1": MulticlassAccuracy(nb_classes, top_k=1, **common),
+            "acc5": MulticlassAccuracy(nb_classes, top_k=min(5, nb_classes), **common),
+        },
+        compute_groups=False,
+    ).to(world.device)
+    losses = MeanMetric().to(world.device)
+    was_training = model.training
+    model.eval()
+    for batch in batches:
+        labels = batch.labels.to(world.device)
+        if int(labels.max()) >= nb_classes:
+            raise DataError(
+                f"a picture has label {int(labels.max())}, but the model has {nb_classes} classes "
+                f"(0 to {nb_classes - 1})"
+            )
+        images = normalise(batch.images.to(world.device), *statistics)
+        with autocast:
+            logits = model(images).float()
+        metrics.update(logits, labels)
+        real = labels >= 0
+        if bool(real.any()):
+            each = torch.nn.functional.cross_entropy(logits[real], labels[real], reduction="none")
+            losses.update(each)
+    model.train(was_training)
+    figures = {name: 100 * float(value) for name, value in metrics.compute().items()}
+    figures["loss"] = float(losses.compute())
+    return figures
+
+
+def check_channels(source: Source, model: Any, data_path: str) -> None:
+    """Raises `OptionError` unless the pictures have the model's channels."""
+    if source.channels != model.in_chans:
+        raise OptionError(
+            f"--data_path {data_path!r} has pictures of {source.channels} channels, but the model "
+            f"takes {model.in_chans}"
+        )
+
+
+def better(figures: dict[str, float], best: float | None) -> bool:
+    """Whether `acc1` is a number above the best so far."""
+    return math.isfinite(figures["acc1"]) and (best is None or figures["acc1"] > best)

@@ -1,0 +1,70 @@
+"""A run: everything its loop needs, and how far it has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from convmae.data import Source
+    from convmae.training.distributed import World
+    from convmae.training.step_graph import StepGraph
+
+
+class TrainingError(RuntimeError):
+    """A run had to stop; the message says why, and what is left of it."""
+
+
+@dataclass
+class Run:
+    """Everything the loop needs, checked, and how far it has come."""
+
+    config: Any  # a RunConfig, of the task's own kind
+    folder: Path
+    world: World
+    dtype: torch.dtype
+    source: Source
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    model: Any  # a ConvMAE or ConvViT, with its own parameter names
+    model_name: str
+    step_model: nn.Module  # what a step calls: the model, or its data-parallel wrapper
+    optimiser: torch.optim.Optimizer
+    scheduler: Any  # of timm
+    scaler: torch.amp.GradScaler
+    steps_per_epoch: int
+    workers: int
+    graph: StepGraph | None = None  # runs whole steps, where that was asked for and can be
+    step: int = 0  # optimiser steps done, skipped ones included
+    losses: list[float] = field(default_factory=list)  # since the last line of the log
+    nonfinite: int = 0  # steps skipped in a row
+    skipped: int = 0  # steps skipped in all
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.steps_per_epoch
+
+    @property
+    def images_per_step(self) -> int:
+        return self.config.effective_batch(self.world.size)
+
+    def autocast(self) -> torch.autocast:
+        """The arithmetic of the run, for its forward passes."""
+        half = self.dtype != torch.float32
+        dtype = self.dtype if half else None
+        return torch.autocast(self.world.device.type, dtype=dtype, enabled=half)
+
+    def due(self, every: float) -> bool:
+        """Whether the step just done ends a span of `every` epochs, or the run."""
+        steps = max(1, round(every * self.steps_per_epoch))
+        return self.step % steps == 0 or self.step == self.total_steps

@@ -1,0 +1,80 @@
+"""What a kind of training must say: its model, its loss, and what is to be seen of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image as PILImage
+    from torch import Tensor, nn
+
+    from convmae.data import Batch, Source
+    from convmae.records.log import RunLog
+    from convmae.training.state import Run
+
+
+class Task(ABC):
+    """One kind of training: what it trains, on what, and what is to be seen of it."""
+
+    command: str
+
+    @abstractmethod
+    def transform(self, config: Any) -> Any:
+        """From a stored picture to one of a training batch."""
+
+    @abstractmethod
+    def build(self, config: Any, source: Source) -> tuple[nn.Module, str, list[str]]:
+        """The model, its name for `convmae.create_model`, and what to tell about it."""
+
+    @abstractmethod
+    def groups(self, model: nn.Module, config: Any) -> list[dict[str, Any]]:
+        """Parameter groups with their decays, and `lr_scale` where a group learns more slowly."""
+
+    @abstractmethod
+    def optimiser(self, groups: list[dict[str, Any]], config: Any) -> torch.optim.Optimizer:
+        """The optimiser of these groups; its learning rate is set in every step."""
+
+    @abstractmethod
+    def loss(self, run: Run, batch: Batch, images: Tensor) -> Tensor:
+        """The mean loss of a batch; `images` are on the device and normalised."""
+
+    def inputs(self, run: Run, batch: Batch) -> Any:
+        """What `captured_loss` reads besides the images: tensors on the device, of fixed shapes.
+
+        A task whose options have `cuda_graph` defines this and `captured_loss`.
+        """
+        raise NotImplementedError(f"the steps of {self.command} cannot be captured")
+
+    def captured_loss(self, run: Run, images: Tensor, inputs: Any) -> Tensor:
+        """`loss` of images and of what `inputs` gave; decides nothing on the host."""
+        raise NotImplementedError(f"the steps of {self.command} cannot be captured")
+
+    def statistics(self, config: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and deviation that the weights to start from were trained with, if any."""
+        return None
+
+    def begin(self, run: Run) -> None:
+        """Called once before the first step, when a resumed state has been loaded."""
+        return
+
+    def after_step(self, run: Run) -> None:
+        """Called after every optimiser step that was not skipped."""
+        return
+
+    def evaluate(self, run: Run, log: RunLog) -> None:
+        """Called after the step; a task that evaluates does it when it is due."""
+        return
+
+    def draw(self, run: Run) -> PILImage.Image | None:
+        """A picture of what the model does, in all processes, or None."""
+        return None
+
+    def state(self, run: Run) -> dict[str, Any]:
+        """What a checkpoint has to hold besides model and optimiser: tensors and plain values."""
+        return {}
+
+    def load_state(self, run: Run, state: dict[str, Any]) -> None:
+        """Takes back what `state` gave."""
+        return

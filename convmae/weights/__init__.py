@@ -1,0 +1,1 @@
+"""Weights: checkpoints of a run, and files from elsewhere."""

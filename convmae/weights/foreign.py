@@ -1,0 +1,228 @@
+"""Weights of any origin: finds the tensors in a file, and what else it tells about them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from convmae.config import OptionError
+from convmae.weights.checkpoint import Weights, read_weights, read_weights_file
+from convmae.weights.safe_load import PICKLE, ZIP, load_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema")  # the first of them is read
+WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+# What the names of a model's tensors begin with.
+ENCODER = ("pos_embed", "patch_embed", "blocks1.", "blocks2.", "blocks3.")
+DECODER = ("decoder_", "mask_token", "stage1_output_decode.", "stage2_output_decode.")
+HEAD = ("norm.", "fc_norm.", "head.")
+
+
+@dataclass
+class Found:
+    """Tensors of a file by their official names.
+
+    Attributes:
+        path: the file.
+        what: in words, what was read.
+        state: floating tensors, as they are in the file.
+        unexpected: names of what is no tensor of a model of ours.
+        ours: name, configuration and statistics, if convmae wrote it.
+        options: the options of the run, if the official code wrote it.
+        notes: what was done to the tensors on reading.
+    """
+
+    path: Path
+    what: str
+    state: dict[str, Tensor]
+    unexpected: list[str] = field(default_factory=list)
+    ours: Weights | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_foreign(path: str | Path, option: str, key: str | None = None) -> Found:
+    """The weights of a run's folder, of a `.safetensors` file or of a PyTorch file.
+
+    Which of them a file is, its first bytes tell, not its name.
+
+    Args:
+        path: the file or folder.
+        option: the flag to name in errors.
+        key: the entry of a PyTorch file that holds the weights; found by itself if None.
+
+    Raises:
+        OptionError: there is no such file, it is damaged or no file of weights, or it asks for code
+            to be run.
+    """
+    given = Path(path).expanduser()
+    if not given.exists() and given.suffix:
+        raise OptionError(f"{option} {str(path)!r} does not exist")
+    kind = _kind_of(given, option) if given.is_file() else "folder"
+    if kind == "pytorch":
+        found = _read_pytorch(given, option, key)
+    elif key is not None:
+        raise OptionError(f"--key {key!r}: {given} is a {kind}, which has no entries")
+    elif kind == "folder":
+        found = _ours(read_weights(given, option), option)
+    else:
+        found = _read_safetensors(given, option)
+    _drop_class_token(found)
+    return found
+
+
+def _ours(weights: Weights, option: str) -> Found:
+    what = f"weights of convmae: {weights.model}"
+    known, unexpected = _sort_out(weights.state, weights.path, option)
+    return Found(weights.path, what, known, unexpected, weights)
+
+
+def _kind_of(path: Path, option: str) -> str:
+    """`safetensors file` or `pytorch`, from the first bytes."""
+    try:
+        with path.open("rb") as opened:
+            head = opened.read(64)
+    except OSError as error:
+        raise OptionError(f"{option}: {path} cannot be read: {error.strerror}") from error
+    if not head:
+        raise OptionError(f"{option}: {path} is empty (0 bytes)")
+    # Its header's length comes first: any 8 bytes, which may look like the begin of other files.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
+        return "safetensors file"
+    if head.startswith(b"version https://git-lfs"):
+        raise OptionError(
+            f"{option}: {path} is a pointer of Git LFS, not the weights; `git lfs pull` gets them"
+        )
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        begin = head.decode("utf-8", "replace").strip().splitlines()[0][:32]
+        raise OptionError(
+            f"{option}: {path} is a web page (it begins with {begin!r}), not weights; the download "
+            "brought a page, such as a login or a confirmation, in place of the file"
+        )
+    if head.startswith((ZIP, PICKLE)):
+        return "pytorch"
+    raise OptionError(
+        f"{option}: {path} is neither a PyTorch file nor safetensors; it begins with {head[:12]!r}"
+    )
+
+
+def _read_safetensors(path: Path, option: str) -> Found:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            if "model" in metadata and "config" in metadata:
+                return _ours(read_weights_file(path, option), option)
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise OptionError(f"{option}: {path} is not readable as safetensors: {error}") from error
+    known, unexpected = _sort_out(state, path, option)
+    return Found(path, f"safetensors, {len(state)} tensors", known, unexpected)
+
+
+def _read_pytorch(path: Path, option: str, key: str | None) -> Found:
+    # argparse.Namespace, which official files hold, only has attributes set: plain data.
+    data = load_tensors(path, option, allow=[argparse.Namespace])
+    if not isinstance(data, Mapping):
+        raise OptionError(
+            f"{option}: {path} holds a {type(data).__name__}, expected a dictionary of tensors"
+        )
+    entry = _entry(data, path, option, key)
+    state = data if entry is None else data[entry]
+    known, unexpected = _sort_out(state, path, option)
+    others = [] if entry is None else [str(name) for name in data if name != entry]
+    what = f"PyTorch file, {'tensors' if entry is None else repr(entry)}"
+    if others:
+        what += f" (not read: {few(others)})"
+    args = data.get("args")
+    options = vars(args) if isinstance(args, argparse.Namespace) else {}
+    return Found(path, what, known, unexpected, None, options)
+
+
+def _entry(data: Mapping[Any, Any], path: Path, option: str, key: str | None) -> str | None:
+    """The entry with the weights; None if `data` itself is the state dict."""
+    there = [name for name in data if isinstance(data[name], Mapping)]
+    if key is not None:
+        if key not in there:
+            raise OptionError(
+                f"--key {key!r}: {path} has no such dictionary; it has {few(there) or 'none'}"
+            )
+        return key
+    for name in ENTRIES:
+        if name in there:
+            return name
+    if any(isinstance(value, Tensor) for value in data.values()):
+        return None
+    raise OptionError(
+        f"{option}: {path} holds no weights: expected tensors, or one of {', '.join(ENTRIES)}; "
+        f"found {few(data) or 'an empty dictionary'}"
+    )
+
+
+def _sort_out(
+    state: Mapping[Any, Any], path: Path, option: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors with a model's names, wrappers' prefixes taken off; and the names of the rest."""
+    known: dict[str, Tensor] = {}
+    unexpected: list[str] = []
+    for given, value in state.items():
+        name = _unwrapped(str(given))
+        if not name.startswith((*ENCODER, *DECODER, *HEAD)):
+            unexpected.append(name)
+            continue
+        if name in known:
+            raise OptionError(f"{option}: {path} holds {name} twice, as {given!r} and without")
+        problem = _no_weight(value)
+        if problem is not None:
+            raise OptionError(
+                f"{option}: {path}: {name} is {problem}, expected a tensor of floating numbers"
+            )
+        known[name] = value.detach()
+    return known, unexpected
+
+
+def _drop_class_token(found: Found) -> None:
+    """Takes the row of a class token, which our models have not, off the position embedding."""
+    position = found.state.get("pos_embed")
+    if "cls_token" not in found.unexpected or position is None or position.dim() != 3:
+        return
+    patches = position.shape[1]
+    if math.isqrt(patches) ** 2 != patches and math.isqrt(patches - 1) ** 2 == patches - 1:
+        found.state["pos_embed"] = position[:, 1:]
+        found.notes.append(f"pos_embed: the first of {patches} rows, of cls_token, is left out")
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+def _no_weight(value: Any) -> str | None:
+    """What is wrong with a value as a weight; None if nothing is."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.is_meta:
+        return "a tensor without values"
+    if value.layout != torch.strided or value.is_quantized:
+        return "a sparse or quantised tensor"
+    if not value.is_floating_point() and value.numel() != 1:  # one: a counter of batches
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')}"
+    return None
+
+
+def few(names: Iterable[Any], most: int = 8) -> str:
+    """The first names, and how many more there are."""
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more

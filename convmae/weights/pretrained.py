@@ -1,0 +1,159 @@
+"""Weights of any origin into a classifier, for `--finetune`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from convmae.config import OptionError
+from convmae.models import resample_pos_embed
+from convmae.weights.architecture import grid_of, read_encoder
+from convmae.weights.foreign import Found, few, read_foreign
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from convmae.models.trunk import Trunk
+
+Grid: TypeAlias = "tuple[int, int]"
+
+
+@dataclass
+class LoadReport:
+    """What `load_pretrained` did; names of tensors.
+
+    Attributes:
+        missing: not in the file: they keep the values that the model had.
+        unexpected: in the file, but of no model of ours.
+        resampled: `name: old grid -> new grid`.
+        left_out: in the file, but not in this model, such as the decoder.
+        loaded: how many were read.
+        path: the file.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    resampled: list[str]
+    left_out: list[str] = field(default_factory=list)
+    loaded: int = 0
+    path: Path = Path()
+
+    def __str__(self) -> str:
+        parts = [f"{self.loaded} tensors from {self.path}"]
+        for names, what in (
+            (self.missing, "not in it, so fresh"),
+            (self.resampled, "resampled"),
+            (self.left_out, "left out"),
+            (self.unexpected, "unknown, so left out"),
+        ):
+            if names:
+                parts.append(f"{what}: {groups(names)}")
+        return "; ".join(parts)
+
+
+def load_pretrained(model: Trunk, path: str | Path, option: str = "--finetune") -> LoadReport:
+    """Puts the encoder of a file into `model`, in place; a classifier's head too, if it fits.
+
+    The position embedding is resampled to the model's grid. Only `head` and `fc_norm` may keep the
+    values that they have.
+
+    Args:
+        model: a `ConvViT`, of any `img_size`.
+        path: a run's folder, a `.safetensors` file, or a PyTorch file such as the official ones.
+        option: the flag to name in errors.
+
+    Raises:
+        OptionError: the file cannot be read, or does not fit the model.
+    """
+    found = read_foreign(path, option)
+    encoder = read_encoder(found, option)
+    own = model.state_dict()
+    shapes = {key: tuple(value.shape) for key, value in own.items()}
+    if encoder.in_chans != model.in_chans:
+        raise OptionError(
+            f"{option}: {found.path} is of pictures of {encoder.in_chans} channels, but the data "
+            f"and the model have {model.in_chans} (in_chans)"
+        )
+    state = {key: value for key, value in found.state.items() if key in own}
+    resampled = []
+    old = grid_of(found, option)
+    if old != model.grid and "pos_embed" in state:
+        state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, model.grid)
+        resampled.append(f"pos_embed: {change(old, model.grid)}")
+    for key in ("head.weight", "head.bias"):  # of other classes
+        if key in state and tuple(state[key].shape) != shapes[key]:
+            state = {k: v for k, v in state.items() if not k.startswith("head.")}
+            break
+    fits = f" ({encoder}; convvit_{encoder.size} fits)" if encoder.size else f" ({encoder})"
+    check_shapes(state, shapes, found, "the model", option, fits)
+    missing = [key for key in own if key not in state]
+    needed = [key for key in missing if not key.startswith(("head.", "fc_norm."))]
+    if needed:
+        raise OptionError(
+            f"{option}: {found.path} lacks {few(needed)}, which the model needs{fits}"
+        )
+    model.load_state_dict(own | state)
+    return LoadReport(
+        missing=missing,
+        unexpected=found.unexpected,
+        resampled=resampled,
+        left_out=[key for key in found.state if key not in state],
+        loaded=len(state),
+        path=found.path,
+    )
+
+
+def pretrained_model(path: str | Path, option: str = "--finetune") -> str | None:
+    """The classifier of the size of a file, such as `convvit_base`; None if it has no known size.
+
+    Raises:
+        OptionError: as `load_pretrained`.
+    """
+    size = read_encoder(read_foreign(path, option), option).size
+    return None if size is None else f"convvit_{size}"
+
+
+def pretrained_statistics(
+    path: str | Path, option: str = "--finetune"
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation of the pictures that a file was trained on; None if it does not tell.
+
+    Raises:
+        OptionError: as `load_pretrained`.
+    """
+    ours = read_foreign(path, option).ours
+    if ours is None or ours.mean is None or ours.std is None:
+        return None
+    return ours.mean, ours.std
+
+
+def change(old: Grid, new: Grid) -> str:
+    """In words, from which grid to which."""
+    return f"{old[0]} x {old[1]} -> {new[0]} x {new[1]} patches"
+
+
+def groups(names: list[str]) -> str:
+    """`decoder_blocks (96), head.bias`: the names, those of one module together."""
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        module = name.partition(".")[0] if ": " not in name else name
+        modules.setdefault(module, []).append(name)
+    return ", ".join(g[0] if len(g) == 1 else f"{m} ({len(g)} tensors)" for m, g in modules.items())
+
+
+def check_shapes(
+    state: dict[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    found: Found,
+    name: str,
+    option: str,
+    fits: str = "",
+) -> None:
+    """Raises `OptionError` at the first tensor of another shape than the model's."""
+    for key, value in state.items():
+        if tuple(value.shape) != shapes[key]:
+            raise OptionError(
+                f"{option}: {found.path} has {key} of shape {list(value.shape)}, but {name} takes "
+                f"{list(shapes[key])}{fits}"
+            )
