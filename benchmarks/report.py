@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 FORMAT = 1
 LEGEND = """\
 Times are medians of interleaved rounds. `dense`: plain PyTorch in channels-last with the same
-parameters, eager, in the same run as `packed`; `dense, compiled` may be of a later one. `stages12` is
-stages 1 and 2, forward and backward, `step` a whole training step, `memory` the peak of a process that
-trains, and `mae` our step beside one of MAE with a ViT-B, which has no convolutions (under `dense`).
-`of the limit`: the least possible time (bytes that must move over the copy rate, or FLOPs over the
-matrix product rate, whichever is longer) over the measured one; for memory, the state of the
-parameters over the peak."""
+parameters, eager, in the same run as `packed`; `dense, compiled` may be of a later one. `stages12`
+is stages 1 and 2, forward and backward, `step` a whole training step, `memory` the peak of a
+process that trains, and `mae` our step beside one of MAE with a ViT-B, which has no convolutions (under
+`dense`). `of the limit`: the least possible time (bytes that must move over the copy rate, or FLOPs
+over the matrix product rate, whichever is longer) over the measured one; for memory, the state of
+the parameters over the peak."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ def markdown(results: Results) -> str:
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     others = [
-        "| case | dtype | contender | median | spread | dense in that run | against it | of the limit |",
+        "| case | dtype | contender | median | spread | dense in that run | against it "
+        "| of the limit |",
         "|---|---|---|--:|--:|--:|--:|--:|",
     ]
     heads = len(others)
@@ -199,7 +200,7 @@ def markdown(results: Results) -> str:
             f"{_opponent(packed)} | {other} | **{_times(packed.ratio)}** | {_of_limit(packed)} |"
         )
     if len(others) > heads:
-        lines += ["", "The same step in other ways, each with the dense one of its own run:", ""]
+        lines += ["", "The same in other ways, each with the dense one of its own run:", ""]
         lines += others
     return "\n".join([*lines, "", header(results)])
 

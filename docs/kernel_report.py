@@ -273,7 +273,7 @@ def measured_table(tiles: list[Tile], card: Card, content: dict[str, Any]) -> st
 
 
 def tiled_kernel(op: str, shape: str, dtype: str) -> str | None:
-    """The name of the tiled kernel for, say, `forward`, `side4/256/5x5`; None without a square kernel.
+    """The name of the tiled kernel of `forward`, `side4/256/5x5`; None without a square kernel.
 
     Blocks of side 4 and more are cut into tiles of 4 x 4.
     """

@@ -65,10 +65,10 @@ def markdown(content: dict[str, Any]) -> str:
             "",
             f"{env['device']}, torch {env['torch']}, {env['date']}; "
             f"copy rate measured in that run: {rate:.2f} TB/s.",
-            "A call's time is that of many in a captured graph. `of copy`: the bytes that must move, "
-            "over that time, as a share of the copy rate. PyTorch's way is eager. Triton: batch "
-            f"{batches[0]}. `docs/gpu.md` says more."
-            + (" `*`: a time of the cache." if any(row["in_cache"] for row in rows) else ""),
+            "",
+            "A call's time is that of many in a captured graph. `of copy`: the bytes that must",
+            "move, over that time, as a share of the copy rate. PyTorch's way is eager. Triton:",
+            f"batch {batches[0]}. `*`: small enough to be timed in the cache. `docs/gpu.md` says more.",
         ]
     )
 
