@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 FORMAT = 1
 LEGEND = """\
 Times are medians of interleaved rounds. `dense`: plain PyTorch in channels-last with the same
-parameters, eager, in the same run as `packed`; `dense, compiled` may be of a later one. `stages12`
-is stages 1 and 2, forward and backward, `step` a whole training step, `memory` the peak of a
-process that trains, and `mae` our step beside one of MAE with a ViT-B, which has no convolutions (under
-`dense`). `of the limit`: the least possible time (bytes that must move over the copy rate, or FLOPs
-over the matrix product rate, whichever is longer) over the measured one; for memory, the state of
-the parameters over the peak."""
+parameters, eager, in the same run as `packed`; `dense, compiled` may be of a later one.
+`stages12` is stages 1 and 2, forward and backward, `step` a whole training step, `memory` the
+peak of a process that trains, and `mae` our step beside one of MAE with a ViT-B, which has no
+convolutions (under `dense`). `of the limit`: the least possible time (bytes that must move over
+the copy rate, or FLOPs over the matrix product rate, whichever is longer) over the measured
+one; for memory, the state of the parameters over the peak."""
 
 
 @dataclass(frozen=True)

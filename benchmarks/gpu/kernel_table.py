@@ -68,7 +68,7 @@ def markdown(content: dict[str, Any]) -> str:
             "",
             "A call's time is that of many in a captured graph. `of copy`: the bytes that must",
             "move, over that time, as a share of the copy rate. PyTorch's way is eager. Triton:",
-            f"batch {batches[0]}. `*`: small enough to be timed in the cache. `docs/gpu.md` says more.",
+            f"batch {batches[0]}. `*`: so small that it was timed in the cache. See `docs/gpu.md`.",
         ]
     )
 
