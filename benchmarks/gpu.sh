@@ -6,7 +6,7 @@
 #
 # first is env build checks kernels counters steps profile, test is env build tests sanitizer training,
 # models is env build memory graph blocks compiled stages12. Each of these stages runs for itself under
-# its own time limit, and none stops another. All results are in $OUT (runs/gpu if not set), at most 8
+# its own time limit, and none stops another. All results are in $OUT (runs/gpu if not set), at most 9
 # files, as soon as they exist; a digest of them is printed last. --stand-in rehearses without a GPU.
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -142,12 +142,14 @@ for stage in "${stages[@]}"; do
       signal=INT run tests 420 "$python" -m pytest "${options[@]}"
       ;;
     training) # the command line, runs and their resumption, on the GPU
+      report=$out/${stand_in:+stand-in-}training.xml
+      rm -f "$report"
       if ! has tyro || ! has torchvision || ! has webdataset; then
         run training 5 echo "left out: tyro, torchvision or webdataset is not installed"
         continue
       fi
       files=(tests/test_{cli,finetuning,step_graph}.py tests/test_training{,_crashes,_data,_failures}.py)
-      options=(-v --junitxml "$out/${stand_in:+stand-in-}training.xml")
+      options=(-v --junitxml "$report")
       [ -z "$stand_in" ] && has xdist && options+=(-n $((($(nproc) * 3 + 3) / 4)))
       [ -n "$stand_in" ] && options+=(-k test_info) where=cpu || where=cuda
       CONVMAE_TEST_DEVICE=$where signal=INT run training 300 "$python" -m pytest "${options[@]}" "${files[@]}"

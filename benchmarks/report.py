@@ -1,22 +1,32 @@
-"""Results as a terminal table, as JSON, as the README's table and in words.
+"""Results as a terminal table, as JSON, as pages of `docs/generated/` and in words.
 
-`python -m benchmarks.report results.json` prints the README's table.
+`python -m benchmarks.report FILE ...` prints a page; its first line says how to make it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.gpu import kernel_table
 from benchmarks.runner import BASELINE, Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 FORMAT = 1
+LEGEND = """\
+Times are medians of interleaved rounds. `dense`: plain PyTorch in channels-last with the same
+parameters, eager, in the same run as `packed`; `dense, compiled` may be of a later one.
+`stages12` is stages 1 and 2, forward and backward, `step` a whole training step, `memory` the
+peak of a process that trains, and `mae` our step beside one of MAE with a ViT-B, which has no
+convolutions (under `dense`). `of the limit`: the least possible time (bytes that must move over
+the copy rate, or FLOPs over the matrix product rate, whichever is longer) over the measured
+one; for memory, the state of the parameters over the peak."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +64,7 @@ def load(path: str | Path) -> Results:
     Raises:
         ValueError: the file does not hold results of this version.
     """
-    try:
-        content = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    content = _read(path)
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise ValueError(f"{path} does not hold benchmark results of format {FORMAT}")
     names = {f.name for f in fields(Results)}
@@ -65,6 +72,13 @@ def load(path: str | Path) -> Results:
         raise ValueError(f"{path} holds {sorted(content)}, expected {sorted(names)}")
     content["rows"] = [Row(**row) for row in content["rows"]]
     return Results(**content)
+
+
+def _read(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 # -- text -----------------------------------------------------------------------------------------
@@ -157,24 +171,72 @@ def _groups(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
 
 
 def markdown(results: Results) -> str:
-    """The README's table: a line for each case and dtype, and what it was measured on."""
+    """A line for each case and dtype, then the other contenders, and what it was measured on."""
     compiled = f"{BASELINE} compiled"
     lines = [
         "| case | dtype | packed | dense | dense, compiled | against dense | of the limit |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
+    others = [
+        "| case | dtype | contender | median | spread | dense in that run | against it "
+        "| of the limit |",
+        "|---|---|---|--:|--:|--:|--:|--:|",
+    ]
+    heads = len(others)
     for (case, dtype), group in _groups(results.rows).items():
+        for row in group.values():
+            if row.contender.startswith("packed "):
+                others.append(
+                    f"| {case} | {dtype} | {row.contender} | {_number(row.median)} {row.unit} | "
+                    f"{row.spread:.1%} | {_opponent(row)} | **{_times(row.ratio)}** | "
+                    f"{_of_limit(row)} |"
+                )
         if "packed" not in group:  # it failed, as a note says
             continue
         packed = group["packed"]
-        dense = group.get(BASELINE) or next(row for row in group.values() if row is not packed)
         other = f"{_number(group[compiled].median)}" if compiled in group else "–"
-        of_limit = f"{packed.fraction:.0%}" if packed.limit else "–"
         lines.append(
             f"| {case} | {dtype} | {_number(packed.median)} {packed.unit} | "
-            f"{_number(dense.median)} | {other} | **{_times(packed.ratio)}** | {of_limit} |"
+            f"{_opponent(packed)} | {other} | **{_times(packed.ratio)}** | {_of_limit(packed)} |"
         )
+    if len(others) > heads:
+        lines += ["", "The same in other ways, each with the dense one of its own run:", ""]
+        lines += others
     return "\n".join([*lines, "", header(results)])
+
+
+def _opponent(row: Row) -> str:
+    """What the row was compared with, in the run that measured both."""
+    return _number(row.median * row.ratio)
+
+
+def _of_limit(row: Row) -> str:
+    return f"{row.fraction:.0%}" if row.limit else "–"
+
+
+def page(files: Sequence[str]) -> str:
+    """A page of `docs/generated/`: the tables of files of the benchmark and of the GPU's kernels.
+
+    Raises:
+        ValueError: a file holds neither, or is of a rehearsal.
+    """
+    command = f"python -m benchmarks.report {shlex.join(files)}"
+    parts = [f"<!-- Written by `{command}`; not by hand. -->", "# Measured"]
+    for file in files:
+        content = _read(file)
+        if isinstance(content, dict) and "kernels" in content:
+            _refuse_rehearsal(content["environment"], file)
+            parts += ["## Kernels", kernel_table.markdown(content)]
+        else:
+            results = load(file)
+            _refuse_rehearsal(results.environment, file)
+            parts += ["## Cases", LEGEND, markdown(results)]
+    return "\n\n".join(parts)
+
+
+def _refuse_rehearsal(environment: dict[str, Any], file: str) -> None:
+    if environment.get("stand_in"):
+        raise ValueError(f"{file} is of a rehearsal: its figures mean nothing")
 
 
 def summary(results: Results) -> str:
@@ -208,15 +270,16 @@ def summary(results: Results) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the README's table of a JSON file of results."""
+    """Prints the Markdown page of JSON files of results, for docs/generated/."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=main.__doc__)
-    parser.add_argument("results", help="what `python -m benchmarks --json FILE` wrote")
+    parser.add_argument(
+        "results",
+        nargs="+",
+        help="what `python -m benchmarks --json FILE` wrote, or CARD-kernels.json of `make gpu`",
+    )
     args = parser.parse_args(arguments)
     try:
-        results = load(args.results)
-        if results.environment.get("stand_in"):
-            raise ValueError(f"{args.results} is of a rehearsal: its figures mean nothing")
-        print(markdown(results))
+        print(page(args.results))
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

@@ -1,8 +1,8 @@
 """What the compiler made of the CUDA kernels: registers, shared memory, occupancy, instructions.
 
-    python docs/kernel_report.py             # Markdown tables for sm_90, from the built library
-    python docs/kernel_report.py sm_80       # the first one only: tiles are walked for sm_90
-    python docs/kernel_report.py --gigahertz 1.98 --copy H100=3.0
+    python docs/kernel_report.py > docs/generated/kernels.md     # for sm_90, from the built library
+    python docs/kernel_report.py sm_80       # the first table only: tiles are walked for sm_90
+    python docs/kernel_report.py --gigahertz 1.98 --copy H200=4.8
 
 It reads `convmae_kernels/_C.so` with `cuobjdump`, from the CUDA toolkit or as Triton carries it; no
 GPU is needed. Instructions are counted by running the machine code on the CPU (`docs/sass/`).
@@ -12,19 +12,23 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # run as a script, `docs` is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.gpu import kernel_table
 from docs import sass, tile_walk
 
-LIBRARY = Path(__file__).resolve().parents[1] / "convmae_kernels" / "_C.so"
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ROOT / "convmae_kernels" / "_C.so"
+MEASURED = ROOT / "benchmarks" / "results" / "h200-kernels.json"
 TYPES = {
     "f": "float",
     "d": "double",
@@ -189,9 +193,43 @@ class Card(NamedTuple):
         return 4 * self.hertz * moved * self.multiprocessors / self.copy
 
 
-def instruction_table(cards: list[Card]) -> str:
-    """Markdown: what a tile costs in each tiled kernel for sm_90, and what copy speed allows."""
+class Tile(NamedTuple):
+    """What a tile costs in a kernel for sm_90, in instructions of a warp."""
+
+    name: str
+    alone: float  # the tile sees no other one
+    all: float
+    expected: float
+    multiply_adds: float  # among the expected ones
+    once: float  # a run
+
+    def share(self, card: Card) -> float:
+        """The share of the copy rate that the instructions leave possible."""
+        return min(1, self.allowed(card) / self.expected)
+
+    def allowed(self, card: Card) -> float:
+        """The instructions for which there is time while a tile is read and another written."""
+        return card.instructions(2 * tile_walk.Shape.of(self.name).side ** 2 * 128)
+
+
+def tiles() -> list[Tile]:
+    """The cost of a tile in each tiled kernel for sm_90, by running its code."""
     code = sass.functions(cuobjdump("-sass", "-arch", "sm_90"))
+    counted = []
+    for kernel in sorted(kernels(), key=lambda kernel: kernel.name):
+        if kernel.arch != "sm_90" or not kernel.is_specialised:
+            continue
+        visible = 0.4 if tile_walk.Shape.of(kernel.name).kernel == 7 else 0.25
+        walked = kernel.name, code[kernel.symbol], kernel.threads // 32
+        issued = tile_walk.count(*walked)
+        multiply_adds = tile_walk.count(*walked, "FFMA").expected(visible)
+        costs = issued.alone, issued.all, issued.expected(visible), multiply_adds, issued.once
+        counted.append(Tile(kernel.name, *costs))
+    return counted
+
+
+def instruction_table(tiles: list[Tile], cards: list[Card]) -> str:
+    """Markdown: what a tile costs in each tiled kernel for sm_90, and what copy speed allows."""
     heads = [f"{card.name} allows | predicted, at most" for card in cards]
     rows = [
         "| kernel | alone | all visible | expected | of these multiply-adds | once a run | "
@@ -199,26 +237,52 @@ def instruction_table(cards: list[Card]) -> str:
         + " |",
         "|---|" + "--:|" * (5 + 2 * len(cards)),
     ]
-    for kernel in sorted(kernels(), key=lambda kernel: kernel.name):
-        if kernel.arch != "sm_90" or not kernel.is_specialised:
-            continue
-        shape = tile_walk.Shape.of(kernel.name)
-        visible = 0.4 if shape.kernel == 7 else 0.25
-        walked = kernel.name, code[kernel.symbol], kernel.threads // 32
-        issued = tile_walk.count(*walked)
-        multiply_adds = tile_walk.count(*walked, "FFMA")
-        cells = [
-            f"`{kernel.name}`",
-            *(f"{number:.0f}" for number in (issued.alone, issued.all, issued.expected(visible))),
-            f"{multiply_adds.expected(visible):.0f}",
-            f"{issued.once:.0f}",
-        ]
+    for tile in tiles:
+        name, *costs = tile
+        cells = [f"`{name}`", *(f"{number:.0f}" for number in costs)]
         for card in cards:
-            allowed = card.instructions(2 * shape.side**2 * 128)  # a tile read, another written
-            share = min(1, allowed / issued.expected(visible))
-            cells += [f"{allowed:.0f}", f"{100 * share:.0f} %"]
+            cells += [f"{tile.allowed(card):.0f}", f"{100 * tile.share(card):.0f} %"]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def measured_table(tiles: list[Tile], card: Card, content: dict[str, Any]) -> str:
+    """Markdown: the share of the copy rate that was predicted, at most, and the measured ones.
+
+    `content` is what `make gpu` wrote as CARD-kernels.json. What only moves has no prediction.
+    """
+    shares = {tile.name: tile.share(card) for tile in tiles}
+    rows = [row for row in kernel_table.measured_rows(content["kernels"]) if "us" in row]
+    batches = sorted({row["batch"] for row in rows})
+    lines = [
+        "| op | dtype | kernel | predicted, at most | "
+        + " | ".join(f"measured, batch {batch}" for batch in batches)
+        + " |",
+        "|---|---|---|" + "--:|" * (1 + len(batches)),
+    ]
+    for (name, dtype), group in kernel_table.by_kernel(rows).items():
+        measured = [kernel_table.compiled(group, batch) for batch in batches]
+        kernel = tiled_kernel(*name.rstrip("*").split(" "), dtype)
+        if kernel in shares:
+            cells = [f"`{name}`", dtype, f"`{kernel}`", f"{100 * shares[kernel]:.0f} %"]
+        else:
+            cells = [f"`{name}`", dtype, "–", "–"]
+        cells += [f"{100 * row['of_copy']:.0f} %" if row else "–" for row in measured]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tiled_kernel(op: str, shape: str, dtype: str) -> str | None:
+    """The name of the tiled kernel of `forward`, `side4/256/5x5`; None without a square kernel.
+
+    Blocks of side 4 and more are cut into tiles of 4 x 4.
+    """
+    match = re.fullmatch(r"side(\d+)/\d+/(\d+)x\2", shape)
+    if match is None:
+        return None
+    grad = "_weight_grad" if op == "weight_gradient" else ""
+    kind = {"float32": "float", "float16": "half"}.get(dtype, dtype)
+    return f"masked_conv2d{grad}_tiles<{kind}, {min(4, int(match[1]))}, {match[2]}>"
 
 
 def card_and_speed(text: str) -> tuple[str, float]:
@@ -243,13 +307,20 @@ def main() -> None:
     parser.add_argument("--multiprocessors", type=int, default=132)
     parser.add_argument("--gigahertz", type=float, default=1.85)
     options = parser.parse_args()
-    print(table(options.arch))
+    print("<!-- Written by `python docs/kernel_report.py`; not by hand. -->\n")
+    print(f"# The CUDA kernels as compiled, {options.arch}\n\n{table(options.arch)}")
     if options.arch == "sm_90":
         cards = [
             Card(name, speed * 1e12, options.multiprocessors, options.gigahertz * 1e9)
             for name, speed in options.copy
         ]
-        print("\n" + instruction_table(cards))
+        walked, content = tiles(), json.loads(MEASURED.read_text())
+        print(f"\n## Instructions of a tile\n\n{instruction_table(walked, cards)}")
+        device = content["environment"]["device"]
+        for card in cards:
+            if card.name in device:
+                print(f"\n## Share of the copy rate, {device}\n")
+                print(measured_table(walked, card, content))
 
 
 if __name__ == "__main__":

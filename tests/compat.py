@@ -24,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "convmae_kernels" / "_C.so"
 
-# Not here: training, data and the command line, which call little of torch that changes; the
-# emulator of CUDA kernels, which has no torch; what needs a GPU.
+# Not here: finetuning, crashes, processes and the command line; the emulator of CUDA kernels, which
+# has no torch; what needs a GPU.
 SUITES = {
     "kernels": (
         "test_block_mask.py",
@@ -58,6 +58,14 @@ SUITES = {
         "test_models_step.py",
         "test_timm.py",
     ),
+    "data": (
+        "test_data.py",
+        "test_data_addresses.py",
+        "test_data_shards.py",
+        "test_data_sources.py",
+        "test_data_transforms.py",
+        "test_training_data.py",
+    ),
     "compile": ("test_compiled_networks.py", "test_transforms.py"),
     "ahead of time": (
         "test_triton_compile.py",
@@ -69,6 +77,8 @@ SUITES = {
 
 PACKAGES = (
     *("torchvision", "numpy", "timm"),
+    *("pillow", "pyyaml", "safetensors", "webdataset"),
+    *("matplotlib", "scikit-image", "tensorboard", "torchmetrics", "tqdm"),
     *("pytest", "pytest-xdist", "hypothesis"),
     *("setuptools", "wheel", "ninja"),
 )

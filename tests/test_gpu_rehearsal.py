@@ -4,6 +4,7 @@ A stand-in takes the GPU's place (`benchmarks/gpu/device.py`): the stages, their
 digest are those of a machine with a GPU, the sizes are tiny and the times mean nothing.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,6 +18,8 @@ from benchmarks.gpu import build, counters, digest, items, ncu_table, problems, 
 from benchmarks.gpu.device import STAND_IN, StandIn, find, slug
 
 ROOT = Path(__file__).parents[1]
+# What the stage `training` needs; without one of them it is left out.
+TRAINS = all(importlib.util.find_spec(name) for name in ("tyro", "torchvision", "webdataset"))
 FAULTS = {
     "checks/cpu:table/radius1/2/bfloat16": "raise",
     "checks/cpu:forward/side2/384/5x5/2/bfloat16": "disagree",
@@ -88,7 +91,7 @@ def test_every_stage_is_run_whatever_happens_in_the_others(rehearsal):
     bad = {"checks": "failed", "kernels": "failed", "graph": "hung", "compiled": "failed"}
     assert list(outcomes) == [
         *("env", "build", "checks", "kernels", "counters", "steps", "profile"),
-        *("tests", "sanitizer", "memory", "graph", "blocks", "compiled", "stages12"),
+        *("tests", "sanitizer", "training", "memory", "graph", "blocks", "compiled", "stages12"),
     ]
     assert outcomes == dict.fromkeys(outcomes, "ok") | bad, done.stdout + done.stderr
     assert stages["compiled"]["note"] == "failed on purpose"
@@ -98,10 +101,10 @@ def test_every_stage_is_run_whatever_happens_in_the_others(rehearsal):
 
 def test_every_file_is_there_and_says_that_it_is_of_a_rehearsal(rehearsal):
     folder, _ = rehearsal
-    names = {file.name for file in folder.iterdir()}
-    assert len(names) <= 8 and names == {"log.txt", "digest.txt", "run.json"} | {
-        f"{STAND_IN}-{part}"
-        for part in ("kernels.json", "counters.csv", "steps.json", "profile.json", "tests.xml")
+    parts = ["kernels.json", "counters.csv", "steps.json", "profile.json", "tests.xml"]
+    parts += ["training.xml"] * TRAINS
+    assert {file.name for file in folder.iterdir()} == {"log.txt", "digest.txt", "run.json"} | {
+        f"{STAND_IN}-{part}" for part in parts
     }
     for file in folder.glob("*.json"):
         content = json.loads(file.read_text())
@@ -160,6 +163,7 @@ def test_the_digest_ends_what_is_printed(rehearsal):
         "memory, float32: dense",
         "stages12, float32: packed",
         "tests: 0 passed, 0 failed,",
+        "training: 1 passed, 0 failed," if TRAINS else "left out: tyro, torchvision or webdataset",
         "a packed step by kernel: ",
     ):
         assert line in page, line
@@ -335,15 +339,33 @@ def test_a_digest_of_anything_fits_its_limit(tmp_path):
     assert "*** a part of this page failed: KeyError" in digest.digest(tmp_path)
 
 
+def test_a_digest_of_both_reports_of_pytest(tmp_path):
+    report = "<testsuites><testsuite>{}</testsuite></testsuites>"
+    bad = '<testcase name="test_b"><failure message="no\n such"/></testcase>'
+    good, skipped = '<testcase name="test_a"/>', "<testcase><skipped/></testcase>"
+    (tmp_path / "tests.xml").write_text(report.format(good + skipped))
+    (tmp_path / "training.xml").write_text(report.format(good + bad))
+    assert digest.digest(tmp_path).endswith(
+        "tests: 1 passed, 0 failed, 1 skipped\n"
+        "training: 1 passed, 1 failed, 0 skipped\n"
+        "  FAILED test_b: no such\n"
+    )
+
+
 def test_tests_that_were_stopped_are_read_from_the_log(tmp_path):
     (tmp_path / "log.txt").write_text(
         "== tests, at most 5 s: pytest\n"
         "[gw0] [ 10%] PASSED tests/test_gpu.py::test_a[x y] \n"
         "tests/test_gpu.py::test_b FAILED   [ 20%]\n"
         "[gw1] [ 30%] SKIPPED tests/test_gpu.py::test_c \n"
+        "== sanitizer, at most 5 s: pytest\n"
+        "tests/test_gpu_sanitizer.py::test_d PASSED   [ 50%]\n"
+        "== training, at most 5 s: pytest\n"
+        "[gw0] [ 10%] PASSED tests/test_cli.py::test_e \n"
     )
     page = digest.digest(tmp_path)
     assert "tests, stopped: 1 passed, 1 failed, 3 of them ended" in page
+    assert "training, stopped: 1 passed, 0 failed, 1 of them ended" in page
     assert "  FAILED tests/test_gpu.py::test_b\n" in page
 
 

@@ -1,5 +1,7 @@
 """The warp of `docs/sass/` that counts instructions: right numbers, and right counts."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -150,6 +152,41 @@ def test_one_store_for_each_output_and_one_wide_copy_for_four_positions(compiled
     assert (copies.alone, copies.all) == (16 / 4, around)
     # The weights, 64 channels x 25 taps x 2 bytes: seven copies of 32 lanes.
     assert copies.once == 7
+
+
+@needs_code_for_sm_90
+def test_the_generated_page_has_every_kernel():
+    page = (kernel_report.ROOT / "docs" / "generated" / "kernels.md").read_text()
+    compiled, walked, *_ = page.split("## ")
+    kernels = [kernel for kernel in kernel_report.kernels() if kernel.arch == "sm_90"]
+    tiled = {kernel.name for kernel in kernels if kernel.is_specialised}
+    assert set(re.findall("^[|] `(.*?)`", compiled, re.M)) == {kernel.name for kernel in kernels}
+    assert set(re.findall("^[|] `(.*?)`", walked, re.M)) == tiled
+
+
+def test_predicted_and_measured_shares():
+    name = "masked_conv2d_weight_grad_tiles<bfloat16, 4, 5>"
+    tile = kernel_report.Tile(name, 1000, 3000, 2000, 100, 10)
+    card = kernel_report.Card("a card", copy=4e12, multiprocessors=100, hertz=2e9)
+    # 4,096 bytes of a tile read and written: 819.2 instructions, of the 2,000 that it takes.
+    row = {"batch": 128, "dtype": "bfloat16", "implementation": "cuda", "us": 1.0}
+    row |= {"of_copy": 0.256, "in_cache": False}
+    rows = [
+        row | {"kernel": "weight_gradient", "shape": "side8/24/5x5"},
+        row | {"kernel": "weight_gradient", "shape": "side1/24/5x5"},
+        row | {"kernel": "gather", "shape": "side16/3", "in_cache": True},
+    ]
+    content = {"kernels": {"all": {"rows": rows}, "bad": {"failed": "it hangs"}}}
+    lines = kernel_report.measured_table([tile], card, content).splitlines()
+    assert lines[2:] == [
+        f"| `weight_gradient side8/24/5x5` | bfloat16 | `{name}` | 41 % | 26 % |",
+        "| `weight_gradient side1/24/5x5` | bfloat16 | – | – | 26 % |",
+        "| `gather side16/3*` | bfloat16 | – | – | 26 % |",
+    ]
+    assert kernel_report.tiled_kernel("forward", "side2/8/7x7", "float32") == (
+        "masked_conv2d_tiles<float, 2, 7>"
+    )
+    assert kernel_report.tiled_kernel("forward", "side4/8/1x7", "float32") is None
 
 
 def test_what_copy_speed_allows():

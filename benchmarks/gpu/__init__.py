@@ -5,5 +5,5 @@ for one, with which every stage can be rehearsed on any machine; `environment` s
 `build` compiles; `problems` are the kernels with their arguments, which `checks` compares with
 float64, `timing` measures one by one and `counters` runs under the hardware's counters; `profile`
 lists the kernels of a training step. `items` lets a stage survive what crashes or hangs in it,
-`store` writes, and `digest` sums up.
+`store` writes, `digest` sums up, and `kernel_table` is the Markdown table of the kernels.
 """

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu import ncu_table, store
+from benchmarks.gpu.kernel_table import EAGER, TRITON, by_kernel, compiled, measured_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 LIMIT = 10_000
-EAGER = "pytorch"
+SUITES = ("tests", "training")  # stages that run pytest; each leaves NAME.xml
 WARNING = "*** STAND-IN: a rehearsal on a CPU. No time and no ratio below means anything. ***"
 
 
@@ -35,14 +36,19 @@ def _page(folder: Path, kernels_of_a_step: int) -> str:
     run = store.load(folder / "run.json")
     environment = run.get("environment", {})
     slug = environment.get("slug", "no-device")
-    tests = f"{slug}-tests.xml" if environment.get("stand_in") else "tests.xml"
+    prefix = f"{slug}-" if environment.get("stand_in") else ""
     kernels = store.load(folder / f"{slug}-kernels.json")
     sections: list[Callable[[], list[str]]] = [
         lambda: [WARNING] if environment.get("stand_in") else [],
         lambda: _machine(environment),
         lambda: _stages(run.get("stages", [])),
         lambda: _checks(kernels.get("checks", {})),
-        lambda: _tests(folder / tests) or _tests_in_log(folder / "log.txt"),
+        lambda: [
+            line
+            for suite in SUITES
+            for line in _tests(suite, folder / f"{prefix}{suite}.xml")
+            or _tests_in_log(suite, folder / "log.txt")
+        ],
         lambda: _kernels(kernels.get("kernels", {})),
         lambda: _counters(folder / f"{slug}-counters.csv"),
         lambda: _steps(store.load(folder / f"{slug}-steps.json")),
@@ -93,7 +99,8 @@ def _checks(checks: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _tests(file: Path) -> list[str]:
+def _tests(suite: str, file: Path) -> list[str]:
+    """What pytest's report says of a stage; nothing if there is no whole report."""
     try:
         cases = list(ElementTree.parse(file).iter("testcase"))
     except (OSError, ElementTree.ParseError):
@@ -101,7 +108,7 @@ def _tests(file: Path) -> list[str]:
     bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
     skipped = [c for c in cases if c.find("skipped") is not None]
     passed = len(cases) - len(bad) - len(skipped)
-    lines = [f"tests: {passed} passed, {len(bad)} failed, {len(skipped)} skipped"]
+    lines = [f"{suite}: {passed} passed, {len(bad)} failed, {len(skipped)} skipped"]
     for case in bad[:20]:
         what = case.find("failure")
         what = case.find("error") if what is None else what
@@ -112,12 +119,13 @@ def _tests(file: Path) -> list[str]:
     return lines
 
 
-def _tests_in_log(file: Path) -> list[str]:
+def _tests_in_log(suite: str, file: Path) -> list[str]:
     """What the log says of tests that were stopped before they could write their report."""
     try:
-        _, found, log = file.read_text(errors="replace").rpartition("== tests, ")
+        _, found, log = file.read_text(errors="replace").rpartition(f"== {suite}, ")
     except OSError:
         return []
+    log, _, _ = log.partition("\n== ")  # what the next stage printed
     one = (
         r"(?:(PASSED|FAILED|ERROR|SKIPPED) (tests/\S+)|^(tests/\S+) (PASSED|FAILED|ERROR|SKIPPED))"
     )
@@ -126,7 +134,7 @@ def _tests_in_log(file: Path) -> list[str]:
         return []
     bad = [name for how, name in ends if how in ("FAILED", "ERROR")]
     passed = sum(how == "PASSED" for how, _ in ends)
-    lines = [f"tests, stopped: {passed} passed, {len(bad)} failed, {len(ends)} of them ended"]
+    lines = [f"{suite}, stopped: {passed} passed, {len(bad)} failed, {len(ends)} of them ended"]
     return lines + [f"  FAILED {name}" for name in bad[:20]]
 
 
@@ -137,26 +145,18 @@ def _kernels(results: dict[str, dict[str, Any]]) -> list[str]:
     """A line for each kernel and dtype; batches beside each other, then Triton's time."""
     if not results:
         return []
-    rows = [row for result in results.values() for row in result.get("rows", [])]
+    rows = measured_rows(results)
     left_out = {item: result["failed"] for item, result in results.items() if "failed" in result}
     batches = sorted({row["batch"] for row in rows})
-    found: dict[tuple[str, str], dict[tuple[str, int], dict[str, Any]]] = {}
-    for row in rows:
-        name = f"{row['kernel']} {row['shape']}" + ("*" if row["in_cache"] else "")
-        found.setdefault((name, row["dtype"]), {})[row["implementation"], row["batch"]] = row
     rates = [row["copy_rate"] for row in rows]
     lines = [f"kernels; copy rate measured then: {max(rates) / 1e12:.2f} TB/s"] if rates else []
     head = "".join(f" | batch {batch}: us, GB/s, copy, eager" for batch in batches)
     lines.append(f"{'':42}{head} | Triton us")
-    for (name, dtype), group in found.items():
+    for (name, dtype), group in by_kernel(rows).items():
         cells = [f"{name:34} {dtype.replace('float', 'f').replace('bf', 'bf'):7}"]
         for batch in batches:
-            ours = next(
-                (r for (who, b), r in group.items() if b == batch and who not in (EAGER, "triton")),
-                {},
-            )
-            cells.append(_cell(ours, group.get((EAGER, batch), {})))
-        triton = group.get(("triton", batches[0]), {})
+            cells.append(_cell(compiled(group, batch), group.get((EAGER, batch), {})))
+        triton = group.get((TRITON, batches[0]), {})
         cells.append(f"{triton['us']:.1f}" if "us" in triton else "-")
         lines.append(" | ".join(cells))
         for part, count, us in group.get(("cuda", batches[0]), {}).get("parts", [])[:2]:
