@@ -12,6 +12,7 @@ from convmae.config import OptionError
 from convmae.config.checks import as_pair
 from convmae.config.convert import OFFICIAL_SUFFIXES, SAFETENSORS
 from convmae.data import IMAGENET_MEAN, IMAGENET_STD
+from convmae.files import replacing
 from convmae.models import ConvMAE, ConvViT, resample_pos_embed
 from convmae.models.layers import sincos_pos_embed
 from convmae.models.registry import ALIASES, create_model
@@ -26,14 +27,7 @@ from convmae.weights.architecture import (
     shape_of,
     sincos_grid,
 )
-from convmae.weights.checkpoint import (
-    FOLDER,
-    STATE,
-    WEIGHTS,
-    replacing,
-    save_tensors,
-    write_weights,
-)
+from convmae.weights.checkpoint import FOLDER, STATE, WEIGHTS, save_tensors, write_weights
 from convmae.weights.foreign import DECODER, ENCODER, Found, few, read_foreign
 from convmae.weights.pretrained import Grid, change, check_shapes, groups
 

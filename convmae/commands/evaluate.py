@@ -12,11 +12,12 @@ import torch
 
 from convmae.config import OptionError
 from convmae.data import EvalTransform, open_source
+from convmae.files import replacing
 from convmae.models import ConvViT
 from convmae.tasks.accuracy import accuracy, check_channels, check_labels
 from convmae.training.distributed import join
 from convmae.training.machine import pick_dtype
-from convmae.weights.checkpoint import load_model, read_weights, replacing
+from convmae.weights.checkpoint import load_model, read_weights
 
 if TYPE_CHECKING:
     from convmae.config import EvaluateConfig

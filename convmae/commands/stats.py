@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convmae.data import channel_statistics, open_source
-from convmae.weights.checkpoint import replacing
+from convmae.files import replacing
 
 if TYPE_CHECKING:
     from convmae.config import StatsConfig

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from convmae.config import config_to_mapping
 from convmae.data import DataError
+from convmae.files import replacing
 from convmae.records.log import RunLog, read_log
 from convmae.records.pictures import loss_picture
 from convmae.records.report import write_report
@@ -22,7 +23,7 @@ from convmae.training.loop import train
 from convmae.training.machine import machine_info
 from convmae.training.setup import prepare, write_options
 from convmae.training.state import Run, TrainingError
-from convmae.weights.checkpoint import FOLDER, replacing
+from convmae.weights.checkpoint import FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

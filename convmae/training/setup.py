@@ -10,6 +10,7 @@ import torch
 
 from convmae.config import OptionError, config_to_mapping
 from convmae.data import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, open_source
+from convmae.files import replacing
 from convmae.records.log import LOG
 from convmae.records.trackers import import_wandb
 from convmae.seeds import SCHEME
@@ -19,14 +20,7 @@ from convmae.training.optim import make_scheduler
 from convmae.training.state import Run
 from convmae.training.step import clip, differentiate
 from convmae.training.step_graph import WARM_UP, StepGraph, cuda_capture, why_not
-from convmae.weights.checkpoint import (
-    FOLDER,
-    describe,
-    find_checkpoint,
-    plain,
-    read_training_state,
-    replacing,
-)
+from convmae.weights.checkpoint import FOLDER, describe, find_checkpoint, plain, read_training_state
 
 if TYPE_CHECKING:
     from torch import Tensor

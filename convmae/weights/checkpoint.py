@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +13,11 @@ import torch
 
 from convmae.config import OptionError
 from convmae.data import IMAGENET_MEAN, IMAGENET_STD
+from convmae.files import flush, replacing
 from convmae.weights.safe_load import load_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -110,7 +110,7 @@ def save_checkpoint(
         write_weights(fresh / WEIGHTS, name, model.config, state, mean, std)
         save_tensors(training_state, fresh / STATE)
         for path in (fresh / WEIGHTS, fresh / STATE, fresh):
-            _flush(path)
+            flush(path)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)  # a full disk needs the space
         raise
@@ -123,7 +123,7 @@ def save_checkpoint(
         if old.exists():
             os.replace(old, final)
         raise
-    _flush(run)
+    flush(run)
     shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -145,23 +145,6 @@ def save_weights(
     with replacing(folder / WEIGHTS) as fresh:
         write_weights(fresh, name, model.config, state, mean, std)
     return folder / WEIGHTS
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """The name of a file to write beside `path`; it then takes the place of `path`, flushed.
-
-    Where writing it fails it is deleted, and `path` stays as it was.
-    """
-    fresh = path.with_name(f".new.{path.name}")
-    try:
-        yield fresh
-        _flush(fresh)
-        os.replace(fresh, path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-    _flush(path.parent)
 
 
 def save_tensors(value: Any, path: Path) -> None:
@@ -207,17 +190,6 @@ def write_weights(
     except SafetensorError as error:  # a full disk, too
         raise _refused(path, error) from error
     path.chmod(mode)  # safetensors lets nobody else read its files
-
-
-def _flush(path: Path) -> None:
-    """`fsync`, of a folder too where the system can open one."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def find_checkpoint(path: str | Path, option: str) -> Path:
