@@ -68,140 +68,165 @@ def rejects(error, message, module, *arguments):
         (module.double() if isinstance(module, nn.Module) else module)(*arguments)
 
 
-def test_modules_that_are_not_supported_are_named():
-    x, last = pack(make_map()), pack(make_map(), True)
-    only = NotImplementedError
-    rejects(
-        only,
+ONLY = NotImplementedError
+UNSUPPORTED_MODULES = [  # module, its input, error, how the message begins or what it holds
+    (
+        lambda: nn.ConvTranspose2d(C, 4, 4, 2, padding=1),
+        "channels first",
+        ONLY,
         "conv_transpose2d in ConvTranspose2d.forward: only a kernel as large as its",
-        nn.ConvTranspose2d(C, 4, 4, 2, padding=1),
-        x,
-    )
-    rejects(
+    ),
+    (
+        lambda: nn.ConvTranspose2d(C, 4, 3, 2),
+        "channels first",
         ValueError,
         "conv_transpose2d in ConvTranspose2d.forward: weight must be",
-        nn.ConvTranspose2d(C, 4, 3, 2),
-        x,
-    )
-    rejects(
+    ),
+    (
+        lambda: nn.Conv2d(C, 4, 3),
+        "channels first",
         ValueError,
         "conv2d in Conv2d._conv_forward: padding must keep the grid of blocks",
-        nn.Conv2d(C, 4, 3),
-        x,
-    )
-    rejects(
+    ),
+    (
+        lambda: nn.Conv2d(C, 4, 8, 8),
+        "channels first",
         ValueError,
         "conv2d in Conv2d._conv_forward: stride must be a power of two",
-        nn.Conv2d(C, 4, 8, 8),
-        x,
-    )
-    rejects(
+    ),
+    (
+        lambda: nn.Conv2d(C + 1, 4, 3, padding=1),
+        "channels first",
         ValueError,
         "conv2d in Conv2d._conv_forward: x has 6 channels, but weight",
-        nn.Conv2d(C + 1, 4, 3, padding=1),
-        x,
-    )
-    rejects(
-        only,
+    ),
+    (
+        lambda: nn.Conv2d(C, 4, 3, padding=1, padding_mode="reflect"),
+        "channels first",
+        ONLY,
         "pad in Conv2d._conv_forward: packed features do not have it",
-        nn.Conv2d(C, 4, 3, padding=1, padding_mode="reflect"),
-        x,
-    )
-    rejects(
+    ),
+    (
+        lambda: nn.Conv2d(C, 4, 3, padding=1),
+        "channels last",
         ValueError,
         "conv2d in Conv2d._conv_forward: it needs [B, C, H, W], got (4, 12, 16, 6)",
-        nn.Conv2d(C, 4, 3, padding=1),
-        last,
-    )
-    rejects(
+    ),
+    (
+        lambda: nn.Linear(C, 4),
+        "channels first",
         ValueError,
         "linear in Linear.forward: it needs [B, H, W, C], got (4, 6, 12, 16)",
-        nn.Linear(C, 4),
-        x,
-    )
-    rejects(
+    ),
+    (
+        lambda: nn.LayerNorm(C),
+        "channels first",
         ValueError,
         "layer_norm in LayerNorm.forward: it needs [B, H, W, C] and a norm over C",
-        nn.LayerNorm(C),
-        x,
-    )
-    rejects(
+    ),
+    (
+        lambda: nn.LayerNorm((W, C)),
+        "channels last",
         ValueError,
         "layer_norm in LayerNorm.forward: it needs [B, H, W, C] and a norm over C",
-        nn.LayerNorm((W, C)),
-        last,
-    )
-    rejects(
+    ),
+    (
+        lambda: nn.BatchNorm2d(C),
+        "channels last",
         ValueError,
         "batch_norm in BatchNorm2d.forward: it needs [B, C, H, W]",
-        nn.BatchNorm2d(C),
-        last,
-    )
-    rejects(
+    ),
+    (
+        lambda: nn.GroupNorm(2, C),
+        "channels last",
         ValueError,
         "group_norm in GroupNorm.forward: it needs [B, C, H, W]",
-        nn.GroupNorm(2, C),
-        last,
-    )
-    rejects(
-        ValueError, "max_pool2d in MaxPool2d.forward: it needs [B, C, H, W]", nn.MaxPool2d(2), last
-    )
-    rejects(
+    ),
+    (
+        lambda: nn.MaxPool2d(2),
+        "channels last",
+        ValueError,
+        "max_pool2d in MaxPool2d.forward: it needs [B, C, H, W]",
+    ),
+    (
+        lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        "channels first",
         ValueError,
         "max_pool2d in MaxPool2d.forward: ceil_mode=True would make a larger map",
-        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
-        x,
-    )
-    rejects(
+    ),
+    (
+        lambda: nn.AvgPool2d(3, 2, ceil_mode=True),
+        "channels first",
         ValueError,
         "avg_pool2d in AvgPool2d.forward: ceil_mode=True would make a larger map",
-        nn.AvgPool2d(3, 2, ceil_mode=True),
-        x,
-    )
-    rejects(
-        only,
+    ),
+    (
+        lambda: nn.MaxPool2d(2, return_indices=True),
+        "channels first",
+        ONLY,
         "in MaxPool2d.forward: packed features do not have it",
-        nn.MaxPool2d(2, return_indices=True),
-        x,
-    )
-    rejects(
-        only,
+    ),
+    (
+        lambda: nn.AvgPool2d(2, divisor_override=3),
+        "channels first",
+        ONLY,
         "avg_pool2d in AvgPool2d.forward: the divisor is the number of visible positions",
-        nn.AvgPool2d(2, divisor_override=3),
-        x,
-    )
-    rejects(
-        only,
+    ),
+    (
+        lambda: nn.AdaptiveAvgPool2d(7),
+        "channels first",
+        ONLY,
         "adaptive_avg_pool2d in AdaptiveAvgPool2d.forward: only an output of 1 x 1",
-        nn.AdaptiveAvgPool2d(7),
-        x,
-    )
-    rejects(
-        only,
+    ),
+    (
+        lambda: nn.AdaptiveMaxPool2d((7, 1)),
+        "channels first",
+        ONLY,
         "in AdaptiveMaxPool2d.forward: only an output of 1 x 1",
-        nn.AdaptiveMaxPool2d((7, 1)),
-        x,
-    )
-    rejects(
-        only,
+    ),
+    (
+        lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+        "channels first",
+        ONLY,
         'interpolate in Upsample.forward: only mode="nearest" by a power of two',
-        nn.Upsample(scale_factor=2, mode="bilinear"),
-        x,
-    )
-    for options in (
-        {"scale_factor": 3},
-        {"scale_factor": 0.5},
-        {"size": (2 * H, W)},
-        {"scale_factor": (2, 4)},
-    ):
-        rejects(only, "interpolate in Upsample.forward: only mode", nn.Upsample(**options), x)
-    rejects(
+    ),
+    (
+        lambda: nn.Upsample(scale_factor=3),
+        "channels first",
+        ONLY,
+        "interpolate in Upsample.forward: only mode",
+    ),
+    (
+        lambda: nn.Upsample(scale_factor=0.5),
+        "channels first",
+        ONLY,
+        "interpolate in Upsample.forward: only mode",
+    ),
+    (
+        lambda: nn.Upsample(size=(2 * H, W)),
+        "channels first",
+        ONLY,
+        "interpolate in Upsample.forward: only mode",
+    ),
+    (
+        lambda: nn.Upsample(scale_factor=(2, 4)),
+        "channels first",
+        ONLY,
+        "interpolate in Upsample.forward: only mode",
+    ),
+    (
+        lambda: nn.Upsample(scale_factor=16),
+        "channels first",
         ValueError,
         "interpolate in Upsample.forward: packed features are [T, s*s, C] with s",
-        nn.Upsample(scale_factor=16),
-        x,
-    )
-    rejects(only, "flatten in Flatten.forward", nn.Flatten(), x)
+    ),
+    (lambda: nn.Flatten(), "channels first", ONLY, "flatten in Flatten.forward"),
+]
+
+
+@pytest.mark.parametrize(("make", "layout", "error", "message"), UNSUPPORTED_MODULES)
+def test_modules_that_are_not_supported_are_named(make, layout, error, message):
+    rejects(error, message, make(), pack(make_map(), layout == "channels last"))
 
 
 def test_operands_that_do_not_fit_are_named():
