@@ -6,7 +6,7 @@ CODE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 SOURCES := $(CODE) setup.py
 export CONVMAE_REQUIRE_EXT = 1
 
-.PHONY: demo fashion-mnist test compat lint bench gpu build clean
+.PHONY: demo fashion-mnist test coverage compat lint bench gpu build clean
 
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -35,6 +35,10 @@ data/fashion-mnist:
 
 test: build
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# Which lines the tests run, processes that they start included; takes twice as long as the tests.
+coverage: build
+	$(BIN)/pytest -n 2 --dist worksteal -q --cov --cov-report=term:skip-covered
 
 # make compat TORCH=2.11.0 PYTHON=python3.12: the tests under another torch, see docs/compatibility.md
 compat:
