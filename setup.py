@@ -26,11 +26,11 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the oldest torch that the library runs on
-ISA_FLAGS = {
-    "baseline": "",
-    "avx2": "-mavx2 -mfma -mf16c",
+ISA_FLAGS = {  # by the names in csrc/isa.h
+    "Baseline": "",
+    "Avx2": "-mavx2 -mfma -mf16c",
     # GCC takes the deliberately undefined operands of its own AVX-512 headers for mistakes.
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -Wno-uninitialized",
+    "Avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -Wno-uninitialized",
 }
 REQUIRED = os.environ.get("CONVMAE_REQUIRE_EXT") == "1"
 FAILURES = (OSError, subprocess.CalledProcessError, RuntimeError)
@@ -180,7 +180,7 @@ def ninja_file(torch, build, library, cuda):
         if "CONVMAE_ISA" not in source.read_text():
             compile_source(source, f"cpu_{source.stem}")
             continue
-        for isa in ISA_FLAGS if X86 else ("baseline",):
+        for isa in ISA_FLAGS if X86 else ("Baseline",):
             compile_source(source, f"{isa}_{source.stem}", f"-DCONVMAE_ISA={isa} {ISA_FLAGS[isa]}")
     lines.append(f"build {library}: link {' '.join(map(str, objects))}")
     return "\n".join(lines) + "\n"

@@ -22,7 +22,8 @@ from benchmarks import memory, models, work
 from benchmarks.limits import clock_for
 from benchmarks.registry import register
 from benchmarks.runner import Comparison, Contender
-from convmae_kernels.equivalence import MaskedDense, visible_values
+from convmae_kernels.packed import MaskedDense
+from convmae_kernels.packed.equivalence import visible_values
 
 if TYPE_CHECKING:
     from benchmarks.setting import Setting

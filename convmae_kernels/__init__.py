@@ -1,24 +1,24 @@
 """Block-sparse masked convolution for PyTorch that skips hidden regions, exactly."""
 
-from convmae_kernels import nn, packed_functions  # noqa: F401  (fills the table of Packed)
+from convmae_kernels import nn
 from convmae_kernels.block_mask import BlockMask, from_zorder, to_zorder
-from convmae_kernels.equivalence import EquivalenceError, check_equivalence
-from convmae_kernels.info import info
-from convmae_kernels.ops import (
-    gather_visible,
-    gather_windows,
+from convmae_kernels.functional import (
     masked_avg_pool2d,
     masked_batch_norm,
-    masked_conv2d,
-    masked_conv_transpose2d,
     masked_grn,
     masked_group_norm,
     masked_max_pool2d,
     masked_sync_batch_norm,
+)
+from convmae_kernels.info import info
+from convmae_kernels.ops import (
+    gather_visible,
+    gather_windows,
+    masked_conv2d,
+    masked_conv_transpose2d,
     scatter_visible,
 )
-from convmae_kernels.packed import Packed
-from convmae_kernels.sparsify import sparsify
+from convmae_kernels.packed import EquivalenceError, Packed, check_equivalence, sparsify
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,7 @@
 #include <string>
 
 #include "common.h"
+#include "isa.h"
 
 namespace convmae {
 namespace {

@@ -1,5 +1,5 @@
-// What the host side of every op shares: checks, dtypes, instruction sets. The only header that
-// knows libtorch, and of it only the stable ABI.
+// What the host side of every op shares: checks, dtypes, devices. The only header that knows
+// libtorch, and of it only the stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,7 +9,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #include "launch.h"
@@ -65,31 +64,6 @@ constexpr int64_t kGrainElements = 1 << 14;
 inline int64_t grain(int64_t elements_per_item) {
   const int64_t items = kGrainElements / (elements_per_item > 0 ? elements_per_item : 1);
   return items > 0 ? items : 1;
-}
-
-enum class Isa : int { Baseline, Avx2, Avx512 };
-
-// The widest instruction set that this machine has; ATEN_CPU_CAPABILITY, which torch obeys too, can
-// ask for less ("default" or "avx2").
-inline Isa cpu_isa() {
-  static const Isa isa = [] {
-#if defined(__x86_64__)
-    const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
-    const bool baseline = asked != nullptr && std::strcmp(asked, "default") == 0;
-    const bool at_most_avx2 = asked != nullptr && std::strcmp(asked, "avx2") == 0;
-    if (!baseline && !at_most_avx2 && __builtin_cpu_supports("avx512f") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq")) {
-      return Isa::Avx512;
-    }
-    if (!baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
-      return Isa::Avx2;
-    }
-#endif
-    return Isa::Baseline;
-  }();
-  return isa;
 }
 
 #ifdef WITH_CUDA

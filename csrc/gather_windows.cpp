@@ -86,26 +86,15 @@ Tensor gather_windows(const Tensor& x_, const Tensor& neighbours_, std::vector<i
   return windows;
 }
 
-auto gather_windows_grad_kernel() {
-#if defined(__x86_64__)
-  switch (cpu_isa()) {
-    case Isa::Avx512: return cpu::avx512::gather_windows_grad;
-    case Isa::Avx2: return cpu::avx2::gather_windows_grad;
-    case Isa::Baseline: break;
-  }
-#endif
-  return cpu::baseline::gather_windows_grad;
-}
-
 Tensor gather_windows_grad(const Tensor& grad_, const Tensor& neighbours_,
                            std::vector<int64_t> halo) {
   const Tensor grad = torch::stable::contiguous(grad_);
   const Tensor neighbours = torch::stable::contiguous(neighbours_);
   Tensor y;
   const GatherWindowsParams p = grad_params(grad, neighbours, halo, y);
-  const auto kernel = gather_windows_grad_kernel();
+  const auto compute = with_isa([](auto isa) { return cpu::gather_windows_grad<isa>; });
   torch::stable::parallel_for(0, p.blocks, grain(int64_t(p.rows) * p.columns * p.channels),
-                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+                              [&](int64_t begin, int64_t end) { compute(p, begin, end); });
   return y;
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "isa.h"
 #include "launch.h"
 #include "numbers.h"
 
@@ -25,16 +26,8 @@ namespace cpu {
 
 // They write the windows, or the gradients, of the blocks [begin, end).
 void gather_windows(const GatherWindowsParams& p, int64_t begin, int64_t end);
-
-namespace baseline {
+template <Isa isa>
 void gather_windows_grad(const GatherWindowsParams& p, int64_t begin, int64_t end);
-}
-namespace avx2 {
-void gather_windows_grad(const GatherWindowsParams& p, int64_t begin, int64_t end);
-}
-namespace avx512 {
-void gather_windows_grad(const GatherWindowsParams& p, int64_t begin, int64_t end);
-}
 }  // namespace cpu
 namespace cuda {
 LaunchError gather_windows(const GatherWindowsParams& p, Stream stream);

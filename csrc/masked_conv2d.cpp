@@ -13,17 +13,6 @@
 namespace convmae {
 namespace {
 
-const cpu::MaskedConv2dKernels& kernels() {
-#if defined(__x86_64__)
-  switch (cpu_isa()) {
-    case Isa::Avx512: return cpu::avx512::masked_conv2d;
-    case Isa::Avx2: return cpu::avx2::masked_conv2d;
-    case Isa::Baseline: break;
-  }
-#endif
-  return cpu::baseline::masked_conv2d;
-}
-
 ScalarType accumulation_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -109,9 +98,9 @@ Tensor masked_conv2d(const Tensor& x_, const Tensor& weight, std::optional<Tenso
   Tensor y = torch::stable::new_empty(x, x.sizes());
   p.weight = table.const_data_ptr();
   p.y = y.mutable_data_ptr();
-  torch::stable::parallel_for(
-      0, p.blocks, grain(x.size(1) * p.channels),
-      [&](int64_t begin, int64_t end) { kernels().forward(p, begin, end); });
+  const auto compute = with_isa([](auto isa) { return cpu::masked_conv2d<isa>; });
+  torch::stable::parallel_for(0, p.blocks, grain(x.size(1) * p.channels),
+                              [&](int64_t begin, int64_t end) { compute(p, begin, end); });
   return y;
 }
 
@@ -159,10 +148,10 @@ std::tuple<Tensor, Tensor> masked_conv2d_weight_grad(const Tensor& grad_, const 
   Tensor sum = torch::stable::new_empty(x, {1 + taps, p.channels}, acc);
   char* const data = static_cast<char*>(partial.mutable_data_ptr());
   const int64_t bytes = size * int64_t(partial.element_size());
+  const auto compute = with_isa([](auto isa) { return cpu::masked_conv2d_weight_grad<isa>; });
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) {
-      kernels().weight_grad(p, data + part * bytes, part * p.blocks / parts,
-                            (part + 1) * p.blocks / parts);
+      compute(p, data + part * bytes, part * p.blocks / parts, (part + 1) * p.blocks / parts);
     }
   });
   if (acc == ScalarType::Double) {

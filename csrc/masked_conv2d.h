@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "block.h"
+#include "isa.h"
 #include "launch.h"
 #include "numbers.h"
 
@@ -42,22 +43,12 @@ struct MaskedConv2dWeightGrad : MaskedConv2dWindow {
   const void* grad;
 };
 
-// Kernels of one instruction set: they work on the blocks [begin, end). `partial` is the gradient
-// of these blocks alone.
-struct MaskedConv2dKernels {
-  void (*forward)(const MaskedConv2dForward&, int64_t begin, int64_t end);
-  void (*weight_grad)(const MaskedConv2dWeightGrad&, void* partial, int64_t begin, int64_t end);
-};
-
-namespace baseline {
-extern const MaskedConv2dKernels masked_conv2d;
-}
-namespace avx2 {
-extern const MaskedConv2dKernels masked_conv2d;
-}
-namespace avx512 {
-extern const MaskedConv2dKernels masked_conv2d;
-}
+// They work on the blocks [begin, end). `partial` is the gradient of these blocks alone.
+template <Isa isa>
+void masked_conv2d(const MaskedConv2dForward& p, int64_t begin, int64_t end);
+template <Isa isa>
+void masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, void* partial, int64_t begin,
+                               int64_t end);
 }  // namespace cpu
 
 namespace cuda {

@@ -10,8 +10,7 @@ from torch import nn
 
 import convmae_kernels as ck
 from convmae_kernels import EquivalenceError, Packed, check_equivalence, sparsify
-from convmae_kernels.equivalence import MaskedDense
-from convmae_kernels.packed import HANDLERS
+from convmae_kernels.packed import HANDLERS, MaskedDense
 from convmae_kernels.testing import make_mask, random_tensor
 
 timm = pytest.importorskip("timm")

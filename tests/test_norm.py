@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import convmae_kernels as ck
-from convmae_kernels.ops import norm
+from convmae_kernels.functional import norm
 from convmae_kernels.testing import (
     DTYPES,
     LAYOUTS,

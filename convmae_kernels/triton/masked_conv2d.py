@@ -8,6 +8,7 @@ from torch import Tensor
 
 from convmae_kernels.triton import tuning
 from convmae_kernels.triton.accumulation import accumulator
+from convmae_kernels.triton.tile import tile_of_program
 from convmae_kernels.triton.tuning import Configuration
 from convmae_kernels.triton.zorder import compact, side_bits, spread
 
@@ -40,10 +41,7 @@ def masked_conv2d_kernel(
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    tiles = tl.cdiv(channels, CHANNELS)
-    pid = tl.program_id(0)
-    position = (pid // tiles).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
-    channel = (pid % tiles) * CHANNELS + tl.arange(0, CHANNELS)
+    position, channel = tile_of_program(channels, POSITIONS, CHANNELS)
     inside, real = position < positions, channel < channels
 
     SIDE: tl.constexpr = 1 << SIDE_BITS

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from convmae_kernels.triton import tuning
+from convmae_kernels.triton.tile import tile_of_program
 from convmae_kernels.triton.tuning import Configuration
 from convmae_kernels.triton.zorder import side_bits, spread
 
@@ -32,10 +33,7 @@ def scatter_visible_kernel(
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    tiles = tl.cdiv(channels, CHANNELS)
-    pid = tl.program_id(0)
-    position = (pid // tiles).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
-    channel = (pid % tiles) * CHANNELS + tl.arange(0, CHANNELS)
+    position, channel = tile_of_program(channels, POSITIONS, CHANNELS)
     inside = position < positions
 
     SIDE: tl.constexpr = 1 << SIDE_BITS

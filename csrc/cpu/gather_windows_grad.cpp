@@ -44,9 +44,11 @@ void add_windows(const GatherWindowsParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-namespace cpu::CONVMAE_ISA {
-void gather_windows_grad(const GatherWindowsParams& p, int64_t begin, int64_t end) {
+namespace cpu {
+template <>
+void gather_windows_grad<Isa::CONVMAE_ISA>(const GatherWindowsParams& p, int64_t begin,
+                                           int64_t end) {
   with_type(p.dtype, [&](auto type) { add_windows<decltype(type)>(p, begin, end); });
 }
-}  // namespace cpu::CONVMAE_ISA
+}  // namespace cpu
 }  // namespace convmae

@@ -10,10 +10,4 @@ LaunchError gather_windows(const GatherWindowsParams& p, Stream stream) {
   return launcher.error;
 }
 
-LaunchError gather_windows_grad(const GatherWindowsParams& p, Stream stream) {
-  Launcher launcher{"gather_windows_grad", stream};
-  launch_gather_windows_grad(p, launcher);
-  return launcher.error;
-}
-
 }  // namespace convmae::cuda

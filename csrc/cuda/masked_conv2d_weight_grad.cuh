@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(256) masked_conv2d_weight_grad_any(MaskedConv2
   }
   total += sum;
   static_cast<A*>(
-      p.partial)[(run * (1 + p.kernel_rows * p.kernel_columns) + row) * p.channels + channel] = total;
+      p.partial)[(run * (1 + p.kernel_rows * p.kernel_columns) + row) * p.channels + channel] =
+      total;
 }
 
 // Adds up the shares: eight threads take every eighth run each, then one adds their sums.

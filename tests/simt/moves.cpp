@@ -3,6 +3,7 @@
 //
 #include "cuda/gather_visible.cuh"
 #include "cuda/gather_windows.cuh"
+#include "cuda/gather_windows_grad.cuh"
 #include "cuda/neighbour_table.cuh"
 #include "cuda/scatter_visible.cuh"
 #include "kernels.h"

@@ -1,4 +1,4 @@
-"""What the functions and methods of PyTorch do with `Packed`; fills the table `packed.HANDLERS`.
+"""What the functions and methods of PyTorch do with `Packed`; fills the table `HANDLERS`.
 
 A handler is called with the function and its arguments. `_` parameters are of no consequence here.
 The errors that it raises say why; `Packed` adds which operation of which module it was.
@@ -14,17 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convmae_kernels import ops
-from convmae_kernels.ops import norm, pooling
+from convmae_kernels.functional import norm, pooling
 from convmae_kernels.ops.arithmetic import multiply
-from convmae_kernels.packed import (
-    ELEMENTWISE,
-    HANDLERS,
-    OPERATORS,
-    Packed,
-    broadcast,
-    first_packed,
-    handles,
-)
+from convmae_kernels.packed.map_like import ELEMENTWISE, OPERATORS, handles
+from convmae_kernels.packed.packed import HANDLERS, Packed, broadcast, first_packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -197,7 +190,7 @@ def _max_pool2d(
     if return_indices:
         raise NotImplementedError("there are no indices")
     sizes = (_plain(v) for v in (kernel_size, stride or kernel_size, padding, dilation))
-    return input.like(ops.masked_max_pool2d(input.features, input.mask, *sizes))
+    return input.like(pooling.masked_max_pool2d(input.features, input.mask, *sizes))
 
 
 @_handles(torch._C._nn.avg_pool2d, F.avg_pool2d)
@@ -216,7 +209,7 @@ def _avg_pool2d(
     if divisor_override is not None:
         raise NotImplementedError("the divisor is the number of visible positions")
     sizes = (_plain(v) for v in (kernel_size, stride or kernel_size, padding))
-    return input.like(ops.masked_avg_pool2d(input.features, input.mask, *sizes))
+    return input.like(pooling.masked_avg_pool2d(input.features, input.mask, *sizes))
 
 
 def _check_ceil(kernel, stride, padding, dilation, ceil_mode):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from convmae_kernels.packed import Packed
+from convmae_kernels.packed.packed import Packed
 
 if TYPE_CHECKING:
     from convmae_kernels.block_mask import BlockMask
