@@ -1,7 +1,7 @@
 """Block-sparse masked convolution for PyTorch that skips hidden regions, exactly."""
 
 from convmae_kernels import nn, packed_functions  # noqa: F401  (fills the table of Packed)
-from convmae_kernels.block_mask import BlockMask, from_zorder, to_zorder
+from convmae_kernels.block_mask import BlockMask
 from convmae_kernels.equivalence import EquivalenceError, check_equivalence
 from convmae_kernels.info import info
 from convmae_kernels.ops import (
@@ -19,6 +19,7 @@ from convmae_kernels.ops import (
 )
 from convmae_kernels.packed import Packed
 from convmae_kernels.sparsify import sparsify
+from convmae_kernels.zorder import from_zorder, to_zorder
 
 __version__ = "0.1.0"
 

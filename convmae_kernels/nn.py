@@ -14,7 +14,7 @@ from convmae_kernels.ops import (
     masked_sync_batch_norm,
     scatter_visible,
 )
-from convmae_kernels.ops.masked_conv2d import check_padding, pair
+from convmae_kernels.ops.geometry import check_padding, pair
 from convmae_kernels.packed import Packed
 
 # The density from which a dense map is convolved densely: where both ways took as long on a CPU,

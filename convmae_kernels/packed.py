@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from convmae_kernels import ops
-from convmae_kernels.block_mask import BlockMask, block_side
 from convmae_kernels.ops import pooling
 from convmae_kernels.ops.checks import check_packed
+from convmae_kernels.zorder import block_side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+    from convmae_kernels.block_mask import BlockMask
 
 # Names of functions and methods, with and without a trailing underscore; operators without theirs.
 ELEMENTWISE = (
@@ -245,7 +247,7 @@ def first_packed(operands: Sequence[Any]) -> Packed:
     """The first `Packed` among operands, checked to fit the others."""
     packed = [x for x in operands if isinstance(x, Packed)]
     for other in packed[1:]:
-        if other.mask is not packed[0].mask and not (
+        if other.mask.visible is not packed[0].mask.visible and not (
             other.mask.visible.shape == packed[0].mask.visible.shape
             and torch.equal(other.mask.visible, packed[0].mask.visible)
         ):

@@ -48,6 +48,7 @@ SUITES = {
         "test_sync_batch_norm.py",
         "test_testing.py",
         "test_window_conv2d.py",
+        "test_zorder.py",
     ),
     "models": (
         "test_fastconvmae.py",

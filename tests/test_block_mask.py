@@ -1,4 +1,4 @@
-"""`BlockMask`, its neighbour table, and the Z-order of positions."""
+"""`BlockMask` and its neighbour table."""
 
 import copy
 import pickle
@@ -8,8 +8,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import convmae_kernels as ck
-from convmae_kernels.block_mask import BLOCK_SIZES, block_side
 from convmae_kernels.testing import MASKS, make_mask
+from convmae_kernels.zorder import BLOCK_SIZES
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -213,34 +213,6 @@ def test_copies(clone):
     assert same(clone(make_mask("ragged")), make_mask("ragged"))
 
 
-# -- Z-order ------------------------------------------------------------------------------------
-
-
-def z_index(row, column):
-    """The bits of row and column alternated, the row's first."""
-    return sum((row >> bit & 1) << 2 * bit + 1 | (column >> bit & 1) << 2 * bit for bit in range(5))
-
-
-@pytest.mark.parametrize("side", BLOCK_SIZES)
-def test_zorder(side):
-    square = torch.arange(2 * side * side).view(2, side, side)
-    packed = ck.to_zorder(square)
-    assert packed.shape == (2, side * side)
-    for row in range(side):
-        for column in range(side):
-            assert packed[1, z_index(row, column)] == square[1, row, column]
-    assert torch.equal(ck.from_zorder(packed), square)
-    assert block_side(side * side) == side
-
-
-def test_zorder_of_a_square_of_two_is_its_raster_order():
-    square = torch.arange(64).view(8, 8)
-    groups = ck.to_zorder(square).view(16, 4)
-    assert groups[0].tolist() == [0, 1, 8, 9]
-    assert groups[1].tolist() == [2, 3, 10, 11]
-    assert groups[2].tolist() == [16, 17, 24, 25]
-
-
 # -- bad input ----------------------------------------------------------------------------------
 
 
@@ -287,6 +259,3 @@ def test_other_bad_arguments():
         ck.BlockMask.from_visible(torch.ones(3, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="radius must not be negative, got -1"):
         make_mask("one").neighbours(-1)
-    for positions in (0, 3, 8, 9, 36, 4096):
-        with pytest.raises(ValueError, match=rf"got s\*s = {positions}"):
-            block_side(positions)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import convmae
 import convmae_kernels as ck
 from convmae.models import ConvMAE, ConvViT, DenseConvMAE
-from convmae.models.layers import DropPath, attention, linear, zorder_weight
+from convmae.models.layers import DropPath, attention, linear
 from convmae_kernels.ops import arithmetic
 
 ENCODER = {"embed_dim": (8, 12, 16), "depth": (2, 2, 2), "num_heads": 2, "mlp_ratio": (4, 4, 4)}
@@ -104,13 +104,6 @@ def test_stages_equal_dense_at_visible_positions():
     assert_close(one, dense_one.flatten(0, 1)[mask.block_index], 1e-12)
     assert_close(two, dense_two.flatten(0, 1)[mask.block_index], 1e-12)
     assert dense_x.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("side", [1, 2, 4])
-def test_zorder_weight(side):
-    weight = torch.randn(6, 5, side, side)
-    expected = ck.to_zorder(weight).transpose(1, 2).flatten(1)
-    assert torch.equal(zorder_weight(weight), expected)
 
 
 # -- hidden means hidden --------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from tests.conv_results import NAMES, check_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-all_impls = pytest.mark.parametrize("impl", implementations())
 HALF = (torch.bfloat16, torch.float16)
 NAN = float("nan")
 
@@ -88,6 +87,23 @@ CASES = [
 ]
 ONE_OF_EACH = [CASES[i] for i in (2, 4, 7, 12, 14, 22, 24, 27)]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def impls_of(case):
+    """What `impl` may name for a case: a matrix product has no kernels to choose from."""
+    return ("reference", "auto") if case.path == "linear" else implementations()
+
+
+def with_impls(cases):
+    """Parametrises a test by cases and what `impl` may name for each."""
+    return pytest.mark.parametrize(
+        ("case", "impl"),
+        [
+            pytest.param(case, impl, id=f"{case}-{impl}")
+            for case in cases
+            for impl in impls_of(case)
+        ],
+    )
 
 
 def mask_for(case, name="ragged"):
@@ -167,7 +183,7 @@ def test_values_and_gradients(case, name):
     mask = mask_for(case, name)
     inputs = make_inputs(case, mask)
     expected = run_dense(case, mask, inputs)
-    for impl in implementations():
+    for impl in impls_of(case):
         check_close(run(case, mask, inputs, impl), expected)
 
 
@@ -179,7 +195,7 @@ def test_every_dtype(case):
         exact = run_dense(case, mask, [x.double() for x in inputs])
         terms = run_dense(case, mask, [x.double().abs() for x in inputs])
         plain = run_dense(case, mask, inputs)
-        for impl in implementations():
+        for impl in impls_of(case):
             found = run(case, mask, inputs, impl)
             names = [f"{dtype} {name} of impl={impl!r}" for name in NAMES]
             for values in zip(found, exact, plain, terms, names, strict=True):
@@ -198,8 +214,7 @@ def test_every_layout(case, layout):
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
-@all_impls
-@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+@with_impls(ONE_OF_EACH)
 def test_without_bias_and_only_some_gradients(case, impl):
     mask = mask_for(case, "equal")
     x, weight, bias, grad = make_inputs(case, mask)
@@ -216,8 +231,7 @@ def test_without_bias_and_only_some_gradients(case, impl):
         check_close([*found, expected[3]], expected)
 
 
-@all_impls
-@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+@with_impls(ONE_OF_EACH)
 def test_no_images(case, impl):
     mask = ck.BlockMask.full(0, (3, 4))
     inputs = make_inputs(case, mask)
@@ -267,8 +281,7 @@ SMALL = [
 ]
 
 
-@all_impls
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@with_impls(SMALL)
 def test_derivatives_of_every_order(case, impl):
     mask = make_mask("row")
     inputs = [x.requires_grad_() for x in make_inputs(case, mask)[:3]]
@@ -362,9 +375,8 @@ def test_one_compiled_callable_serves_every_mask():
 # -- number types -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+@with_impls(ONE_OF_EACH)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@all_impls
 def test_autocast(case, dtype, impl):
     mask = mask_for(case)
     inputs = make_inputs(case, mask, torch.float32)
