@@ -51,6 +51,7 @@ SUITES = {
         "test_zorder.py",
     ),
     "models": (
+        "test_device_waits.py",
         "test_fastconvmae.py",
         "test_golden.py",
         "test_models.py",

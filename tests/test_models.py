@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import convmae
 import convmae_kernels as ck
@@ -257,6 +258,21 @@ def test_one_graph():
     torch._dynamo.reset()
     found = torch._dynamo.explain(model)(torch.randn(1, 3, 224, 224), noise=torch.rand(1, 196))
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+def test_ragged_masks_in_one_graph():
+    """What differs between masks is a number that the host knows: no graph break, two compiles."""
+    model = small(depth=(1, 1, 1)).eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    places = torch.arange(model.num_patches)
+    for shown in ([1, 3], [2, 5], [4, 3], [1, 6]):
+        visible = places < torch.tensor(shown).unsqueeze(1)
+        mask = ck.BlockMask.from_visible(visible.view(2, *model.grid))
+        images = images_for(model)
+        assert_close(compiled(images, mask=mask).loss, model(images, mask=mask).loss, 1e-6)
+    assert counter.frame_count <= 2
 
 
 def test_exports():

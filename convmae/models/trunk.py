@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from convmae.models.layers import Block, ConvBlock, Linear, PatchEmbed
 from convmae_kernels import BlockMask, gather_visible
 from convmae_kernels.ops.arithmetic import cast_together
+from convmae_kernels.ops.autocast import autocast_is_on
 
 PATCH_SIZE = 16
 
@@ -175,7 +176,7 @@ class Trunk(nn.Module):
             raise ValueError(
                 f"images are on {images.device}, but the model is on {self.pos_embed.device}"
             )
-        mixed = torch.is_autocast_enabled(images.device.type) and images.dtype != torch.float64
+        mixed = autocast_is_on(images.device.type) and images.dtype != torch.float64
         if images.dtype != self.pos_embed.dtype and not mixed:
             raise TypeError(f"images are {images.dtype}, but the model is {self.pos_embed.dtype}")
 

@@ -84,10 +84,10 @@ def plan_conv2d(
 
     way: ConvWay
     halo = window_halo(kernel, step, margins, steps)
-    if groups == 1 and kernel == [step, step] and margins == (0, 0):
-        way = "product"
-    elif _has_depthwise_kernels(out_channels, group_channels, kernel, margins, steps, groups):
+    if _has_depthwise_kernels(out_channels, group_channels, kernel, margins, steps, groups):
         way, halo = "depthwise", (margins[0], margins[0], margins[1], margins[1])
+    elif groups == 1 and kernel == [step, step] and margins == (0, 0):
+        way = "product"
     elif multiplies_windows(side, step, groups):
         way = "windows, product"
     else:
