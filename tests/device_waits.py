@@ -1,5 +1,7 @@
 """Counts where a program would wait for its device, without a GPU to wait for."""
 
+from contextlib import contextmanager
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,19 +56,12 @@ class _Ops(TorchDispatchMode):
         return any(index is not None and index.dtype in kinds for index in args[1])
 
 
-class device_waits:
-    """`with device_waits() as found:` lists the names of what would wait for a GPU.
+@contextmanager
+def device_waits():
+    """Yields a list that names, in the end, all that would have waited for a GPU.
 
-    Copies of tensors that are made on the host are not counted: only what the host reads is.
+    Copies of tensors from the host to the device are not counted: only what the host reads is.
     """
-
-    def __enter__(self):
-        self.found = []
-        self.modes = [_Ops(self.found), _Calls(self.found)]
-        for mode in self.modes:
-            mode.__enter__()
-        return self.found
-
-    def __exit__(self, *error):
-        for mode in reversed(self.modes):
-            mode.__exit__(*error)
+    found = []
+    with _Ops(found), _Calls(found):
+        yield found

@@ -71,7 +71,7 @@ def _padded_rows(mask: BlockMask) -> Tensor:
     """Where each visible patch is in the rows of padded sequences: int64 `[T]` in `[0, N * K)`."""
     counts = mask.visible.flatten(1).sum(1)
     padded = mask.max_per_image * torch.arange(mask.batch_size, device=mask.device)
-    moved = padded - (counts.cumsum(0) - counts)  # from the first row of an image to where it goes
+    moved = padded - (counts.cumsum(0) - counts)  # how far the rows of each image move down
     return torch.arange(mask.num_visible, device=mask.device) + moved[mask.image_index]
 
 

@@ -183,8 +183,7 @@ class Trunk(nn.Module):
     def check_mask(self, images: Tensor, mask: BlockMask) -> None:
         """The mask fits the images, and shows something of every image.
 
-        That every image has a visible block is checked on the host, which knows the numbers of all
-        masks but of those that were made by `BlockMask(visible, block_index)`.
+        That every image has a visible block is checked on the host, from what the mask knows.
 
         Raises:
             TypeError: not a `BlockMask`.
