@@ -1,7 +1,7 @@
 """Block-sparse masked convolution for PyTorch that skips hidden regions, exactly."""
 
 from convmae_kernels import nn
-from convmae_kernels.block_mask import BlockMask, from_zorder, to_zorder
+from convmae_kernels.block_mask import BlockMask
 from convmae_kernels.functional import (
     masked_avg_pool2d,
     masked_batch_norm,
@@ -19,6 +19,7 @@ from convmae_kernels.ops import (
     scatter_visible,
 )
 from convmae_kernels.packed import EquivalenceError, Packed, check_equivalence, sparsify
+from convmae_kernels.zorder import from_zorder, to_zorder
 
 __version__ = "0.1.0"
 

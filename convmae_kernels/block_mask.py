@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-
-BLOCK_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 class BlockMask:
@@ -19,27 +15,43 @@ class BlockMask:
     blocks of the whole batch, image after image and in raster order within an image; the `s*s`
     positions of a block are in Z-order (see `to_zorder`).
 
-    Make one with `random`, `from_noise`, `from_visible` or `full`. A mask is immutable, is a pytree
-    (its tensors are the leaves), and `print(mask)` draws it.
+    Make one with `random`, `from_noise`, `from_ids`, `from_visible` or `full`. A mask is immutable,
+    is a pytree (its tensors are the leaves), and `print(mask)` draws it.
+
+    A mask from these constructors knows, on the host, the least and the largest number of visible
+    blocks of an image, so that nothing has to wait for a GPU to ask. They are part of the structure
+    of the pytree: an exported program serves masks of the same two numbers. A mask from
+    `BlockMask(visible, block_index)` does not know them, asks the GPU when it has to, and a program
+    that was exported with such a mask serves all masks made like it.
 
     Attributes:
         visible: bool `[B, gh, gw]`, True where a block is kept. (MAE's `mask` is the opposite.)
         block_index: int64 `[T]`, the flat index of each visible block into `[B * gh * gw]`.
         visible_per_image: the number of visible blocks of every image where all images have the
-            same number, else None.
+            same number and it is known, else None.
     """
 
     visible: Tensor
     block_index: Tensor
     visible_per_image: int | None
+    _extremes: tuple[int, int] | None  # the least and the largest number of an image, if known
+    _asked: tuple[int, int] | None  # the same of a mask that did not know, once it had to
     _neighbours: Tensor
 
     def __init__(
-        self, visible: Tensor, block_index: Tensor, visible_per_image: int | None = None
+        self,
+        visible: Tensor,
+        block_index: Tensor,
+        visible_per_image: int | None = None,
+        extremes: tuple[int, int] | None = None,
     ) -> None:
         self.visible = visible
         self.block_index = block_index
         self.visible_per_image = visible_per_image
+        self._extremes = extremes
+        self._asked = None
+        if visible_per_image is not None:
+            self._extremes = visible_per_image, visible_per_image
         self._neighbours = torch.ops.convmae.neighbour_table(visible, block_index, 1)
 
     # -- constructors -----------------------------------------------------------------------------
@@ -97,20 +109,54 @@ class BlockMask:
             )
         if not 0.0 <= mask_ratio < 1.0:
             raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
-        batch_size, length = noise.shape
-        keep = int(length * (1 - mask_ratio))
-        ids_keep = noise.argsort(dim=1, stable=True)[:, :keep]
-        visible = torch.zeros(batch_size, length, dtype=torch.bool, device=noise.device)
-        visible = visible.scatter(1, ids_keep, True)
-        first = torch.arange(batch_size, device=noise.device).unsqueeze(1) * length
-        block_index = (ids_keep.sort(dim=1).values + first).flatten()
-        return cls(visible.view(batch_size, gh, gw), block_index, keep)
+        keep = int(noise.shape[1] * (1 - mask_ratio))
+        return cls._of_ids(noise.argsort(dim=1, stable=True)[:, :keep], (gh, gw))
+
+    @classmethod
+    def from_ids(cls, ids: Tensor, grid: tuple[int, int], *, check: bool = True) -> BlockMask:
+        """Shows the blocks `ids[b]` in image `b`: MAE's `ids_keep`, in any order.
+
+        Args:
+            ids: integers `[B, K]` in `[0, gh * gw)`, places in raster order; all different within
+                an image.
+            grid: `(gh, gw)` blocks.
+            check: whether to check the values, for which the host waits for a GPU. Pass False where
+                they cannot be wrong, as parts of an `argsort` cannot. Compiled code never checks.
+
+        Raises:
+            TypeError: `ids` is not a tensor of integers.
+            ValueError: `ids` is not of rank 2, or an id is outside the grid or is there twice.
+        """
+        gh, gw = _check_grid(grid)
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"ids must be a tensor of integers, got {type(ids).__name__}")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"ids must be a tensor of integers, got {ids.dtype}")
+        if ids.dim() != 2 or ids.shape[1] > gh * gw:
+            raise ValueError(
+                f"ids must be [B, K] with K at most {gh * gw} for a grid of {gh} x {gw}, got "
+                f"{list(ids.shape)}"
+            )
+        ids = ids.long()
+        if check and not torch.compiler.is_compiling():
+            _check_ids(ids, gh * gw)
+        return cls._of_ids(ids, (gh, gw))
+
+    @classmethod
+    def _of_ids(cls, ids: Tensor, grid: tuple[int, int]) -> BlockMask:
+        """`from_ids` of int64 values that are known to be right."""
+        (batch_size, keep), length = ids.shape, grid[0] * grid[1]
+        visible = torch.zeros(batch_size, length, dtype=torch.bool, device=ids.device)
+        visible = visible.scatter(1, ids, True)
+        first = torch.arange(batch_size, device=ids.device).unsqueeze(1) * length
+        block_index = (ids.sort(dim=1).values + first).flatten()
+        return cls(visible.view(batch_size, *grid), block_index, keep)
 
     @classmethod
     def from_visible(cls, visible: Tensor) -> BlockMask:
         """A mask of one's own; the number of visible blocks may differ between images.
 
-        Reads the mask on the host once (it has to know how many blocks are visible).
+        The host waits for a GPU once, as it has to know how many blocks are visible.
 
         Args:
             visible: bool `[B, gh, gw]`, True where a block is kept.
@@ -126,9 +172,13 @@ class BlockMask:
             raise ValueError(f"visible must be [B, gh, gw], got {list(visible.shape)}")
         _check_grid((visible.shape[1], visible.shape[2]))
         visible = visible.detach().clone()
-        block_index = visible.flatten().nonzero().squeeze(1)
-        counts = set(visible.flatten(1).sum(1).tolist())
-        return cls(visible, block_index, counts.pop() if len(counts) == 1 else None)
+        counts = visible.flatten(1).sum(1).tolist()
+        # Block t is the first one up to which t + 1 are visible: `nonzero`, without its waiting.
+        order = torch.arange(1, sum(counts) + 1, device=visible.device)
+        block_index = torch.searchsorted(visible.flatten().cumsum(0), order)
+        least, most = min(counts, default=0), max(counts, default=0)
+        equal = least if counts and least == most else None
+        return cls(visible, block_index, equal, (least, most))
 
     @classmethod
     def full(
@@ -171,6 +221,22 @@ class BlockMask:
         return self.num_visible / max(self.num_blocks, 1)
 
     @property
+    def min_per_image(self) -> int:
+        """The least number of visible blocks of an image; 0 without images."""
+        return self._known_extremes()[0]
+
+    @property
+    def max_per_image(self) -> int:
+        """The largest number of visible blocks of an image; 0 without images."""
+        return self._known_extremes()[1]
+
+    @property
+    def image_index(self) -> Tensor:
+        """The image of each visible block: int64 `[T]`, ascending."""
+        gh, gw = self.grid
+        return self.block_index // (gh * gw)
+
+    @property
     def device(self) -> torch.device:
         """Where the mask's tensors are."""
         return self.visible.device
@@ -193,6 +259,18 @@ class BlockMask:
         if radius == 1:
             return self._neighbours
         return torch.ops.convmae.neighbour_table(self.visible, self.block_index, radius)
+
+    def _known_extremes(self) -> tuple[int, int]:
+        """The least and the largest number of an image; asks the device where they are unknown."""
+        if self._extremes is not None:
+            return self._extremes
+        if self.batch_size == 0:
+            return 0, 0
+        if self._asked is None:
+            counts = self.visible.flatten(1).sum(1)
+            least, most = torch.stack([counts.min(), counts.max()]).tolist()
+            self._asked = least, most
+        return self._asked
 
     def to_dense(self, block_size: int) -> Tensor:
         """The mask of a feature map: bool `[B, 1, gh * block_size, gw * block_size]`."""
@@ -218,15 +296,31 @@ class BlockMask:
         return "\n".join([repr(self), *("  ".join(row) for row in rows)])
 
 
-def _flatten(mask: BlockMask) -> tuple[list[Tensor], int | None]:
-    return [mask.visible, mask.block_index, mask._neighbours], mask.visible_per_image
+_LEAVES = ("visible", "block_index", "_neighbours")
+_Known = tuple[int | None, tuple[int, int] | None]  # what the host knows of the numbers of an image
 
 
-def _unflatten(leaves, context: int | None) -> BlockMask:
+def _flatten(mask: BlockMask) -> tuple[list[Tensor], _Known]:
+    leaves = [mask.visible, mask.block_index, mask._neighbours]
+    return leaves, (mask.visible_per_image, mask._extremes)
+
+
+def _flatten_with_keys(mask: BlockMask):
+    leaves, known = _flatten(mask)
+    return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(_LEAVES, leaves)], known
+
+
+def _unflatten(leaves, known: _Known) -> BlockMask:
     mask = object.__new__(BlockMask)
     mask.visible, mask.block_index, mask._neighbours = leaves
-    mask.visible_per_image = context
+    mask.visible_per_image, mask._extremes = known
+    mask._asked = None
     return mask
+
+
+def _from_dumped(dumped: list) -> _Known:
+    """What the host knows, from JSON, which has no tuples."""
+    return dumped[0], None if dumped[1] is None else (dumped[1][0], dumped[1][1])
 
 
 pytree.register_pytree_node(
@@ -234,14 +328,25 @@ pytree.register_pytree_node(
     _flatten,
     _unflatten,
     serialized_type_name="convmae_kernels.BlockMask",
-    flatten_with_keys_fn=lambda mask: (
-        [
-            (pytree.GetAttrKey(name), leaf)
-            for name, leaf in zip(("visible", "block_index", "_neighbours"), _flatten(mask)[0])
-        ],
-        mask.visible_per_image,
-    ),
+    to_dumpable_context=list,
+    from_dumpable_context=_from_dumped,
+    flatten_with_keys_fn=_flatten_with_keys,
 )
+
+
+# -- checks ---------------------------------------------------------------------------------------
+
+
+def _check_ids(ids: Tensor, length: int) -> None:
+    if ids.numel() == 0:
+        return
+    twice = (ids.sort(dim=1).values.diff(dim=1) == 0).any()
+    lowest, highest, repeats = torch.stack([ids.min(), ids.max(), twice]).tolist()
+    if lowest < 0 or highest >= length:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"ids must be in [0, {length}), the blocks of the grid, got {wrong}")
+    if repeats:
+        raise ValueError("ids must be different from each other within an image, got one twice")
 
 
 def _check_grid(grid: tuple[int, int]) -> tuple[int, int]:
@@ -252,64 +357,3 @@ def _check_grid(grid: tuple[int, int]) -> tuple[int, int]:
     if gh < 1 or gw < 1:
         raise ValueError(f"grid must have at least one block in each direction, got {gh} x {gw}")
     return gh, gw
-
-
-# -- Z-order: the order of the positions of a block in packed features ----------------------------
-
-
-def block_side(positions: int) -> int:
-    """The side `s` of a block of `s * s` positions.
-
-    Raises:
-        ValueError: `positions` is not the square of one of `BLOCK_SIZES`.
-    """
-    for side in BLOCK_SIZES:
-        if side * side == positions:
-            return side
-    raise ValueError(
-        f"packed features are [T, s*s, C] with s one of {BLOCK_SIZES}, got s*s = {positions}"
-    )
-
-
-def to_zorder(x: Tensor) -> Tensor:
-    """`[..., s, s] -> [..., s*s]`: rows and columns of a block to its Z-order (`s` a power of two).
-
-    The bits of row and column alternate, the row's first, so that every 2 x 2, 4 x 4, ... square is
-    contiguous: `[[0, 1], [2, 3]]` is the order within each 2 x 2 square, and of the squares.
-    A strided convolution with kernel = stride is then a reshape and a matrix product.
-    """
-    lead, side = x.shape[:-2], x.shape[-1]
-    bits = side.bit_length() - 1
-    x = x.reshape(*lead, *(2,) * (2 * bits))
-    first = len(lead)
-    order = [first + axis * bits + bit for bit in range(bits) for axis in (0, 1)]
-    return x.permute(*range(first), *order).reshape(*lead, side * side)
-
-
-def from_zorder(x: Tensor) -> Tensor:
-    """`[..., s*s] -> [..., s, s]`: the inverse of `to_zorder`."""
-    lead, side = x.shape[:-1], math.isqrt(x.shape[-1])
-    bits = side.bit_length() - 1
-    x = x.reshape(*lead, *(2,) * (2 * bits))
-    first = len(lead)
-    order = [first + 2 * bit + axis for axis in (0, 1) for bit in range(bits)]
-    return x.permute(*range(first), *order).reshape(*lead, side, side)
-
-
-def rows_to_zorder(x: Tensor) -> Tensor:
-    """`[T, s, s, ...] -> [T, s*s, ...]`: `to_zorder` of axes 1 and 2, in one copy."""
-    bits = x.shape[1].bit_length() - 1
-    split = x.reshape(x.shape[0], *(2,) * (2 * bits), *x.shape[3:])
-    order = [1 + axis * bits + bit for bit in range(bits) for axis in (0, 1)]
-    rest = range(1 + 2 * bits, split.dim())
-    return split.permute(0, *order, *rest).reshape(x.shape[0], x.shape[1] ** 2, *x.shape[3:])
-
-
-def rows_from_zorder(x: Tensor) -> Tensor:
-    """`[T, s*s, ...] -> [T, s, s, ...]`: the inverse of `rows_to_zorder`."""
-    side = math.isqrt(x.shape[1])
-    bits = side.bit_length() - 1
-    split = x.reshape(x.shape[0], *(2,) * (2 * bits), *x.shape[2:])
-    order = [1 + 2 * bit + axis for axis in (0, 1) for bit in range(bits)]
-    rest = range(1 + 2 * bits, split.dim())
-    return split.permute(0, *order, *rest).reshape(x.shape[0], side, side, *x.shape[2:])

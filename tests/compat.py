@@ -48,8 +48,10 @@ SUITES = {
         "test_sync_batch_norm.py",
         "test_testing.py",
         "test_window_conv2d.py",
+        "test_zorder.py",
     ),
     "models": (
+        "test_device_waits.py",
         "test_fastconvmae.py",
         "test_golden.py",
         "test_models.py",

@@ -1,4 +1,4 @@
-"""`BlockMask`, its neighbour table, and the Z-order of positions."""
+"""`BlockMask` and its neighbour table."""
 
 import copy
 import pickle
@@ -8,8 +8,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import convmae_kernels as ck
-from convmae_kernels.block_mask import BLOCK_SIZES, block_side
 from convmae_kernels.testing import MASKS, make_mask
+from convmae_kernels.zorder import BLOCK_SIZES
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -104,6 +104,34 @@ def test_constructors_agree():
     assert same(ck.BlockMask.full(2, (3, 4)), make_mask("all"))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_from_ids_in_any_order(dtype):
+    ids = torch.tensor([[5, 0, 11], [1, 3, 2]], dtype=dtype)
+    mask = ck.BlockMask.from_ids(ids, (3, 4))
+    visible = torch.zeros(2, 12, dtype=torch.bool)
+    for image, places in enumerate(ids.tolist()):
+        visible[image, places] = True
+    assert same(mask, ck.BlockMask.from_visible(visible.view(2, 3, 4)))
+    assert same(mask, ck.BlockMask.from_ids(ids, (3, 4), check=False))
+    assert mask.visible_per_image == 3
+
+
+def test_from_ids_of_no_images_or_blocks():
+    for shape in ((0, 5), (2, 0)):
+        mask = ck.BlockMask.from_ids(torch.zeros(shape, dtype=torch.int64), (3, 4))
+        assert (mask.batch_size, mask.num_visible) == (shape[0], 0)
+
+
+def test_from_ids_in_compiled_code():
+    def model(noise):
+        return ck.BlockMask.from_ids(noise.argsort(dim=1)[:, :5], (3, 4)).block_index
+
+    torch._dynamo.reset()
+    noise = torch.rand(3, 12)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(noise), model(noise))
+
+
 def test_masks_do_not_share_memory_with_their_arguments():
     visible, noise = MASKS["ragged"].clone(), torch.rand(2, 12)
     mask, other = (
@@ -139,6 +167,27 @@ def test_facts():
     assert mask.density == 21 / 48
     assert mask.device == torch.device("cpu")
     assert all(isinstance(size, int) for size in (*mask.grid, mask.batch_size, mask.num_visible))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_numbers_of_an_image(name):
+    counts = MASKS[name].flatten(1).sum(1).tolist()
+    mask = make_mask(name)
+    unknown = ck.BlockMask(mask.visible, mask.block_index)
+    for each in (mask, unknown, copy.deepcopy(mask), mask.to("cpu")):
+        assert (each.min_per_image, each.max_per_image) == (min(counts), max(counts))
+    assert unknown.visible_per_image is None
+    index = [image for image, count in enumerate(counts) for _ in range(count)]
+    assert mask.image_index.dtype == torch.int64
+    assert mask.image_index.tolist() == index
+
+
+def test_numbers_without_images():
+    none = torch.ones(0, 3, 4, dtype=torch.bool)
+    masks = [ck.BlockMask.from_visible(none), ck.BlockMask(none, torch.zeros(0).long())]
+    for mask in masks:
+        assert (mask.min_per_image, mask.max_per_image) == (0, 0)
+        assert mask.image_index.shape == (0,)
 
 
 @pytest.mark.parametrize("radius", [0, 1, 2, 3, 7])
@@ -206,39 +255,28 @@ def test_pytree_round_trip():
     assert pytree.treespec_loads(pytree.treespec_dumps(ragged)) == ragged
 
 
+def test_a_pytree_keeps_what_the_mask_knows():
+    mask = make_mask("ragged")
+    leaves, spec = pytree.tree_flatten(mask)
+    loaded = pytree.treespec_loads(pytree.treespec_dumps(spec))
+    for again in (
+        pytree.tree_unflatten(leaves, spec),
+        pytree.tree_unflatten(leaves, loaded),
+        pytree.tree_map(lambda leaf: leaf.to("meta"), mask),  # where nothing can be read
+        mask.to("meta"),
+    ):
+        assert again.visible_per_image is None
+        assert (again.min_per_image, again.max_per_image) == (0, 12)
+    unknown = pytree.tree_structure(ck.BlockMask(mask.visible, mask.block_index))
+    assert unknown != spec
+    assert pytree.treespec_loads(pytree.treespec_dumps(unknown)) == unknown
+
+
 @pytest.mark.parametrize(
     "clone", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
 )
 def test_copies(clone):
     assert same(clone(make_mask("ragged")), make_mask("ragged"))
-
-
-# -- Z-order ------------------------------------------------------------------------------------
-
-
-def z_index(row, column):
-    """The bits of row and column alternated, the row's first."""
-    return sum((row >> bit & 1) << 2 * bit + 1 | (column >> bit & 1) << 2 * bit for bit in range(5))
-
-
-@pytest.mark.parametrize("side", BLOCK_SIZES)
-def test_zorder(side):
-    square = torch.arange(2 * side * side).view(2, side, side)
-    packed = ck.to_zorder(square)
-    assert packed.shape == (2, side * side)
-    for row in range(side):
-        for column in range(side):
-            assert packed[1, z_index(row, column)] == square[1, row, column]
-    assert torch.equal(ck.from_zorder(packed), square)
-    assert block_side(side * side) == side
-
-
-def test_zorder_of_a_square_of_two_is_its_raster_order():
-    square = torch.arange(64).view(8, 8)
-    groups = ck.to_zorder(square).view(16, 4)
-    assert groups[0].tolist() == [0, 1, 8, 9]
-    assert groups[1].tolist() == [2, 3, 10, 11]
-    assert groups[2].tolist() == [16, 17, 24, 25]
 
 
 # -- bad input ----------------------------------------------------------------------------------
@@ -285,8 +323,21 @@ def test_other_bad_arguments():
         ck.BlockMask.from_visible([[[True]]])
     with pytest.raises(ValueError, match=r"visible must be \[B, gh, gw\], got \[3, 4\]"):
         ck.BlockMask.from_visible(torch.ones(3, 4, dtype=torch.bool))
+    good = torch.tensor([[0, 1]])
+    with pytest.raises(TypeError, match="ids must be a tensor of integers, got list"):
+        ck.BlockMask.from_ids([[0]], (3, 4))
+    for dtype in (torch.float32, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=f"ids must be a tensor of integers, got {dtype}"):
+            ck.BlockMask.from_ids(good.to(dtype), (3, 4))
+    for shape in [(2,), (1, 2, 2), (2, 13)]:
+        with pytest.raises(ValueError, match=r"ids must be \[B, K\] with K at most 12 for .* got"):
+            ck.BlockMask.from_ids(torch.zeros(shape, dtype=torch.int64), (3, 4))
+    for wrong in (-1, 12):
+        with pytest.raises(ValueError, match=rf"ids must be in \[0, 12\), .* got {wrong}"):
+            ck.BlockMask.from_ids(torch.tensor([[0, wrong]]), (3, 4))
+    with pytest.raises(ValueError, match="ids must be different .* within an image, got one twice"):
+        ck.BlockMask.from_ids(torch.tensor([[3, 5], [4, 4]]), (3, 4))
+    with pytest.raises(TypeError, match=r"grid must be \(gh, gw\), got 12"):
+        ck.BlockMask.from_ids(good, 12)
     with pytest.raises(ValueError, match="radius must not be negative, got -1"):
         make_mask("one").neighbours(-1)
-    for positions in (0, 3, 8, 9, 36, 4096):
-        with pytest.raises(ValueError, match=rf"got s\*s = {positions}"):
-            block_side(positions)

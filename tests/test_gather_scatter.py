@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import convmae_kernels as ck
-from convmae_kernels.block_mask import BLOCK_SIZES
 from convmae_kernels.testing import (
     DTYPES,
     LAYOUTS,
@@ -17,6 +16,7 @@ from convmae_kernels.testing import (
     value_and_grads,
     with_layout,
 )
+from convmae_kernels.zorder import BLOCK_SIZES
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

@@ -7,7 +7,6 @@ import torch
 from torch.nn.functional import pad
 
 import convmae_kernels as ck
-from convmae_kernels.block_mask import BLOCK_SIZES
 from convmae_kernels.testing import (
     DTYPES,
     LAYOUTS,
@@ -17,6 +16,7 @@ from convmae_kernels.testing import (
     random_tensor,
     value_and_grads,
 )
+from convmae_kernels.zorder import BLOCK_SIZES
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

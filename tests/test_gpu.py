@@ -10,7 +10,6 @@ import torch
 
 import convmae
 import convmae_kernels as ck
-from convmae_kernels.block_mask import BLOCK_SIZES
 from convmae_kernels.testing import (
     DTYPES,
     LAYOUTS,
@@ -22,6 +21,7 @@ from convmae_kernels.testing import (
     random_tensor,
     value_and_grads,
 )
+from convmae_kernels.zorder import BLOCK_SIZES
 
 DEVICE = "cuda"
 pytestmark = [

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convmae_kernels as ck
-from convmae_kernels.block_mask import BLOCK_SIZES
 from convmae_kernels.testing import (
     DTYPES,
     LAYOUTS,
@@ -24,6 +23,7 @@ from convmae_kernels.testing import (
     random_tensor,
     value_and_grads,
 )
+from convmae_kernels.zorder import BLOCK_SIZES
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import convmae
 import convmae_kernels as ck
 from convmae.models import ConvMAE, ConvViT, DenseConvMAE
-from convmae.models.layers import DropPath, attention, linear, zorder_weight
+from convmae.models.layers import DropPath, attention, linear
 from convmae_kernels.ops import arithmetic
 
 ENCODER = {"embed_dim": (8, 12, 16), "depth": (2, 2, 2), "num_heads": 2, "mlp_ratio": (4, 4, 4)}
@@ -104,13 +105,6 @@ def test_stages_equal_dense_at_visible_positions():
     assert_close(one, dense_one.flatten(0, 1)[mask.block_index], 1e-12)
     assert_close(two, dense_two.flatten(0, 1)[mask.block_index], 1e-12)
     assert dense_x.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("side", [1, 2, 4])
-def test_zorder_weight(side):
-    weight = torch.randn(6, 5, side, side)
-    expected = ck.to_zorder(weight).transpose(1, 2).flatten(1)
-    assert torch.equal(zorder_weight(weight), expected)
 
 
 # -- hidden means hidden --------------------------------------------------------------------------
@@ -264,6 +258,21 @@ def test_one_graph():
     torch._dynamo.reset()
     found = torch._dynamo.explain(model)(torch.randn(1, 3, 224, 224), noise=torch.rand(1, 196))
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+def test_ragged_masks_in_one_graph():
+    """What differs between masks is a number that the host knows: no graph break, two compiles."""
+    model = small(depth=(1, 1, 1)).eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    places = torch.arange(model.num_patches)
+    for shown in ([1, 3], [2, 5], [4, 3], [1, 6]):
+        visible = places < torch.tensor(shown).unsqueeze(1)
+        mask = ck.BlockMask.from_visible(visible.view(2, *model.grid))
+        images = images_for(model)
+        assert_close(compiled(images, mask=mask).loss, model(images, mask=mask).loss, 1e-6)
+    assert counter.frame_count <= 2
 
 
 def test_exports():

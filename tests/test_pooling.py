@@ -217,7 +217,7 @@ def test_values_of_images(name):
     values = random_tensor((mask.batch_size, 2, 3), torch.float64).requires_grad_()
     blocks = pooling.of_images(values, mask)
     image = mask.visible.nonzero()[:, 0]
-    assert torch.equal(pooling.image_index(mask), image)
+    assert torch.equal(mask.image_index, image)
     assert torch.equal(blocks, values[image])
     counts = mask.visible.flatten(1).sum(1)
     assert torch.equal(pooling.image_counts(mask, 4), 16 * counts)

@@ -10,7 +10,6 @@ import torch
 from simt.emulator import ROOT, EmulatorError, Removed, why_not
 
 import convmae_kernels as ck
-from convmae_kernels.block_mask import BLOCK_SIZES
 from convmae_kernels.ops import reference
 from convmae_kernels.testing import (
     MASKS,
@@ -18,6 +17,7 @@ from convmae_kernels.testing import (
     make_mask,
     random_tensor,
 )
+from convmae_kernels.zorder import BLOCK_SIZES
 from tests.simt_emulation import (
     CODES,
     INF,

@@ -181,6 +181,28 @@ def test_export_with_a_mask_as_input_and_a_dynamic_batch():
             torch.testing.assert_close(exported.module()(images, other), net(images, other))
 
 
+def test_an_exported_program_serves_ragged_masks():
+    """Those of the same numbers; and masks that know none serve each other."""
+    net = Net().eval()
+    batch, blocks = torch.export.Dim("batch", min=2), torch.export.Dim.AUTO
+    known = make_mask("ragged")
+    unknown = ck.BlockMask(known.visible, known.block_index)
+    turned = ck.BlockMask.from_visible(known.visible.flip(0, 2))
+    fewer = ck.BlockMask.from_visible(known.visible[:3, :, :] & (torch.rand(3, 3, 4) < 0.6))
+    for mask, others in (
+        (known, [turned]),
+        (unknown, [ck.BlockMask(m.visible, m.block_index) for m in (turned, fewer)]),
+    ):
+        program = torch.export.export(
+            net,
+            (images_for(mask), mask),
+            dynamic_shapes=({0: batch}, [{0: batch}, {0: blocks}, {0: blocks}]),
+        ).module()
+        for other in others:
+            images = images_for(other)
+            torch.testing.assert_close(program(images, other), net(images, other))
+
+
 # -- autocast -----------------------------------------------------------------------------------
 
 

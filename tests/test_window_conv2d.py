@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import convmae_kernels as ck
-from convmae_kernels.ops import arithmetic
+from convmae_kernels.ops import arithmetic, conv_plan, geometry, library
+from convmae_kernels.ops.conv_plan import plan_conv2d
+from convmae_kernels.ops.library import why_not
 from convmae_kernels.testing import (
     DTYPES,
     LAYOUTS,
@@ -21,7 +23,6 @@ from tests.conv_results import NAMES, check_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-all_impls = pytest.mark.parametrize("impl", implementations())
 HALF = (torch.bfloat16, torch.float16)
 NAN = float("nan")
 
@@ -85,9 +86,27 @@ CASES = [
     Case("convolution", 8, (3, 3), (7, 7), stride=4, groups=3, padding=(2, 2)),  # off its centre
     Case("convolution", 4, (4, 2), (2, 2), stride=2, groups=2),
     Case("convolution", 4, (6, 2), (1, 1), stride=2, groups=2),
+    Case("depthwise", 4, (1, 1), (1, 1)),  # of one channel
 ]
 ONE_OF_EACH = [CASES[i] for i in (2, 4, 7, 12, 14, 22, 24, 27)]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def impls_of(case):
+    """What `impl` may name for a case: a matrix product has no kernels to choose from."""
+    return ("reference", "auto") if case.path == "linear" else implementations()
+
+
+def with_impls(cases):
+    """Parametrises a test by cases and what `impl` may name for each."""
+    return pytest.mark.parametrize(
+        ("case", "impl"),
+        [
+            pytest.param(case, impl, id=f"{case}-{impl}")
+            for case in cases
+            for impl in impls_of(case)
+        ],
+    )
 
 
 def mask_for(case, name="ragged"):
@@ -161,13 +180,83 @@ def test_every_path_is_taken(case):
     assert path == case.path
 
 
+WAYS = {
+    "linear": "product",
+    "depthwise": "depthwise",
+    "product": "windows, product",
+    "convolution": "windows, convolution",
+}
+
+
+@every_case
+def test_the_plan_says_which_path_is_taken(case):
+    (c_in, c_out), groups = case.channels, case.groups
+    shape = (c_out, c_in // groups, *case.kernel)
+    plan = plan_conv2d(case.side, shape, case.stride, case.padding, case.dilation, groups)
+    assert plan.way == WAYS[case.path]
+    assert plan.has_kernels == (case.path != "linear")
+    assert plan.description
+    assert plan.stride**2 * plan.sampled == case.stride**2
+
+
+@pytest.mark.parametrize("impl", ["cpu", "cuda", "triton"])
+@pytest.mark.parametrize("case", [CASES[i] for i in (1, 2, 3)], ids=str)
+def test_a_name_without_kernels_is_refused(case, impl, monkeypatch):
+    mask = mask_for(case)
+    *arguments, _ = make_inputs(case, mask)
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "why_not", lambda impl, x: None)  # as if all of them could run here
+        with pytest.raises(RuntimeError) as error:
+            convolve(case, mask, *arguments, impl=impl)
+    assert str(error.value) == (
+        f"impl='{impl}' cannot run: with kernel {case.kernel}, stride {case.stride}, padding "
+        "(0, 0) and groups=1 the convolution is one matrix product of packed features, which "
+        "PyTorch computes; expected impl='auto' or 'reference'"
+    )
+    if why_not(impl, arguments[0]) is not None:
+        with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run: "):
+            convolve(case, mask, *arguments, impl=impl)
+    with pytest.raises(RuntimeError, match="impl='numpy' cannot run: it is not one of 'auto'"):
+        convolve(case, mask, *arguments, impl="numpy")
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (10, 14, 18, 19, 22, 25, 27)], ids=str)
+@pytest.mark.parametrize("shift", [(1, -1, 0, 0), (0, 0, -1, 1)], ids=["down", "left"])
+def test_a_wrong_halo_shows(case, shift, monkeypatch):
+    """The oracle has a geometry of its own: a mistake in that of the ops is on one side only."""
+    mask = mask_for(case)
+    *arguments, _ = make_inputs(case, mask)
+    dense = convolve_dense(case, mask, *arguments)
+    torch.testing.assert_close(convolve(case, mask, *arguments), dense)
+    right = geometry.window_halo
+
+    def wrong(*sizes):
+        return tuple(map(sum, zip(right(*sizes), shift, strict=True)))
+
+    for module in (geometry, conv_plan):
+        monkeypatch.setattr(module, "window_halo", wrong)
+    oracle = convolve(case, mask, *arguments, impl="reference")
+    torch.testing.assert_close(oracle, dense)
+    difference = convolve(case, mask, *arguments) - oracle
+    assert difference.abs().max() > 0.01 * dense.abs().max()
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (6, 10, 14, 22, 27)], ids=str)
+def test_neighbours_that_are_too_few_show(case, monkeypatch):
+    mask = mask_for(case)
+    *arguments, _ = make_inputs(case, mask)
+    monkeypatch.setattr(conv_plan, "reach", lambda halo, side: 0)
+    with pytest.raises(ValueError, match="reach beyond the neighbours, which are 1 x 1 blocks"):
+        convolve(case, mask, *arguments, impl="reference")
+
+
 @every_case
 @pytest.mark.parametrize("name", ["ragged", "none", "all"])
 def test_values_and_gradients(case, name):
     mask = mask_for(case, name)
     inputs = make_inputs(case, mask)
     expected = run_dense(case, mask, inputs)
-    for impl in implementations():
+    for impl in impls_of(case):
         check_close(run(case, mask, inputs, impl), expected)
 
 
@@ -179,7 +268,7 @@ def test_every_dtype(case):
         exact = run_dense(case, mask, [x.double() for x in inputs])
         terms = run_dense(case, mask, [x.double().abs() for x in inputs])
         plain = run_dense(case, mask, inputs)
-        for impl in implementations():
+        for impl in impls_of(case):
             found = run(case, mask, inputs, impl)
             names = [f"{dtype} {name} of impl={impl!r}" for name in NAMES]
             for values in zip(found, exact, plain, terms, names, strict=True):
@@ -198,8 +287,7 @@ def test_every_layout(case, layout):
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
-@all_impls
-@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+@with_impls(ONE_OF_EACH)
 def test_without_bias_and_only_some_gradients(case, impl):
     mask = mask_for(case, "equal")
     x, weight, bias, grad = make_inputs(case, mask)
@@ -216,8 +304,7 @@ def test_without_bias_and_only_some_gradients(case, impl):
         check_close([*found, expected[3]], expected)
 
 
-@all_impls
-@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+@with_impls(ONE_OF_EACH)
 def test_no_images(case, impl):
     mask = ck.BlockMask.full(0, (3, 4))
     inputs = make_inputs(case, mask)
@@ -267,8 +354,7 @@ SMALL = [
 ]
 
 
-@all_impls
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@with_impls(SMALL)
 def test_derivatives_of_every_order(case, impl):
     mask = make_mask("row")
     inputs = [x.requires_grad_() for x in make_inputs(case, mask)[:3]]
@@ -362,9 +448,8 @@ def test_one_compiled_callable_serves_every_mask():
 # -- number types -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+@with_impls(ONE_OF_EACH)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@all_impls
 def test_autocast(case, dtype, impl):
     mask = mask_for(case)
     inputs = make_inputs(case, mask, torch.float32)

@@ -18,8 +18,8 @@ from torch.nn.functional import conv2d, fold, pad
 from benchmarks import work
 from benchmarks.cases import plain_gather, plain_scatter
 from convmae_kernels import BlockMask
-from convmae_kernels.block_mask import rows_from_zorder, rows_to_zorder
 from convmae_kernels.ops import reference
+from convmae_kernels.zorder import rows_from_zorder, rows_to_zorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,7 +13,6 @@ from convmae.models.layers import (
     LayerNorm,
     Linear,
     add_parameter,
-    packed_conv2d,
     sincos_pos_embed,
 )
 from convmae.models.tokens import (
@@ -27,7 +26,7 @@ from convmae.models.tokens import (
 )
 from convmae.models.trunk import Trunk, check_heads, check_positive
 from convmae_kernels import BlockMask
-from convmae_kernels.ops.arithmetic import cast_together
+from convmae_kernels.ops.arithmetic import cast_together, patch_conv2d
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -268,9 +267,9 @@ class ConvMAE(Trunk):
         x = self.stage1(images, mask)
         decode1, decode2 = self.stage1_output_decode, self.stage2_output_decode
         with cast_together([*decode1.parameters(), *decode2.parameters()], x):
-            decoded1 = packed_conv2d(x, decode1).flatten(1)
+            decoded1 = patch_conv2d(x, decode1.weight, decode1.bias).flatten(1)
             x = self.stage2(x, mask)
-            decoded2 = packed_conv2d(x, decode2).flatten(1)
+            decoded2 = patch_conv2d(x, decode2.weight, decode2.bias).flatten(1)
         return x, decoded1, decoded2
 
     def embed(self, images: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from convmae.models.convmae import ConvMAE, ConvMAEOutput
 from convmae_kernels import BlockMask, gather_visible
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class FastConvMAE(ConvMAE):
@@ -127,11 +129,7 @@ def complementary_masks(noise: Tensor, grid: tuple[int, int], mask_ratio: float)
     groups = length // keep
     order = noise.argsort(dim=1, stable=True).view(images, groups, keep)
     shown = order.transpose(0, 1).reshape(groups * images, keep)
-    visible = torch.zeros(groups * images, length, dtype=torch.bool, device=noise.device)
-    visible = visible.scatter(1, shown, True).view(-1, *grid)
-    first = torch.arange(groups * images, device=noise.device).unsqueeze(1) * length
-    block_index = (shown.sort(dim=1).values + first).flatten()
-    return BlockMask(visible, block_index, keep)
+    return BlockMask.from_ids(shown, grid, check=False)
 
 
 def fitting_ratios(length: int, most: int = 6) -> list[float]:

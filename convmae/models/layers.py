@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from convmae.models.tokens import Places, take_tokens
 from convmae_kernels.nn import MaskedConv2d
 from convmae_kernels.ops import arithmetic
-from convmae_kernels.ops.arithmetic import as_cast, cast_together, multiply
+from convmae_kernels.ops.arithmetic import as_cast, cast_together, multiply, patch_conv2d
 from convmae_kernels.ops.autocast import autocast_is_on
 
 if TYPE_CHECKING:
@@ -157,37 +157,6 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None
     return scores.softmax(dim=-1) @ v
 
 
-def packed_conv2d(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """`conv2d` whose stride is its kernel, on packed features: a reshape and a matrix product.
-
-    Args:
-        x: `[T, P, C_in]`, the `P` positions of each block in Z-order.
-        conv: `k x k` convolution with stride `k`; `k` a power of two, `k * k` dividing `P`.
-
-    Returns:
-        `[T, P / k**2, C_out]`.
-    """
-    blocks, positions, channels = x.shape
-    group = conv.kernel_size[0] ** 2
-    x = x.reshape(blocks, positions // group, group * channels)
-    return linear(x, zorder_weight(as_cast(conv.weight)), conv.bias)
-
-
-def zorder_weight(weight: Tensor) -> Tensor:
-    """`to_zorder(weight).transpose(1, 2).flatten(1)`: `[O, I, k, k] -> [O, k*k * I]`, in one copy.
-
-    Written out because its gradient, too, then copies whole rows of channels: several times faster.
-    """
-    side = weight.shape[2]
-    if side == 1:
-        return weight.flatten(1)
-    bits = side.bit_length() - 1
-    halves = (2,) * bits
-    bit_by_bit = weight.permute(0, 2, 3, 1).unflatten(2, halves).unflatten(1, halves)
-    order = [1 + axis * bits + bit for bit in range(bits) for axis in (0, 1)]
-    return bit_by_bit.permute(0, *order, -1).flatten(1)
-
-
 class DropPath(nn.Module):
     """`x * bernoulli(1 - rate) / (1 - rate)`, one draw for each image, in training only.
 
@@ -219,7 +188,7 @@ class DropPath(nn.Module):
         else:
             scale = x.new_empty(images).bernoulli_(1 - self.rate) / (1 - self.rate)
         if mask is not None:
-            scale = scale[mask.block_index // (mask.grid[0] * mask.grid[1])]
+            scale = scale[mask.image_index]
         return x * scale.view(-1, 1, 1)
 
     def extra_repr(self) -> str:
@@ -244,7 +213,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[T, P, in_dim] -> [T, P / patch_size**2, dim]`."""
         with cast_together(list(self.parameters()), x):
-            return self.act(self.norm(packed_conv2d(x, self.proj)))
+            return self.act(self.norm(patch_conv2d(x, self.proj.weight, self.proj.bias)))
 
 
 class ConvMlp(nn.Module):
@@ -258,7 +227,8 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T, P, dim] -> [T, P, dim]`."""
-        return packed_conv2d(self.act(packed_conv2d(x, self.fc1)), self.fc2)
+        x = self.act(patch_conv2d(x, self.fc1.weight, self.fc1.bias))
+        return patch_conv2d(x, self.fc2.weight, self.fc2.bias)
 
 
 class ConvBlock(nn.Module):
@@ -283,8 +253,8 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor, mask: BlockMask) -> Tensor:
         """`[T, P, dim] -> [T, P, dim]`."""
         with cast_together(list(self.parameters()), x):
-            y = packed_conv2d(self.norm1(x), self.conv1)
-            y = packed_conv2d(self.attn(y, mask), self.conv2)
+            y = patch_conv2d(self.norm1(x), self.conv1.weight, self.conv1.bias)
+            y = patch_conv2d(self.attn(y, mask), self.conv2.weight, self.conv2.bias)
             x = x + self.drop_path(y, mask)
             return x + self.drop_path(self.mlp(self.norm2(x)), mask)
 

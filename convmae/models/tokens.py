@@ -32,43 +32,47 @@ def removed(mask: BlockMask) -> Tensor:
 
 
 def hidden_patches(mask: BlockMask) -> Hidden | None:
-    """The hidden patches of each image; None if it is certain that there are none.
-
-    Without synchronisation where all images have the same number of visible patches.
-    """
+    """The hidden patches of each image; None if it is certain that there are none."""
     visible = mask.visible.flatten(1)
     order = visible.to(torch.uint8).argsort(dim=1, stable=True)  # hidden first, in raster order
+    count = visible.shape[1] - mask.min_per_image
     if mask.visible_per_image is not None:
-        count = visible.shape[1] - mask.visible_per_image
         return Hidden(order[:, :count], None) if count else None
     counts = (~visible).sum(dim=1, keepdim=True)
-    count = int(counts.max())
     return Hidden(order[:, :count], torch.arange(count, device=counts.device) < counts)
 
 
 def key_padding(mask: BlockMask) -> Tensor | None:
     """bool `[N, K]`, True where an image has fewer visible patches than `K`, the most of all.
 
-    None where all images have the same number; else it reads `K` on the host.
+    None where all images have the same number.
     """
     if mask.visible_per_image is not None:
         return None
     counts = mask.visible.flatten(1).sum(dim=1, keepdim=True)
-    return torch.arange(int(counts.max()), device=counts.device) >= counts
+    return torch.arange(mask.max_per_image, device=counts.device) >= counts
 
 
 def pad(x: Tensor, mask: BlockMask, padding: Tensor | None) -> Tensor:
     """Packed tokens `[T, D]` to sequences `[N, K, D]`, zero where `padding` is True."""
     if padding is None:
         return x.view(mask.batch_size, -1, x.shape[1])
-    sequences = x.new_zeros(*padding.shape, x.shape[1])
-    return sequences.masked_scatter(~padding.unsqueeze(2), x)
+    sequences = x.new_zeros(padding.numel(), x.shape[1]).index_copy(0, _padded_rows(mask), x)
+    return sequences.view(*padding.shape, x.shape[1])
 
 
 def unpad(x: Tensor, mask: BlockMask) -> Tensor:
     """Sequences `[N, K, D]` back to packed tokens `[T, D]`."""
-    padding = key_padding(mask)
-    return x.flatten(0, 1) if padding is None else x[~padding]
+    x = x.flatten(0, 1)
+    return x if mask.visible_per_image is not None else x.index_select(0, _padded_rows(mask))
+
+
+def _padded_rows(mask: BlockMask) -> Tensor:
+    """Where each visible patch is in the rows of padded sequences: int64 `[T]` in `[0, N * K)`."""
+    counts = mask.visible.flatten(1).sum(1)
+    padded = mask.max_per_image * torch.arange(mask.batch_size, device=mask.device)
+    moved = padded - (counts.cumsum(0) - counts)  # how far the rows of each image move down
+    return torch.arange(mask.num_visible, device=mask.device) + moved[mask.image_index]
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:

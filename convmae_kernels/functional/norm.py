@@ -10,6 +10,7 @@ from torch import Tensor
 
 from convmae_kernels.functional.pooling import image_counts, image_sum, of_images
 from convmae_kernels.ops.checks import check_packed
+from convmae_kernels.ops.dtypes import accumulation_dtype
 
 if TYPE_CHECKING:
     from convmae_kernels.block_mask import BlockMask
@@ -80,7 +81,7 @@ def masked_sync_batch_norm(
 
     check_packed("x", x, mask)
     group = torch.distributed.group.WORLD if group is None else group
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    wide = x.to(accumulation_dtype(x.dtype))
     rows = wide.reshape(-1, x.shape[2])
     number = rows.new_tensor([len(rows)])
     total = all_reduce(torch.cat([rows.sum(0), number]), group=group)
@@ -128,7 +129,7 @@ def masked_group_norm(
     if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups!r}")
     _check_affine(channels, weight, bias)
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    wide = x.to(accumulation_dtype(x.dtype))
     number = image_counts(mask, side).clamp_min(1).view(-1, 1, 1) * (channels // num_groups)
 
     def mean_of(values: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ def image_norm(x: Tensor, mask: BlockMask) -> Tensor:
 
     Its gradient is 0 where it is 0. Raises what `image_sum` raises.
     """
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    wide = x.to(accumulation_dtype(x.dtype))
     squares = image_sum(wide.square(), mask)
     some = squares > 0
     return torch.where(some, torch.where(some, squares, 1).sqrt(), 0).to(x.dtype)

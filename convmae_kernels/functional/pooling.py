@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convmae_kernels.block_mask import rows_to_zorder
+from convmae_kernels.ops import geometry
 from convmae_kernels.ops.checks import check_packed
+from convmae_kernels.ops.dtypes import accumulation_dtype
 from convmae_kernels.ops.gather_windows import gather_windows
-from convmae_kernels.ops.masked_conv2d import check_padding, check_stride, pair
-from convmae_kernels.ops.reference import window_halo
+from convmae_kernels.ops.geometry import check_padding, check_stride, pair
+from convmae_kernels.zorder import rows_to_zorder
 
 if TYPE_CHECKING:
     from convmae_kernels.block_mask import BlockMask
@@ -73,17 +73,11 @@ def _windows(x, mask, kernel_size, stride, padding, dilation, fill):
     kernel, dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)
     step = check_stride(kernel if stride is None else stride, side)
     padding = check_padding(padding, kernel, step, dilation)
-    halo = window_halo(kernel, step, padding, dilation)
+    halo = geometry.window_halo(kernel, step, padding, dilation)
     return gather_windows(x, mask, halo, fill).permute(0, 3, 1, 2), kernel, step, dilation
 
 
 # -- all positions of an image --------------------------------------------------------------------
-
-
-def image_index(mask: BlockMask) -> Tensor:
-    """The image of every visible block: int64 `[T]`."""
-    gh, gw = mask.grid
-    return mask.block_index // (gh * gw)
 
 
 def of_images(values: Tensor, mask: BlockMask) -> Tensor:
@@ -95,7 +89,7 @@ def of_images(values: Tensor, mask: BlockMask) -> Tensor:
     if values.shape[0] != mask.batch_size:
         raise ValueError(f"values is for {values.shape[0]} images, the mask for {mask.batch_size}")
     if mask.visible_per_image is None:
-        return values.index_select(0, image_index(mask))
+        return values.index_select(0, mask.image_index)
     repeated = values.unsqueeze(1).expand(-1, mask.visible_per_image, *values.shape[1:])
     return repeated.flatten(0, 1)
 
@@ -112,13 +106,13 @@ def image_sum(x: Tensor, mask: BlockMask) -> Tensor:
         TypeError, ValueError: `x` is not packed with this mask.
     """
     check_packed("x", x, mask)
-    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    wide = accumulation_dtype(x.dtype)
     if mask.visible_per_image is not None:
         positions = mask.visible_per_image * x.shape[1]
         return x.reshape(mask.batch_size, positions, x.shape[2]).sum(1, dtype=wide)
     blocks = x.sum(1, dtype=wide)
     zeros = blocks.new_zeros(mask.batch_size, x.shape[2])
-    return zeros.index_add(0, image_index(mask), blocks)
+    return zeros.index_add(0, mask.image_index, blocks)
 
 
 def image_mean(x: Tensor, mask: BlockMask) -> Tensor:
@@ -140,5 +134,5 @@ def image_max(x: Tensor, mask: BlockMask) -> Tensor:
     check_packed("x", x, mask)
     blocks = x.amax(1)
     lowest = blocks.new_full((mask.batch_size, x.shape[2]), float("-inf"))
-    index = image_index(mask).unsqueeze(1).expand_as(blocks)
+    index = mask.image_index.unsqueeze(1).expand_as(blocks)
     return lowest.scatter_reduce(0, index, blocks, "amax")

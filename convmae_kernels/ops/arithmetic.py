@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from convmae_kernels.ops.autocast import autocast_dtype
+from convmae_kernels.ops.dtypes import HALF_DTYPES
 from convmae_kernels.ops.library import transforms_active
+from convmae_kernels.zorder import patch_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -67,6 +70,23 @@ def multiply(
     with torch.autocast("cpu", enabled=False):
         wide = function(x.float(), weight.float(), None if bias is None else bias.float())
         return wide.to(dtype)
+
+
+def patch_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`conv2d` whose stride is its kernel, on packed features: a reshape and a matrix product.
+
+    Args:
+        x: `[T, P, C_in]`, the `P` positions of each block in Z-order.
+        weight: `[C_out, C_in, k, k]`; `k` a power of two, `k * k` dividing `P`.
+        bias: `[C_out]` or None.
+
+    Returns:
+        `[T, P / k**2, C_out]` in the dtype of `x`, or autocast's.
+    """
+    blocks, positions, channels = x.shape
+    group = weight.shape[2] * weight.shape[3]
+    patches = x.reshape(blocks, positions // group, group * channels)
+    return multiply(linear, patches, patch_matrix(as_cast(weight)), bias)
 
 
 # -- parameters under autocast --------------------------------------------------------------------
@@ -134,8 +154,8 @@ def cast_together(parameters: Sequence[Tensor], x: Tensor) -> Iterator[None]:
 
 def _new_casts(parameters: Sequence[Tensor], x: Tensor) -> dict[Tensor, Tensor]:
     dtype = autocast_dtype(x)
-    half = dtype in (torch.bfloat16, torch.float16)
-    if not half or (x.device.type == "cpu" and dtype in SLOW_ON_CPU) or transforms_active():
+    slow = x.device.type == "cpu" and dtype in SLOW_ON_CPU
+    if dtype not in HALF_DTYPES or slow or transforms_active():
         return {}
     wide = [p for p in parameters if p.dtype == torch.float32 and p not in _CASTS.of]
     return dict(zip(wide, _CastTogether.apply(dtype, *wide))) if wide else {}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from convmae_kernels.block_mask import BlockMask, block_side
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from convmae_kernels.block_mask import BlockMask
+from convmae_kernels.ops.dtypes import DTYPES
+from convmae_kernels.zorder import block_side
 
 
 def check_tensor(name: str, x: Tensor, rank: int, shape: str, mask: BlockMask) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from convmae_kernels.block_mask import BLOCK_SIZES, BlockMask
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.checks import check_tensor
 from convmae_kernels.ops.library import Impl, register, select
+from convmae_kernels.zorder import BLOCK_SIZES
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from convmae_kernels.block_mask import BlockMask
 
 
 def _fake(images, block_index, gh, gw):

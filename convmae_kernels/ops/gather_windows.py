@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from convmae_kernels.block_mask import block_side
-from convmae_kernels.ops import reference
+from convmae_kernels.ops import geometry, reference
 from convmae_kernels.ops.checks import check_packed
 from convmae_kernels.ops.library import Impl, register, select
+from convmae_kernels.zorder import block_side
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from convmae_kernels.block_mask import BlockMask
@@ -104,10 +102,5 @@ def gather_windows(
     halo = (top, bottom, left, right)
     if min(halo) <= -side or min(top + bottom, left + right) <= -side:
         raise ValueError(f"halo {halo} leaves no window of blocks of side {side}")
-    neighbours = mask.neighbours(reach(halo, side))
+    neighbours = mask.neighbours(geometry.reach(halo, side))
     return select(impl, "gather_windows", reference.gather_windows, x)(x, neighbours, halo, fill)
-
-
-def reach(halo: Sequence[int], side: int) -> int:
-    """The radius of the neighbour table, in blocks, that windows with this halo need."""
-    return max(0, -(-max(halo) // side))

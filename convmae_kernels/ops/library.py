@@ -273,6 +273,22 @@ def why_not(impl: Impl, x: Tensor) -> str | None:
     return "it is not one of 'auto', 'reference', 'cpu', 'cuda', 'triton'"
 
 
+def check_impl(impl: Impl, x: Tensor) -> None:
+    """`impl` can run on `x`, here and now.
+
+    Raises:
+        RuntimeError: it was asked for by name and cannot.
+    """
+    reason = why_not(impl, x)
+    if reason is None and impl not in ("auto", "reference") and transforms_active():
+        reason = (
+            "torch.func and forward-mode differentiation need the reference; use impl='auto' or "
+            "'reference'"
+        )
+    if reason is not None:
+        raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
+
+
 def select(impl: Impl, name: str, reference: Callable, x: Tensor) -> Callable:
     """The callable that runs the op `name` on `x`: a registered op, or the reference.
 
@@ -282,16 +298,8 @@ def select(impl: Impl, name: str, reference: Callable, x: Tensor) -> Callable:
     Raises:
         RuntimeError: `impl` was asked for by name and cannot run.
     """
-    transforms = transforms_active()
-    reason = why_not(impl, x)
-    if reason is None and transforms and impl not in ("auto", "reference"):
-        reason = (
-            "torch.func and forward-mode differentiation need the reference; use impl='auto' or "
-            "'reference'"
-        )
-    if reason is not None:
-        raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
-    if impl == "reference" or transforms:
+    check_impl(impl, x)
+    if impl == "reference" or transforms_active():
         return reference
     return getattr(torch.ops.convmae_triton if impl == "triton" else torch.ops.convmae, name)
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn.functional import linear
 
-from convmae_kernels.block_mask import BLOCK_SIZES, to_zorder
 from convmae_kernels.ops import reference, window_conv2d  # noqa: F401  (registers the op)
-from convmae_kernels.ops.arithmetic import as_cast, multiply
+from convmae_kernels.ops.arithmetic import as_cast, multiply, patch_conv2d
 from convmae_kernels.ops.autocast import autocast_dtype, autocast_is_on
 from convmae_kernels.ops.checks import check_packed
-from convmae_kernels.ops.gather_windows import reach
-from convmae_kernels.ops.library import (
-    Impl,
-    register,
-    select,
-)
+from convmae_kernels.ops.conv_plan import ConvPlan, plan_conv2d
+from convmae_kernels.ops.geometry import pair
+from convmae_kernels.ops.library import Impl, check_impl, register, select
+from convmae_kernels.zorder import BLOCK_SIZES, to_zorder
 
 if TYPE_CHECKING:
     from convmae_kernels.block_mask import BlockMask
-
-MAX_KERNEL = 15
 
 
 def _fake(x, weight, bias, neighbours, dilation):
@@ -121,7 +117,12 @@ def masked_conv2d(
             than the stride, as in patch embeddings; "valid", which is 0; or a number or a
             pair of numbers of positions with which a map's side shrinks by `stride`, no more and
             no less: patch embeddings, whose kernel is their stride, have 0.
-        impl: which implementation runs; "auto" is the fastest that is there.
+        impl: which implementation runs; "auto" is the fastest that is there, "reference" always
+            applies. The other names choose kernels of this package: for depthwise convolutions with
+            an odd kernel up to 15 and "same" padding those that convolve, for others those that
+            gather the windows, which PyTorch then multiplies or convolves. A convolution without
+            groups whose kernel is its stride, or 1 x 1, is a matrix product of packed features:
+            there are no kernels to choose from, and these names are refused.
 
     Returns:
         `[T, (s / stride) ** 2, C_out]` in the dtype of `x`, for the same mask. Differentiable any
@@ -133,35 +134,45 @@ def masked_conv2d(
     Raises:
         TypeError: an argument is not a tensor of one of the dtypes, or dtypes differ.
         ValueError: shapes, devices, kernel size, groups, stride, padding or dilation do not fit.
-        RuntimeError: `impl` was named and cannot run.
+        RuntimeError: `impl` was named, and cannot run or does not apply.
     """
     side = check_packed("x", x, mask)
-    dilation = pair("dilation", dilation)
     _check_weight(x, weight, bias, groups)
-    kernel = (weight.shape[2], weight.shape[3])
-    step = check_stride(stride, side)
-    padding = check_padding(padding, kernel, step, dilation)
-    run = select(impl, "masked_conv2d", reference.masked_conv2d, x)
+    plan = plan_conv2d(side, weight.shape, stride, padding, dilation, groups)
+    if not plan.has_kernels:
+        _check_without_kernels(impl, x, weight, plan)
+    if plan.sampled > 1:
+        x = x[:, :: plan.sampled]
+    if not plan.has_kernels and impl == "auto":
+        return patch_conv2d(x, weight, bias)
     dtype = autocast_dtype(x)
     weight, bias = as_cast(weight), None if bias is None else as_cast(bias)
-    if kernel == (1, 1):  # of the positions in Z-order every step^2-th, as a new map
-        x, side, step = x[:, :: step * step], side // step, 1
-    if kernel == (1, 1) and groups == 1:
-        return multiply(linear, x, weight.flatten(1), bias)
-    if kernel == (step, step) and padding == (0, 0) and groups == 1:
-        outputs = x.shape[1] // (step * step)
-        patches = x.reshape(x.shape[0], outputs, step * step * x.shape[2])
-        matrix = to_zorder(weight).transpose(1, 2).flatten(1)
-        return multiply(linear, patches, matrix, bias)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if _is_depthwise(x, weight, groups, padding, dilation):
-        neighbours = mask.neighbours(-(-max(padding) // side))
-        y = run(x, weight, bias, neighbours, dilation)
-        return y if step == 1 else y.unflatten(1, (-1, step * step))[:, :, 0].contiguous()
-    halo = reference.window_halo(kernel, step, padding, dilation)
-    neighbours = mask.neighbours(reach(halo, side))
+    neighbours = mask.neighbours(plan.radius)
+    if plan.way == "depthwise":
+        run = select(impl, "masked_conv2d", reference.masked_conv2d, x)
+        y = run(x, weight, bias, neighbours, plan.dilation)
+        stride = plan.stride
+        return y if stride == 1 else y.unflatten(1, (-1, stride * stride))[:, :, 0].contiguous()
     run = select(impl, "window_conv2d", reference.window_conv2d, x)
-    return run(x, weight, bias, neighbours, step, padding, dilation, groups)
+    return run(x, weight, bias, neighbours, plan.stride, plan.padding, plan.dilation, groups)
+
+
+def _check_without_kernels(impl: Impl, x: Tensor, weight: Tensor, plan: ConvPlan) -> None:
+    """No kernels were asked for by name where none of this package take part.
+
+    Raises:
+        RuntimeError: some were, or there is no such name.
+    """
+    check_impl(impl, x)
+    if impl in ("auto", "reference"):
+        return
+    kernel, stride = tuple(weight.shape[2:]), math.isqrt(plan.sampled) * plan.stride
+    raise RuntimeError(
+        f"impl={impl!r} cannot run: with kernel {kernel}, stride {stride}, padding {plan.padding} "
+        f"and groups={plan.groups} the convolution is {plan.description}; expected impl='auto' or "
+        "'reference'"
+    )
 
 
 def masked_conv_transpose2d(
@@ -215,89 +226,7 @@ def masked_conv_transpose2d(
     return multiply(product, x, matrix, bias)
 
 
-def _is_depthwise(
-    x: Tensor, weight: Tensor, groups: int, padding: tuple[int, int], dilation: tuple[int, int]
-) -> bool:
-    """Whether the kernels of the op `masked_conv2d` have this convolution."""
-    return (
-        groups == x.shape[2] == weight.shape[0]
-        and all(k % 2 == 1 and k <= MAX_KERNEL for k in weight.shape[2:])
-        and all(p == d * (k // 2) for p, d, k in zip(padding, dilation, weight.shape[2:]))
-    )
-
-
 # -- arguments ------------------------------------------------------------------------------------
-
-
-def pair(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[int, int]:
-    """A value for rows and one for columns, each at least `least`.
-
-    Raises:
-        ValueError: it is not such a number or pair of numbers.
-    """
-    try:
-        both = (value, value) if isinstance(value, int) else tuple(value)
-    except TypeError:
-        both = ()
-    if len(both) != 2 or not all(isinstance(v, int) and v >= least for v in both):
-        kind = "positive" if least == 1 else "non-negative"
-        raise ValueError(f"{name} must be a {kind} integer or a pair of them, got {value!r}")
-    return both[0], both[1]
-
-
-def check_stride(stride: int | tuple[int, int], side: int) -> int:
-    """The stride of both directions.
-
-    Raises:
-        ValueError: blocks of this side cannot be sampled with this stride.
-    """
-    rows, columns = pair("stride", stride)
-    if rows != columns or side % rows or rows & (rows - 1):
-        raise ValueError(
-            f"stride must be a power of two, the same in both directions, that divides the side of "
-            f"the blocks, {side} here, got {stride}; blocks of a larger part of the image have a "
-            "larger side"
-        )
-    return rows
-
-
-def check_padding(
-    padding: str | int | tuple[int, int],
-    kernel: tuple[int, int],
-    stride: int,
-    dilation: tuple[int, int],
-) -> tuple[int, int]:
-    """The padding of both directions.
-
-    Raises:
-        ValueError: with this padding the map would not shrink by `stride` exactly.
-    """
-    spans = [d * (k - 1) for d, k in zip(dilation, kernel)]
-
-    good = [
-        [p for p in range(span // 2 + 1) if span < 2 * p + stride <= span + stride]
-        for span in spans
-    ]
-    if padding in ("same", "valid"):
-        # a kernel within its stride, as a patch embedding has it, looks at its own positions
-        half = [span // 2 if span >= stride else 0 for span in spans]
-        wanted = tuple(half) if padding == "same" else (0, 0)
-    elif isinstance(padding, str):
-        raise ValueError(f'padding must be "same", "valid" or numbers, got {padding!r}')
-    else:
-        wanted = pair("padding", padding, least=0)
-    if not all(p in fitting for p, fitting in zip(wanted, good)):
-        rows, columns = good
-        expected = f"one of {rows} in rows and one of {columns} in columns"
-        if not (rows and columns):
-            expected = "impossible"
-        elif rows == columns:
-            expected = f"one of {rows}"
-        raise ValueError(
-            f"padding must keep the grid of blocks: with kernel {kernel}, stride {stride} and "
-            f"dilation {dilation} that is {expected}, got {padding!r}"
-        )
-    return wanted[0], wanted[1]
 
 
 def check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,6 +1,9 @@
 """What every op means, in plain PyTorch: the oracle of the tests and the any-device fallback.
 
 Differentiable by autograd, `torch.func` and forward-mode alike. Half types accumulate in float32.
+
+The ops register these functions and take nothing else from here. Nor is anything here taken from
+`geometry`: which positions an output looks at follows from the definition of its op alone.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from convmae_kernels.block_mask import from_zorder, to_zorder
 from convmae_kernels.ops.autocast import without_autocast
+from convmae_kernels.ops.dtypes import accumulation_dtype
+from convmae_kernels.zorder import from_zorder, to_zorder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,17 +62,29 @@ def gather_windows(x: Tensor, neighbours: Tensor, halo: Sequence[int], fill: flo
     `halo` is `(top, bottom, left, right)`, in positions; hidden ones, and those outside the image,
     hold `fill`.
     """
+    side, (top, bottom, left, right) = math.isqrt(x.shape[1]), halo
+    rows, columns = range(-top, side + bottom), range(-left, side + right)
+    return _cut(x, neighbours, rows, columns, fill)
+
+
+def _cut(x: Tensor, neighbours: Tensor, rows: range, columns: range, fill: float) -> Tensor:
+    """`[T, s*s, C] -> [T, rows, columns, C]` around each block, whose own first position is 0."""
     blocks, positions, channels = x.shape
     side, n = math.isqrt(positions), math.isqrt(neighbours.shape[1])
     tiles = from_zorder(x.transpose(1, 2)).permute(0, 2, 3, 1)  # [T, s, s, C]
     tiles = torch.cat([tiles, tiles.new_full((1, side, side, channels), fill)])
     index = neighbours.long()
     index = torch.where(index < 0, blocks, index)
-    windows = tiles.index_select(0, index.flatten()).view(blocks, n, n, side, side, channels)
-    windows = windows.transpose(2, 3).reshape(blocks, n * side, n * side, channels)
-    top, bottom, left, right = halo
-    first, after = n // 2 * side, (n // 2 + 1) * side
-    return windows[:, first - top : after + bottom, first - left : after + right].contiguous()
+    around = tiles.index_select(0, index.flatten()).view(blocks, n, n, side, side, channels)
+    around = around.transpose(2, 3).reshape(blocks, n * side, n * side, channels)
+    first, after = n // 2 * side, (n // 2 + 1) * side  # rows above a block, rows to the end
+    if min(rows.start, columns.start) < -first or max(rows.stop, columns.stop) > after:
+        raise ValueError(
+            f"windows of rows {rows.start} to {rows.stop} and columns {columns.start} to "
+            f"{columns.stop} reach beyond the neighbours, which are {n} x {n} blocks of side {side}"
+        )
+    wanted = [slice(first + part.start, first + part.stop) for part in (rows, columns)]
+    return around[:, wanted[0], wanted[1]].contiguous()
 
 
 def gather_windows_grad(grad: Tensor, neighbours: Tensor, halo: Sequence[int]) -> Tensor:
@@ -76,7 +92,7 @@ def gather_windows_grad(grad: Tensor, neighbours: Tensor, halo: Sequence[int]) -
     top, bottom, left, right = halo
     blocks, rows, _, channels = grad.shape
     side, n = rows - top - bottom, math.isqrt(neighbours.shape[1])
-    reach, dtype = n // 2 * side, _accumulation_dtype(grad.dtype)
+    reach, dtype = n // 2 * side, accumulation_dtype(grad.dtype)
     margins = (0, 0, reach - left, reach - right, reach - top, reach - bottom)
     windows = torch.nn.functional.pad(grad.to(dtype), margins)  # [T, n*s, n*s, C]
     windows = windows.view(blocks, n, side, n, side, channels)
@@ -102,10 +118,6 @@ def _taps(x: Tensor, neighbours: Tensor, kernel: Sequence[int], dilation: Sequen
             yield i, j, windows[:, top : top + side, left : left + side]
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
 def masked_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, dilation: list[int]
 ) -> Tensor:
@@ -113,7 +125,7 @@ def masked_conv2d(
 
     `x` is `[T, s*s, C]`, `weight` `[C, 1, kh, kw]`, `neighbours` from `BlockMask.neighbours`.
     """
-    side, dtype = math.isqrt(x.shape[1]), _accumulation_dtype(x.dtype)
+    side, dtype = math.isqrt(x.shape[1]), accumulation_dtype(x.dtype)
     weight = weight.to(dtype)
     y = x.new_zeros(x.shape[0], side, side, x.shape[2], dtype=dtype)
     if bias is not None:
@@ -127,7 +139,7 @@ def masked_conv2d_weight_grad(
     grad: Tensor, x: Tensor, neighbours: Tensor, kernel: list[int], dilation: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `masked_conv2d` in its weight `[C, 1, kh, kw]` and its bias `[C]`."""
-    result, dtype = x.dtype, _accumulation_dtype(x.dtype)
+    result, dtype = x.dtype, accumulation_dtype(x.dtype)
     grad = from_zorder(grad.to(dtype).transpose(1, 2)).permute(0, 2, 3, 1)  # [T, s, s, C]
     taps = [
         (grad * met).sum((0, 1, 2))
@@ -152,19 +164,13 @@ def window_conv2d(
     `padding` and `dilation` are pairs; the kernel reaches `padding` above and left of a block, and
     as far below and right of it as its size leaves.
     """
-    dtype = _accumulation_dtype(x.dtype)
-    halo = window_halo(weight.shape[2:], stride, padding, dilation)
-    windows = gather_windows(x.to(dtype), neighbours, halo, 0.0).permute(0, 3, 1, 2)
+    side, dtype = math.isqrt(x.shape[1]), accumulation_dtype(x.dtype)
+    rows, columns = (
+        range(-p, side - stride - p + d * (k - 1) + 1)  # from the first tap of the first output
+        for k, p, d in zip(weight.shape[2:], padding, dilation)  # to the last tap of the last
+    )
+    windows = _cut(x.to(dtype), neighbours, rows, columns, 0.0).permute(0, 3, 1, 2)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     with without_autocast(x):
         y = torch.nn.functional.conv2d(windows, weight, bias, stride, 0, dilation, groups)
     return to_zorder(y).transpose(1, 2).contiguous().to(x.dtype)
-
-
-def window_halo(
-    kernel: Sequence[int], stride: int, padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, int, int, int]:
-    """The halo (top, bottom, left, right) of the windows that a convolution of blocks looks at."""
-    above, left = padding
-    below, right = (d * (k - 1) - p - stride + 1 for k, p, d in zip(kernel, padding, dilation))
-    return above, below, left, right

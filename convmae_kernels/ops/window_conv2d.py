@@ -13,20 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, linear
 
-from convmae_kernels.block_mask import block_side, rows_from_zorder, rows_to_zorder
+from convmae_kernels.ops import geometry
 from convmae_kernels.ops.arithmetic import product_dtype
 from convmae_kernels.ops.autocast import without_autocast
+from convmae_kernels.ops.conv_plan import multiplies_windows
 from convmae_kernels.ops.library import register
-from convmae_kernels.ops.reference import window_halo
+from convmae_kernels.zorder import block_side, rows_from_zorder, rows_to_zorder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MAX_PRODUCT_SIDE = 4  # outputs in a row of a block, up to which one matrix product is faster
-
 
 def _is_product(x: Tensor, stride: int, groups: int) -> bool:
-    return groups == 1 and block_side(x.shape[1]) // stride <= MAX_PRODUCT_SIDE
+    return multiplies_windows(block_side(x.shape[1]), stride, groups)
 
 
 def _patches(
@@ -75,7 +74,7 @@ def _fake(x, weight, bias, neighbours, stride, padding, dilation, groups):
 def _composed(ops):
     def window_conv2d(x, weight, bias, neighbours, stride, padding, dilation, groups):
         kernel, dtype = weight.shape[2:], product_dtype(x)
-        halo = window_halo(kernel, stride, padding, dilation)
+        halo = geometry.window_halo(kernel, stride, padding, dilation)
         windows = ops.gather_windows(x, neighbours, halo, 0.0).to(dtype)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         with without_autocast(x):
@@ -109,7 +108,7 @@ def _derivatives(ops):
 
 def _grads_of_product(ops, ctx, grad, x, weight, neighbours):
     kernel, dtype = weight.shape[2:], product_dtype(x)
-    halo = window_halo(kernel, ctx.stride, ctx.padding, ctx.dilation)
+    halo = geometry.window_halo(kernel, ctx.stride, ctx.padding, ctx.dilation)
     wide = grad.to(dtype)
     grad_x = grad_weight = grad_bias = None
     with without_autocast(x):
@@ -136,7 +135,7 @@ def _grads_of_product(ops, ctx, grad, x, weight, neighbours):
 
 def _grads_of_convolution(ops, ctx, grad, x, weight, neighbours):
     dtype = product_dtype(x)
-    halo = window_halo(weight.shape[2:], ctx.stride, ctx.padding, ctx.dilation)
+    halo = geometry.window_halo(weight.shape[2:], ctx.stride, ctx.padding, ctx.dilation)
     windows = ops.gather_windows(x, neighbours, halo, 0.0).to(dtype).permute(0, 3, 1, 2)
     tiles = rows_from_zorder(grad.to(dtype)).permute(0, 3, 1, 2)
     wanted = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]

@@ -9,13 +9,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from convmae_kernels import ops
-from convmae_kernels.block_mask import BlockMask, block_side
 from convmae_kernels.functional import pooling
 from convmae_kernels.ops.checks import check_packed
 from convmae_kernels.packed.map_like import MapLike
+from convmae_kernels.zorder import block_side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+    from convmae_kernels.block_mask import BlockMask
 
 HANDLERS: dict[Callable, Callable] = {}  # of Packed: function -> handler(function, *arguments)
 
@@ -129,7 +131,7 @@ def first_packed(operands: Sequence[Any]) -> Packed:
     """The first `Packed` among operands, checked to fit the others."""
     packed = [x for x in operands if isinstance(x, Packed)]
     for other in packed[1:]:
-        if other.mask is not packed[0].mask and not (
+        if other.mask.visible is not packed[0].mask.visible and not (
             other.mask.visible.shape == packed[0].mask.visible.shape
             and torch.equal(other.mask.visible, packed[0].mask.visible)
         ):
