@@ -25,7 +25,7 @@ from benchmarks.runner import (
     one_line,
 )
 from benchmarks.setting import Setting
-from convmae_kernels.ops.arithmetic import SLOW_ON_CPU
+from convmae_kernels.ops.support.arithmetic import SLOW_ON_CPU
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

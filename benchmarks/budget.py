@@ -32,7 +32,7 @@ from benchmarks.runner import Comparison, Contender
 from benchmarks.setting import Setting
 from benchmarks.work import Work
 from convmae.models import layers
-from convmae_kernels.ops import arithmetic
+from convmae_kernels.ops.support import arithmetic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

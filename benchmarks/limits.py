@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import linear
 
 import convmae_kernels
-from convmae_kernels.ops.arithmetic import SLOW_ON_CPU
+from convmae_kernels.ops.support.arithmetic import SLOW_ON_CPU
 
 Clock = Callable[[Callable[[], object]], tuple[float, object]]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from convmae_kernels.block_mask import BlockMask
 from convmae_kernels.functional import masked_sync_batch_norm
 from convmae_kernels.ops import gather_visible, masked_conv2d, scatter_visible
-from convmae_kernels.ops.geometry import check_padding, pair
+from convmae_kernels.ops.support.geometry import check_padding, pair
 from convmae_kernels.packed import Packed
 
 # The density from which a dense map is convolved densely: where both ways took as long on a CPU,

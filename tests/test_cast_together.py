@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import linear
 
 import convmae_kernels as ck
-from convmae_kernels.ops import arithmetic
-from convmae_kernels.ops.arithmetic import as_cast, cast_together, multiply
+from convmae_kernels.ops.support import arithmetic
+from convmae_kernels.ops.support.arithmetic import as_cast, cast_together, multiply
 
 HALVES = [torch.bfloat16, torch.float16]
 

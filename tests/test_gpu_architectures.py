@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from convmae_kernels.ops import library
+from convmae_kernels.ops.support import library
 
 needs_cuda_kernels = pytest.mark.skipif(
     library.CUDA_ARCHITECTURES == "", reason="the library was built without nvcc"
@@ -40,7 +40,8 @@ PROGRAM = """
 import sys, types, warnings
 import torch
 import convmae_kernels as ck
-from convmae_kernels.ops import library, reference
+from convmae_kernels.ops import reference
+from convmae_kernels.ops.support import library
 
 mode = sys.argv[1]
 capabilities = {"old": [(7, 5)], "fits": [(9, 0)], "both": [(9, 0), (7, 5)]}[mode]

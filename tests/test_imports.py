@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from convmae_kernels.ops.library import LIBRARY_FILE, WHY_NOT_COMPILED, WHY_NOT_TRITON, why_not
+from convmae_kernels.ops.support.library import (
+    LIBRARY_FILE,
+    WHY_NOT_COMPILED,
+    WHY_NOT_TRITON,
+    why_not,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS, MODELS, BENCHMARKS = ROOT / "convmae_kernels", ROOT / "convmae", ROOT / "benchmarks"
@@ -122,13 +127,14 @@ INSIDE = "convmae_kernels"
 MAY_IMPORT = {  # what each module of the package may import from the package
     "zorder": [],
     "block_mask": [],
-    "ops.autocast": [],
-    "ops.dtypes": [],
-    "ops.reference": ["zorder", "ops.autocast", "ops.dtypes"],
-    "ops.geometry": [],
-    "ops.conv_plan": ["ops.geometry"],
-    "ops.checks": ["zorder", "block_mask", "ops.dtypes"],
-    "ops.library": ["triton"],
+    "ops.support": ["zorder", "ops.support"],
+    "ops.support.autocast": [],
+    "ops.support.dtypes": [],
+    "ops.reference": ["zorder", "ops.support.autocast", "ops.support.dtypes"],
+    "ops.support.geometry": [],
+    "ops.support.conv_plan": ["ops.support.geometry"],
+    "ops.support.checks": ["zorder", "block_mask", "ops.support.dtypes"],
+    "ops.support.library": ["triton"],
     "ops": ["zorder", "block_mask", "ops", "triton"],
     "triton": ["block_mask", "triton"],
     "functional": ["block_mask", "zorder", "functional", "ops"],
@@ -222,7 +228,7 @@ def test_no_circles(package):
 def test_the_oracle_lends_no_code():
     """Of `reference`, ops use what it says an op means, and nothing that helps it to say so."""
     used = set()
-    for file in sorted((KERNELS / "ops").glob("*.py")):
+    for file in sorted((KERNELS / "ops").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom):
                 assert node.module != f"{INSIDE}.ops.reference", f"{file} imports from reference"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convmae_kernels.ops.library import why_not
+from convmae_kernels.ops.support.library import why_not
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = "test_every_vector_width_and_its_remainder"

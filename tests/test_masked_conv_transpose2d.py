@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import convmae_kernels as ck
-from convmae_kernels.ops import arithmetic
+from convmae_kernels.ops.support import arithmetic
 from convmae_kernels.testing import (
     DTYPES,
     assert_within_budget,

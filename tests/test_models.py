@@ -11,7 +11,7 @@ import convmae
 import convmae_kernels as ck
 from convmae.models import ConvMAE, ConvViT, DenseConvMAE
 from convmae.models.layers import DropPath, attention, linear
-from convmae_kernels.ops import arithmetic
+from convmae_kernels.ops.support import arithmetic
 
 ENCODER = {"embed_dim": (8, 12, 16), "depth": (2, 2, 2), "num_heads": 2, "mlp_ratio": (4, 4, 4)}
 DECODER = {"decoder_embed_dim": 24, "decoder_depth": 2, "decoder_num_heads": 3}

@@ -8,7 +8,7 @@ import convmae
 import convmae_kernels as ck
 from convmae.models import layers
 from convmae.models.tokens import _spread, shared_places
-from convmae_kernels.ops import arithmetic
+from convmae_kernels.ops.support import arithmetic
 
 SMALL = {
     "img_size": 64,

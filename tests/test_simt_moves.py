@@ -11,7 +11,7 @@ from simt.emulator import module, why_not
 
 import convmae_kernels as ck
 from convmae_kernels.ops import reference
-from convmae_kernels.ops.geometry import reach as halo_reach
+from convmae_kernels.ops.support.geometry import reach as halo_reach
 from convmae_kernels.testing import LAYOUTS, MASKS, make_mask, random_tensor
 from convmae_kernels.zorder import BLOCK_SIZES
 from tests.simt_emulation import (

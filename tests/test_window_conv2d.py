@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import convmae_kernels as ck
-from convmae_kernels.ops import arithmetic, conv_plan, geometry, library
-from convmae_kernels.ops.conv_plan import plan_conv2d
-from convmae_kernels.ops.library import why_not
+from convmae_kernels.ops.support import arithmetic, conv_plan, geometry, library
+from convmae_kernels.ops.support.conv_plan import plan_conv2d
+from convmae_kernels.ops.support.library import why_not
 from convmae_kernels.testing import (
     DTYPES,
     LAYOUTS,

@@ -20,7 +20,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # the ops of `convmae_triton` are register
 import pytest
 import torch
 
-from convmae_kernels.ops import library, reference
+from convmae_kernels.ops import reference
+from convmae_kernels.ops.support import library
 
 del os.environ["TRITON_INTERPRET"]  # ... and the kernels are those that a GPU compiles
 

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
-ASK = "from convmae_kernels.ops.library import why_not_cuda as why; print('why not:', why() or '')"
+ASK = (
+    "from convmae_kernels.ops.support.library import why_not_cuda as why; "
+    "print('why not:', why() or '')"
+)
 
 
 def why_not_cuda() -> str:

@@ -26,7 +26,7 @@ from convmae.models.tokens import (
 )
 from convmae.models.trunk import Trunk, check_heads, check_positive
 from convmae_kernels import BlockMask
-from convmae_kernels.ops.arithmetic import cast_together, patch_conv2d
+from convmae_kernels.ops.support.arithmetic import cast_together, patch_conv2d
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from convmae.models.convmae import ConvMAE
 from convmae.models.layers import ConvBlock, PatchEmbed, add_parameter
-from convmae_kernels.ops.arithmetic import cast_together, multiply
+from convmae_kernels.ops.support.arithmetic import cast_together, multiply
 
 if TYPE_CHECKING:
     from convmae_kernels import BlockMask

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from convmae.models.tokens import Places, take_tokens
 from convmae_kernels.nn import MaskedConv2d
-from convmae_kernels.ops import arithmetic
-from convmae_kernels.ops.arithmetic import as_cast, cast_together, multiply, patch_conv2d
-from convmae_kernels.ops.autocast import autocast_is_on
+from convmae_kernels.ops.support import arithmetic
+from convmae_kernels.ops.support.arithmetic import as_cast, cast_together, multiply, patch_conv2d
+from convmae_kernels.ops.support.autocast import autocast_is_on
 
 if TYPE_CHECKING:
     from convmae_kernels import BlockMask

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from convmae.models.layers import Block, ConvBlock, Linear, PatchEmbed
 from convmae_kernels import BlockMask, gather_visible
-from convmae_kernels.ops.arithmetic import cast_together
-from convmae_kernels.ops.autocast import autocast_is_on
+from convmae_kernels.ops.support.arithmetic import cast_together
+from convmae_kernels.ops.support.autocast import autocast_is_on
 
 PATCH_SIZE = 16
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convmae_kernels.functional.pooling import image_counts, image_sum, of_images
-from convmae_kernels.ops.checks import check_packed
-from convmae_kernels.ops.dtypes import accumulation_dtype
+from convmae_kernels.ops.support.checks import check_packed
+from convmae_kernels.ops.support.dtypes import accumulation_dtype
 
 if TYPE_CHECKING:
     from convmae_kernels.block_mask import BlockMask

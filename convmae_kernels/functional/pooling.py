@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from convmae_kernels.ops import geometry
-from convmae_kernels.ops.checks import check_packed
-from convmae_kernels.ops.dtypes import accumulation_dtype
 from convmae_kernels.ops.gather_windows import gather_windows
-from convmae_kernels.ops.geometry import check_padding, check_stride, pair
+from convmae_kernels.ops.support import geometry
+from convmae_kernels.ops.support.checks import check_packed
+from convmae_kernels.ops.support.dtypes import accumulation_dtype
+from convmae_kernels.ops.support.geometry import check_padding, check_stride, pair
 from convmae_kernels.zorder import rows_to_zorder
 
 if TYPE_CHECKING:

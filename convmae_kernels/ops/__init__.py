@@ -1,4 +1,7 @@
-"""One module per op: schema, fake, derivative formulas, public function."""
+"""One module per op: schema, fake, derivative formulas, public function.
+
+`reference` is what the ops mean, in plain PyTorch; `support` is what serves them.
+"""
 
 from convmae_kernels.ops import neighbour_table  # noqa: F401  (a mask calls the registered op)
 from convmae_kernels.ops.gather_visible import gather_visible

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from convmae_kernels.ops import reference
-from convmae_kernels.ops.checks import check_tensor
-from convmae_kernels.ops.library import Impl, register, select
+from convmae_kernels.ops.support.checks import check_tensor
+from convmae_kernels.ops.support.library import Impl, register, select
 from convmae_kernels.zorder import BLOCK_SIZES
 
 if TYPE_CHECKING:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from convmae_kernels.ops import geometry, reference
-from convmae_kernels.ops.checks import check_packed
-from convmae_kernels.ops.library import Impl, register, select
+from convmae_kernels.ops import reference
+from convmae_kernels.ops.support import geometry
+from convmae_kernels.ops.support.checks import check_packed
+from convmae_kernels.ops.support.library import Impl, register, select
 from convmae_kernels.zorder import block_side
 
 if TYPE_CHECKING:

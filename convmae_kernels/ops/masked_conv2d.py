@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from convmae_kernels.ops import reference, window_conv2d  # noqa: F401  (registers the op)
-from convmae_kernels.ops.arithmetic import as_cast, multiply, patch_conv2d
-from convmae_kernels.ops.autocast import autocast_dtype, autocast_is_on
-from convmae_kernels.ops.checks import check_packed
-from convmae_kernels.ops.conv_plan import ConvPlan, plan_conv2d
-from convmae_kernels.ops.geometry import pair
-from convmae_kernels.ops.library import Impl, check_impl, register, select
+from convmae_kernels.ops.support.arithmetic import as_cast, multiply, patch_conv2d
+from convmae_kernels.ops.support.autocast import autocast_dtype, autocast_is_on
+from convmae_kernels.ops.support.checks import check_packed
+from convmae_kernels.ops.support.conv_plan import ConvPlan, plan_conv2d
+from convmae_kernels.ops.support.geometry import pair
+from convmae_kernels.ops.support.library import Impl, check_impl, register, select
 from convmae_kernels.zorder import BLOCK_SIZES, to_zorder
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from convmae_kernels.ops.autocast import without_autocast
-from convmae_kernels.ops.dtypes import accumulation_dtype
+from convmae_kernels.ops.support.autocast import without_autocast
+from convmae_kernels.ops.support.dtypes import accumulation_dtype
 from convmae_kernels.zorder import from_zorder, to_zorder
 
 if TYPE_CHECKING:

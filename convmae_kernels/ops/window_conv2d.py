@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, linear
 
-from convmae_kernels.ops import geometry
-from convmae_kernels.ops.arithmetic import product_dtype
-from convmae_kernels.ops.autocast import without_autocast
-from convmae_kernels.ops.conv_plan import multiplies_windows
-from convmae_kernels.ops.library import register
+from convmae_kernels.ops.support import geometry
+from convmae_kernels.ops.support.arithmetic import product_dtype
+from convmae_kernels.ops.support.autocast import without_autocast
+from convmae_kernels.ops.support.conv_plan import multiplies_windows
+from convmae_kernels.ops.support.library import register
 from convmae_kernels.zorder import block_side, rows_from_zorder, rows_to_zorder
 
 if TYPE_CHECKING:

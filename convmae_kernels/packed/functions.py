@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convmae_kernels import ops
 from convmae_kernels.functional import norm, pooling
-from convmae_kernels.ops.arithmetic import multiply
+from convmae_kernels.ops.support.arithmetic import multiply
 from convmae_kernels.packed.map_like import ELEMENTWISE, OPERATORS, handles
 from convmae_kernels.packed.packed import HANDLERS, Packed, broadcast, first_packed
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convmae_kernels.ops import gather_visible, scatter_visible
-from convmae_kernels.ops.arithmetic import multiply
+from convmae_kernels.ops.support.arithmetic import multiply
 from convmae_kernels.packed.map_like import ELEMENTWISE, OPERATORS, MapLike, handles
 
 if TYPE_CHECKING:

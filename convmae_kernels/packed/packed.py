@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from convmae_kernels import ops
 from convmae_kernels.functional import pooling
-from convmae_kernels.ops.checks import check_packed
+from convmae_kernels.ops.support.checks import check_packed
 from convmae_kernels.packed.map_like import MapLike
 from convmae_kernels.zorder import block_side
 

@@ -7,7 +7,7 @@ import torch
 
 import convmae_kernels as ck
 from convmae_kernels.ops import reference
-from convmae_kernels.ops.geometry import reach
+from convmae_kernels.ops.support.geometry import reach
 from convmae_kernels.testing import (
     DTYPES,
     LAYOUTS,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from convmae_kernels.ops.autocast import autocast_dtype
-from convmae_kernels.ops.dtypes import HALF_DTYPES
-from convmae_kernels.ops.library import transforms_active
+from convmae_kernels.ops.support.autocast import autocast_dtype
+from convmae_kernels.ops.support.dtypes import HALF_DTYPES
+from convmae_kernels.ops.support.library import transforms_active
 from convmae_kernels.zorder import patch_matrix
 
 if TYPE_CHECKING:

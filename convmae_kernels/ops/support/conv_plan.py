@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from convmae_kernels.ops.geometry import check_padding, check_stride, pair, reach, window_halo
+from convmae_kernels.ops.support.geometry import (
+    check_padding,
+    check_stride,
+    pair,
+    reach,
+    window_halo,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

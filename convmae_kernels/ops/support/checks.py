@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from convmae_kernels.block_mask import BlockMask
-from convmae_kernels.ops.dtypes import DTYPES
+from convmae_kernels.ops.support.dtypes import DTYPES
 from convmae_kernels.zorder import block_side
 
 

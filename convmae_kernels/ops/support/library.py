@@ -28,7 +28,7 @@ Impl = Literal["auto", "reference", "cpu", "cuda", "triton"]
 LIB = torch.library.Library("convmae", "DEF")
 TRITON_LIB = torch.library.Library("convmae_triton", "DEF")
 
-LIBRARY_FILE = Path(__file__).resolve().parents[1] / "_C.so"
+LIBRARY_FILE = Path(__file__).resolve().parents[2] / "_C.so"
 
 
 def load_extension() -> str | None:

@@ -1,0 +1,1 @@
+"""What serves the ops: registration and choice of kernels, arithmetic, autocast, checks."""
