@@ -143,8 +143,13 @@ class ConvMAE(Trunk):
         """Linear layers Xavier-uniform with bias 0, the mask token N(0, 0.02), the rest as built.
 
         Position embeddings are sin-cos and frozen; the last patch embedding is Xavier-uniform as
-        one matrix; all other convolutions keep the initialisation of `torch.nn.Conv2d`.
+        one matrix; all other convolutions keep the initialisation of `torch.nn.Conv2d`. Nothing is
+        drawn on the meta device, which holds no numbers.
         """
+        for parameter in (self.pos_embed, self.decoder_pos_embed):
+            parameter.requires_grad_(False)
+        if self.pos_embed.is_meta:  # PyTorch would import its compiler to draw nothing
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -152,7 +157,6 @@ class ConvMAE(Trunk):
         nn.init.xavier_uniform_(self.patch_embed3.proj.weight.view(self.pos_embed.shape[2], -1))
         nn.init.normal_(self.mask_token, std=0.02)
         for parameter in (self.pos_embed, self.decoder_pos_embed):
-            parameter.requires_grad_(False)
             parameter.copy_(sincos_pos_embed(parameter.shape[2], self.grid))
 
     # -- forward ----------------------------------------------------------------------------------

@@ -120,7 +120,12 @@ class ConvViT(Trunk):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Linear layers and the position embedding N(0, 0.02), biases 0, convolutions as built."""
+        """Linear layers and the position embedding N(0, 0.02), biases 0, convolutions as built.
+
+        Nothing is drawn on the meta device, which holds no numbers.
+        """
+        if self.pos_embed.is_meta:
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 _reset_linear(module)
