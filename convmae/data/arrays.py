@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from convmae.data.crops import resized_crop
+from convmae.data.errors import DataError, Failure, UnreadableError
 from convmae.data.folder import check_readable
-from convmae.data.photos import NO_LABEL, Failure, Pixels, UnreadableError
-from convmae.data.picture import DataError
+from convmae.data.picture import NO_LABEL, Pixels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convmae.data.photos import NO_LABEL, Pixels
-from convmae.data.picture import DataError, read_picture
+from convmae.data.errors import DataError
+from convmae.data.picture import NO_LABEL, Pixels
+from convmae.data.pillow import read_picture
 
 if TYPE_CHECKING:
     from convmae.data.crops import Pick, Size

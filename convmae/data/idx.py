@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convmae.data.photos import Pixels
-from convmae.data.picture import DataError
+from convmae.data.errors import DataError
+from convmae.data.picture import Pixels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

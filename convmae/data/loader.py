@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from convmae.data.photos import NO_LABEL, Chosen, Failure, UnreadableError
-from convmae.data.picture import DataError
+from convmae.data.errors import DataError, Failure, UnreadableError
+from convmae.data.picture import NO_LABEL, Chosen
 from convmae.seeds import Stream, derive_seed, generator_for, seeded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from convmae.data.photos import Photos
+    from convmae.data.picture import Photos
     from convmae.data.transforms import Transform
 
 

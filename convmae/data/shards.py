@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit, urlunsplit
 
-from convmae.data.photos import Failure
-from convmae.data.picture import DataError
+from convmae.data.errors import DataError, Failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convmae.data.base import check_share
-from convmae.data.photos import Failure
-from convmae.data.pixels import full_scale
+from convmae.data.errors import Failure, check_share
+from convmae.data.normalisation import full_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from convmae.data.base import Source
+    from convmae.data.source import Source
 
 
 def channel_statistics(

@@ -25,11 +25,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from convmae.data.arrays import decode_array
-from convmae.data.base import Source, check_share
-from convmae.data.folder import EncodedPicture
+from convmae.data.errors import DataError, Failure, UnreadableError, check_share
 from convmae.data.loader import Batch, make_batch, run_batches
-from convmae.data.photos import NO_LABEL, Failure, Pixels, UnreadableError
-from convmae.data.picture import DataError
+from convmae.data.picture import NO_LABEL, Pixels
+from convmae.data.pillow import EncodedPicture
 from convmae.data.shards import (
     DAMAGED,
     FORMATS,
@@ -42,6 +41,7 @@ from convmae.data.shards import (
     samples_of,
     what_broke,
 )
+from convmae.data.source import Source
 from convmae.data.transforms import CentreTransform
 from convmae.seeds import Stream, derive_seed, generator_for, seeded
 
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from collections.abc import Set as AbstractSet
 
-    from convmae.data.base import Plan
     from convmae.data.crops import Size
-    from convmae.data.photos import Picture
+    from convmae.data.picture import Picture
+    from convmae.data.source import Plan
     from convmae.data.transforms import Transform
 
 BUFFER = 1000  # samples, not decoded, that one loading process shuffles

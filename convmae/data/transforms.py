@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from convmae.data.crops import MIN_CROP, centre_box, random_box, resized, single_draw_box
-from convmae.data.picture import DataError
-from convmae.data.pixels import IMAGENET_MEAN
+from convmae.data.errors import DataError
+from convmae.data.normalisation import IMAGENET_MEAN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from convmae.data.crops import Pick, Size
-    from convmae.data.photos import Picture
+    from convmae.data.picture import Picture
 
 NO_AUGMENT = ("", "none")
 

@@ -9,21 +9,17 @@ from typing import TYPE_CHECKING
 
 from convmae.data.arrays import EXTENSION as ARRAY
 from convmae.data.arrays import ArrayPhotos
-from convmae.data.base import PhotoSource, Source, check_share, choose_balanced
 from convmae.data.demo import CROPS_PER_PHOTO, DemoPhotos
-from convmae.data.folder import (
-    EXTENSIONS,
-    FolderPhotos,
-    check_readable,
-    find_pictures,
-    walk_pictures,
-)
+from convmae.data.errors import DataError, check_share
+from convmae.data.folder import FolderPhotos, check_readable, find_pictures, walk_pictures
 from convmae.data.idx import IdxPhotos, find_idx
-from convmae.data.picture import DataError
+from convmae.data.pillow import EXTENSIONS
+from convmae.data.source import PhotoSource, Source, choose_balanced
 from convmae.data.stream import ShardSource, open_shards
 
 if TYPE_CHECKING:
-    from convmae.data.photos import Failure, Photos
+    from convmae.data.errors import Failure
+    from convmae.data.picture import Photos
 
 SPLITS = ("train", "val")
 VAL_FOLDERS = ("val", "test")

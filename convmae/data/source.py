@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
+from convmae.data.errors import DataError, Failure, UnreadableError
 from convmae.data.loader import (
     EvaluationDataset,
     EvaluationSampler,
@@ -18,8 +18,7 @@ from convmae.data.loader import (
     read_or_next,
     run_batches,
 )
-from convmae.data.photos import Failure, Subset, UnreadableError
-from convmae.data.picture import DataError
+from convmae.data.picture import Subset
 from convmae.data.transforms import CentreTransform
 from convmae.seeds import Stream, generator_for
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
     from convmae.data.crops import Size
     from convmae.data.loader import Batch
-    from convmae.data.photos import Photos
+    from convmae.data.picture import Photos
     from convmae.data.transforms import Transform
 
 
@@ -309,16 +308,3 @@ def choose_balanced(
             f"{count}"
         )
     return Subset(photos, sorted(index for _, _, index in sorted(ranked)[:count]))
-
-
-def check_share(failures: Sequence[Failure], of: int, limit: float, what: str = "pictures") -> None:
-    """Raises `DataError` where more than the share `limit` of the pictures is unreadable."""
-    count = len(failures)
-    if count <= limit * of and count < of:
-        return
-    first = "; ".join(f"{name}: {reason}" for name, reason in failures[:5])
-    share = count / of if of else math.nan
-    raise DataError(
-        f"{count} of {of} {what} cannot be read ({share:.1%}), more than --max_unreadable "
-        f"{limit:g} allows. The first: {first}"
-    )
