@@ -24,14 +24,16 @@ class Failure(NamedTuple):
     reason: str
 
 
-def check_share(failures: Sequence[Failure], of: int, limit: float, what: str = "pictures") -> None:
-    """Raises `DataError` where more than the share `limit` of the pictures is unreadable."""
+def check_share(
+    failures: Sequence[Failure], total: int, limit: float, what: str = "pictures"
+) -> None:
+    """Raises `DataError` where more than the share `limit` of `total` pictures is unreadable."""
     count = len(failures)
-    if count <= limit * of and count < of:
+    if count <= limit * total and count < total:
         return
     first = "; ".join(f"{name}: {reason}" for name, reason in failures[:5])
-    share = count / of if of else math.nan
+    share = count / total if total else math.nan
     raise DataError(
-        f"{count} of {of} {what} cannot be read ({share:.1%}), more than --max_unreadable "
+        f"{count} of {total} {what} cannot be read ({share:.1%}), more than --max_unreadable "
         f"{limit:g} allows. The first: {first}"
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from convmae.data.crops import Pick, Size
+    from convmae.data.crops import PickBox, Size
 
 CHECK_AT_MOST = 20_000  # headers read before training; of more files, an even sample
 
@@ -31,8 +31,8 @@ def find_pictures(
 ) -> list[Path]:
     """Every picture file under `folder`, at any depth, in the same order on every machine.
 
-    Files are told by their extension (either case); names that begin with a dot are left out; links
-    to folders are followed, each folder once.
+    The extension decides, in either case. Names that begin with a dot are left out; links to
+    folders are followed, each folder once.
 
     Args:
         folder: where to look.
@@ -71,7 +71,7 @@ def walk_pictures(
 
 
 def check_readable(
-    paths: Sequence[Path], why: Callable[[Path], str | None] | None = None, threads: int = 8
+    paths: Sequence[Path], find_reason: Callable[[Path], str | None] | None = None, threads: int = 8
 ) -> tuple[list[Failure], int]:
     """Opens and verifies the files, without decoding their pixels.
 
@@ -80,7 +80,7 @@ def check_readable(
 
     Args:
         paths: the files.
-        why: says why a file cannot be read; by default asks Pillow.
+        find_reason: why a file cannot be read, None if it can; by default Pillow says.
         threads: how many files are opened at a time.
 
     Returns:
@@ -89,7 +89,7 @@ def check_readable(
     count = min(len(paths), CHECK_AT_MOST)
     chosen = [paths[i * len(paths) // count] for i in range(count)]
     with ThreadPoolExecutor(threads) as pool:
-        reasons = pool.map(why or why_unreadable, chosen)
+        reasons = pool.map(find_reason or why_unreadable, chosen)
         named = zip(chosen, reasons, strict=True)
         return [Failure(str(path), reason) for path, reason in named if reason], count
 
@@ -126,7 +126,7 @@ class FolderPhotos:
         """
         return EncodedPicture(self.paths[index]).load()
 
-    def crop(self, index: int, pick: Pick, size: Size) -> Tensor:
+    def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
         """`resize(picture[pick(height, width)], size)`, uint8 `[3, H, W]`.
 
         Raises:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from convmae.data.crops import Pick, Size
+    from convmae.data.crops import PickBox, Size
 
 NO_LABEL = -1
 
@@ -28,7 +28,7 @@ class Picture(Protocol):
             UnreadableError: the picture cannot be decoded.
         """
 
-    def crop(self, pick: Pick, size: Size) -> Tensor:
+    def crop(self, pick: PickBox, size: Size) -> Tensor:
         """`resize(picture[pick(h, w)], size)`, `[C, H, W]`, bicubic, antialiased, same dtype.
 
         Raises:
@@ -61,7 +61,7 @@ class Photos(Protocol):
             UnreadableError: the picture cannot be decoded.
         """
 
-    def crop(self, index: int, pick: Pick, size: Size) -> Tensor:
+    def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
         """`resize(picture[pick(h, w)], size)`, `[C, H, W]`, bicubic, antialiased, same dtype.
 
         Raises:
@@ -70,7 +70,7 @@ class Photos(Protocol):
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenPicture:
     """Picture `index` of `photos`."""
 
     photos: Photos
@@ -79,7 +79,7 @@ class Chosen:
     def load(self) -> Tensor:
         return self.photos.load(self.index)
 
-    def crop(self, pick: Pick, size: Size) -> Tensor:
+    def crop(self, pick: PickBox, size: Size) -> Tensor:
         return self.photos.crop(self.index, pick, size)
 
 
@@ -92,7 +92,7 @@ class Pixels:
     def load(self) -> Tensor:
         return self.image
 
-    def crop(self, pick: Pick, size: Size) -> Tensor:
+    def crop(self, pick: PickBox, size: Size) -> Tensor:
         return resized_crop(self.image, pick(self.image.shape[1], self.image.shape[2]), size)
 
 
@@ -123,5 +123,5 @@ class Subset:
     def load(self, index: int) -> Tensor:
         return self.photos.load(self.indices[index])
 
-    def crop(self, index: int, pick: Pick, size: Size) -> Tensor:
+    def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
         return self.photos.crop(self.indices[index], pick, size)

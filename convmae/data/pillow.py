@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from PIL import Image as PILImage
 
-    from convmae.data.crops import Box, Pick, Size
+    from convmae.data.crops import Box, PickBox, Size
 
 JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}
 NETPBM = {".ppm", ".pgm", ".pbm", ".pnm"}
@@ -56,8 +56,9 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
         grey = wide * 255.0 / (wide.max() or 1.0)
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        over = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", over.size, WHITE), over).convert("RGB")
+        translucent = image.convert("RGBA")
+        white = Image.new("RGBA", translucent.size, WHITE)
+        return Image.alpha_composite(white, translucent).convert("RGB")
     return image.convert("RGB")
 
 
@@ -113,11 +114,11 @@ class EncodedPicture:
             UnreadableError: the file cannot be decoded.
         """
         try:
-            return _tensor(read_picture(self._open(), formats=self.formats))
+            return _rgb_tensor(read_picture(self._open(), formats=self.formats))
         except _decoding_errors() as error:
             raise self._unreadable(error) from error
 
-    def crop(self, pick: Pick, size: Size) -> Tensor:
+    def crop(self, pick: PickBox, size: Size) -> Tensor:
         """`resize(picture[pick(h, w)], size)`, uint8 `[3, H, W]`; a JPEG is decoded small.
 
         Raises:
@@ -130,17 +131,17 @@ class EncodedPicture:
                 full_height, full_width = upright_size(header)
             box = pick(full_height, full_width)
             shrink = min(box[2] / size[0], box[3] / size[1])
-            image = _tensor(read_picture(self._open(), shrink, self.formats))
+            image = _rgb_tensor(read_picture(self._open(), shrink, self.formats))
         except _decoding_errors() as error:
             raise self._unreadable(error) from error
-        return resized_crop(image, _scaled(box, full_height / image.shape[1], image), size)
+        return resized_crop(image, _scaled_box(box, full_height / image.shape[1], image), size)
 
 
-def _tensor(picture: PILImage.Image) -> Tensor:
+def _rgb_tensor(picture: PILImage.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def _scaled(box: Box, factor: float, image: Tensor) -> Box:
+def _scaled_box(box: Box, factor: float, image: Tensor) -> Box:
     """`box` on a picture that was decoded `factor` times smaller, kept inside it."""
     top, left, height, width = (int(value / factor) for value in box)
     top, left = min(top, image.shape[1] - 1), min(left, image.shape[2] - 1)
@@ -168,8 +169,9 @@ def _decoding_errors() -> tuple[type[Exception], ...]:
 
     from PIL import Image
 
-    of_parsers = (ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error)
-    return (OSError, Image.DecompressionBombError, MemoryError, *of_parsers)
+    lookups = (IndexError, KeyError)
+    values = (ValueError, TypeError, SyntaxError, EOFError, struct.error)
+    return (OSError, MemoryError, Image.DecompressionBombError, *lookups, *values)
 
 
 def _reason(error: Exception, path: Path | None = None) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image as PILImage
     from torch import Tensor
 
-    from convmae.data.crops import Pick, Size
+    from convmae.data.crops import PickBox, Size
     from convmae.data.picture import Picture
 
 NO_AUGMENT = ("", "none")
@@ -44,7 +44,7 @@ class Transform:
 class _CropAndFlip(Transform):
     """A random box, resized, and flipped left to right in the share `hflip` of the draws."""
 
-    def __init__(self, size: Size, pick: Pick, hflip: float) -> None:
+    def __init__(self, size: Size, pick: PickBox, hflip: float) -> None:
         self.size, self.pick, self.hflip = size, pick, hflip
 
     def __call__(self, picture: Picture) -> Tensor:

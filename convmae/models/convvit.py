@@ -186,7 +186,7 @@ class ConvViT(Trunk):
             x = self.tokens(outputs[1]).view(images.shape[0], self.num_patches, -1)
             x = add_parameter(x, self.pos_embed)
             for block in self.blocks3:
-                x = self.run(block, x)
+                x = self.run_block(block, x)
             outputs.append(x)
         return outputs
 
