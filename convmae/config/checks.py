@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PATCH = 16  # pixels a side: one block of the mask
+PATCH = 16  # pixels in a row or column of a patch, which is one block of the mask
 Config = TypeVar("Config")
 
 

@@ -1,4 +1,4 @@
-"""Pictures in, batches out: folders, arrays, IDX files and shards, their transforms and loader."""
+"""From stored pictures to batches: sources of pictures, transforms, loader, statistics."""
 
 from convmae.data.demo import DemoPhotos
 from convmae.data.errors import DataError, Failure, UnreadableError, check_share

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from convmae.data.crops import Box, PickBox, Size
 
 ARRAY_EXTENSION = ".npy"
-DTYPES = {  # of the file: of the tensor
+DTYPES = {  # from the dtype of the file to that of the tensor
     np.dtype(np.uint8): torch.uint8,
     np.dtype(np.uint16): torch.uint16,
     np.dtype(np.float32): torch.float32,

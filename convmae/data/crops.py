@@ -13,7 +13,7 @@ CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 Size = tuple[int, int]  # height, width
-PickBox = Callable[[int, int], Box]  # from the height and width of a picture
+PickBox = Callable[[int, int], Box]  # the box to cut from a picture of that height and width
 
 
 def random_box(height: int, width: int, min_crop: float = MIN_CROP) -> Box:

@@ -178,7 +178,7 @@ class EvaluationDataset(PictureDataset):
 
 
 def read_or_next(photos: Photos, index: int, transform: Transform) -> tuple[Sample, list[Failure]]:
-    """Picture `index % len(photos)` and its label, or the first readable after it; and who failed.
+    """Picture `index % len(photos)` or the next that can be read, and its label; what failed.
 
     Raises:
         DataError: not one of the pictures can be read.
@@ -228,7 +228,8 @@ def run_batches(
         yield from loader
         return
     except Exception as error:
-        # Else the traceback keeps the loading processes alive: torch's frame in it names the error.
+        # A frame of torch in the traceback refers to the error, which refers to the traceback: the
+        # loading processes would live on.
         traceback.clear_frames(error.__traceback__)
         if not isinstance(error, DataError):
             raise
@@ -242,9 +243,9 @@ def _unchanged(value: Any) -> Any:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Signals reach the whole process group, but only the main process is to act on them.
+    """Leaves signals, which reach the whole process group, to the main process.
 
-    SIGTERM of the main process itself is obeyed: Python's clean-up at exit sends it, and waits.
+    SIGTERM from the main process itself is obeyed: Python sends it when it exits, and waits.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has none
@@ -253,7 +254,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 def _exit_with_parent(parent: int) -> None:
-    """Takes the place of a handler, which would not be told who sent the signal."""
+    """Exits on SIGTERM from the parent alone; a signal handler could not see who sent it."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Where pictures come from, recognised by what lies at `--data_path`, checked before use."""
+"""Opens the pictures at `--data_path`: what lies there decides which source reads them."""
 
 from __future__ import annotations
 

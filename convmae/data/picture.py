@@ -1,4 +1,4 @@
-"""What a picture is to the rest of the package: something to load whole, or to crop and resize."""
+"""A picture, to be loaded whole or cropped and resized, and pictures by index."""
 
 from __future__ import annotations
 

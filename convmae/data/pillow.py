@@ -86,7 +86,7 @@ def read_picture(
             image.draft(None, (int(width / shrink), int(height / shrink)))
         image.load()
         upright = ImageOps.exif_transpose(image)
-        upright.format = image.format  # a copy forgets it
+        upright.format = image.format  # `exif_transpose` may return a copy without it
         return to_rgb(upright)
 
 
@@ -150,7 +150,7 @@ def _scaled_box(box: Box, factor: float, image: Tensor) -> Box:
 
 
 def why_unreadable(path: Path) -> str | None:
-    """Why Pillow cannot open a file, whose pixels are not decoded; None if it can."""
+    """Why Pillow cannot open a file, None if it can; no pixels are decoded."""
     from PIL import Image
 
     try:
@@ -164,7 +164,7 @@ def why_unreadable(path: Path) -> str | None:
 
 
 def _decoding_errors() -> tuple[type[Exception], ...]:
-    """What Pillow's readers raise on broken files, each format in its own way."""
+    """The errors that Pillow raises for broken files; each format has its own."""
     import struct
 
     from PIL import Image

@@ -90,8 +90,8 @@ def read_samples(
     """The samples of an archive that have a picture, members as headers or, if `read`, contents.
 
     Raises:
-        OSError, EOFError, ValueError, tarfile.TarError: the archive is damaged here; the sample
-            that was begun is not yielded.
+        OSError, EOFError, ValueError, tarfile.TarError: the archive is damaged; the sample
+            that the damage cuts is not yielded.
     """
     from webdataset.tariterators import group_by_keys
 
@@ -102,10 +102,10 @@ def read_samples(
                 try:
                     data = archive.extractfile(member).read()  # type: ignore[union-attr]
                 except ARCHIVE_ERRORS:
-                    yield {}  # ends the sample before
+                    yield {}  # makes `group_by_keys` yield the sample before
                     raise
             yield {"fname": member.name, "data": data, "__url__": name}
-        yield {}  # ends the last sample
+        yield {}  # makes `group_by_keys` yield the last sample
         if not is_address(name):
             _check_end(archive, stream)
 
@@ -143,7 +143,7 @@ def error_reason(error: Exception) -> str:
 
 @dataclass
 class _ShardCount:
-    """What the headers of one local shard tell."""
+    """What the headers of one local shard say."""
 
     size: int = 0
     labels: set[str] = field(default_factory=set)

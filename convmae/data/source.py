@@ -292,14 +292,15 @@ def evenly_spaced(total: int, count: int) -> list[int]:
 def choose_balanced(
     photos: Photos, count: int, seed: int, broken: AbstractSet[str] = frozenset(), classes: int = 1
 ) -> Subset:
-    """`count` pictures, as many of each label as can be, chosen by `seed`; those `broken` never.
+    """`count` pictures that are not `broken`, chosen by `seed` evenly over the labels.
 
     Raises:
         DataError: `count` is below 1 or above the number of pictures.
     """
     generator = generator_for(seed, Stream.CHOICE)
     seen: dict[int, int] = {}
-    ranked: list[tuple[int, float, int]] = []  # rank in its class, tie of ranks, index
+    # For each picture: its number within its class, a random number of the class, its index.
+    ranked: list[tuple[int, float, int]] = []
     ties = torch.rand(max(1, classes) + 1, generator=generator).tolist()
     for index in torch.randperm(len(photos), generator=generator).tolist():
         if not broken or photos.name(index) not in broken:

@@ -220,7 +220,7 @@ class StreamDataset(IterableDataset[Batch]):
             yield make(batch, raw_samples, began)
 
     def _stream(self, number: int, workers: int) -> Iterator[RawSample]:
-        """All that this loading process reads, from batch `number` on, without end."""
+        """The samples that this loading process reads, from batch `number` on, without end."""
         epoch, reader = number // self.plan.batches_per_epoch, number % workers
         skip = self._turns(epoch, reader, workers).index(number)
         while True:
@@ -228,13 +228,13 @@ class StreamDataset(IterableDataset[Batch]):
             epoch, skip = epoch + 1, 0
 
     def _turns(self, epoch: int, reader: int, workers: int) -> range:
-        """The batches `b` of an epoch with `b % workers == reader`: that this process prepares."""
+        """The batches `b` of an epoch that process `reader` prepares: `b % workers == reader`."""
         start = epoch * self.plan.batches_per_epoch
         shift = (reader - start) % workers
         return range(start + shift, start + self.plan.batches_per_epoch, workers)
 
     def _epoch(self, epoch: int, reader: int, workers: int, skip: int) -> Iterator[RawSample]:
-        """The samples of one epoch in this loading process, but for the first `skip`."""
+        """The samples of one epoch in this loading process, without the first `skip`."""
         plan = self.plan
         turns = [len(self._turns(epoch, other, workers)) for other in range(workers)]
         before = plan.rank * plan.batches_per_epoch + sum(turns[:reader])
@@ -449,5 +449,6 @@ def open_shards(where: str, split: str | None, max_unreadable: float, workers: i
     Raises:
         DataError: missing, too many of them damaged, or nothing readable in them.
     """
-    # One loading process at least: Ctrl-C would reach what fetches for this one.
+    # One loading process at least: it ignores Ctrl-C, and so does the program that it starts to
+    # fetch a shard. Started from the main process, that program would be killed.
     return ShardSource(list_shards(where, split), max_unreadable, max(1, workers))

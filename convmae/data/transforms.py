@@ -154,7 +154,7 @@ def _policy(aa: str, size: Size, mean: Sequence[float]) -> Any:
     fill = tuple(min(255, round(255 * value)) for value in mean)
     hparams = {
         "translate_const": int(min(size) * 0.45),
-        "img_mean": fill if len(fill) > 1 else fill[0],  # of mode L, Pillow wants a number
+        "img_mean": fill if len(fill) > 1 else fill[0],  # for grey pictures Pillow wants a number
     }
     make = rand_augment_transform if aa.startswith("rand") else auto_augment_transform
     try:

@@ -303,7 +303,8 @@ class ConvMAE(Trunk):
         x = torch.cat([x, (self.mask_token[0] + position).to(x.dtype)])  # [T + L, width]
         rows = token_rows(mask)
         blocks, last = self.decoder_blocks[:-1], self.decoder_blocks[-1]
-        if len(blocks) and len(x) < mask.num_blocks:  # hidden tokens are the same in all images yet
+        # Before the first block hidden tokens are the same in all images.
+        if len(blocks) and len(x) < mask.num_blocks:
             x = self.run_block(blocks[0], x, None, None, rows)
             blocks = blocks[1:]
         else:

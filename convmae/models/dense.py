@@ -1,7 +1,7 @@
 """ConvMAE as the official code runs it: every position is computed, and a mask multiplies.
 
-The oracle of the parity tests and the opponent of the benchmarks. It is written to be fast: memory
-is channels-last from the first convolution on, nothing is copied that need not be, and attention
+Tests compare `ConvMAE` with it, and benchmarks measure against it. It is written to be fast: memory
+is channels-last from the first convolution on, nothing is copied without need, and attention
 and the arithmetic of products (`multiply`) are those that `ConvMAE` uses.
 """
 

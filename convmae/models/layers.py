@@ -219,9 +219,8 @@ class DropPath(nn.Module):
         if not self._drops or not self.training:
             return x
         images = x.shape[0] if mask is None else mask.batch_size
-        if (
-            torch.compiler.is_compiling()
-        ):  # the rate is a tensor, so one compiled code serves all rates
+        # The rate is a tensor here, so that one compiled code serves all rates.
+        if torch.compiler.is_compiling():
             scale = (torch.rand(images, device=x.device) < self._keep).to(x.dtype) / self._keep
         else:
             scale = x.new_empty(images).bernoulli_(1 - self.rate) / (1 - self.rate)
