@@ -198,7 +198,7 @@ def as_on_a_gpu() -> Iterator[None]:
     with (
         mock.patch.object(torch.nn.functional, "layer_norm", layer_norm),
         mock.patch.object(layers, "attention", attention),
-        mock.patch.object(layers, "WIDE_SUMS", frozenset()),
+        mock.patch.object(layers, "FLOAT32_BETWEEN_BLOCKS", frozenset()),
         mock.patch.object(arithmetic, "SLOW_ON_CPU", frozenset()),
         mock.patch.object(nn.Module, "to", lambda module, *_: module),  # fake tensors cannot move
     ):

@@ -28,10 +28,10 @@ from convmae.data import (
     normalise,
     read_picture,
 )
-from convmae.data.base import PhotoSource
 from convmae.data.crops import centre_box, random_box
 from convmae.data.loader import PictureDataset, RunSampler
-from convmae.data.picture import to_rgb, upright_size
+from convmae.data.pillow import to_rgb, upright_size
+from convmae.data.source import PhotoSource
 from convmae.seeds import seeded
 
 if TYPE_CHECKING:

@@ -112,7 +112,7 @@ def test_pretrained_weights_are_finetuned_evaluated_and_kept(
 
 def test_accuracy_is_that_of_a_plain_count(pretrained: Path, tmp_path: Path) -> None:
     from convmae.data import normalise
-    from convmae.data.sources import open_source
+    from convmae.data.open import open_source
     from convmae.data.transforms import EvalTransform
 
     finetune(finetuning(tmp_path / "run", epochs=1))
@@ -194,7 +194,7 @@ def test_every_layer_gets_its_share_of_the_rate(
 
 
 def test_a_new_head_is_small_after_pretraining(pretrained: Path, tmp_path: Path) -> None:
-    from convmae.data.sources import open_source
+    from convmae.data.open import open_source
     from convmae.tasks.finetune import Finetuning
     from convmae.tasks.probe import Probing
 

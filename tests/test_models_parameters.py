@@ -199,3 +199,33 @@ def test_import_is_lazy():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'create_modle'"):
         _ = convmae.create_modle
+
+
+@pytest.mark.parametrize("name", ["convmae_tiny", "convvit_tiny"])
+def test_a_model_without_memory_has_the_same_parameters(name):
+    """Names, shapes, and which of them are trained."""
+    with torch.device("meta"):
+        empty = convmae.create_model(name)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert describe_parameters(empty) == describe_parameters(convmae.create_model(name))
+
+
+def describe_parameters(model):
+    return [(name, p.shape, p.requires_grad) for name, p in model.named_parameters()]
+
+
+def test_counting_parameters_does_not_need_the_compiler():
+    code = (
+        "import sys, torch\nbefore = set(sys.modules)\n"
+        "from convmae.commands.info import model_sizes\nsizes = dict(model_sizes())\n"
+        "print(sizes['convmae_tiny'], sizes['convvit_tiny'])\n"
+        "print({'torch._dynamo', 'torch._inductor', 'sympy', 'timm'} & (set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    sizes, heavy = done.stdout.splitlines()
+    counts = [
+        sum(parameter.numel() for parameter in convmae.create_model(name).parameters())
+        for name in ("convmae_tiny", "convvit_tiny")
+    ]
+    assert sizes.split() == [str(count) for count in counts]
+    assert heavy == "set()"

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 import convmae
 import convmae_kernels as ck
 from convmae.models import layers
-from convmae.models.tokens import _spread, shared_places
+from convmae.models.tokens import _spread, token_rows
 from convmae_kernels.ops.support import arithmetic
 
 SMALL = {
@@ -39,21 +39,21 @@ def gradients(model, loss):
 def test_spread_and_its_gradient():
     visible = torch.rand(3, 2, 4) < 0.4
     mask = ck.BlockMask.from_visible(visible)
-    places = shared_places(mask)
+    rows = token_rows(mask)
     x = torch.randn(mask.num_visible + 8, 5, dtype=torch.float64, requires_grad=True)
-    y = places.spread(x)
-    rows = iter(range(mask.num_visible))
+    y = rows.spread(x)
+    own_rows = iter(range(mask.num_visible))
     for n in range(3):
         for token, seen in enumerate(visible[n].flatten().tolist()):
-            expected = x[next(rows) if seen else mask.num_visible + token]
+            expected = x[next(own_rows) if seen else mask.num_visible + token]
             assert torch.equal(y[n, token], expected)
-    assert torch.autograd.gradcheck(places.spread, (x,))
-    assert torch.autograd.gradgradcheck(places.spread, (x,))
+    assert torch.autograd.gradcheck(rows.spread, (x,))
+    assert torch.autograd.gradgradcheck(rows.spread, (x,))
     grad = torch.randn_like(y)
-    wanted = torch.autograd.grad(_spread(x, *places), x, grad)[0]
-    torch.testing.assert_close(torch.autograd.grad(places.spread(x), x, grad)[0], wanted)
+    wanted = torch.autograd.grad(_spread(x, *rows), x, grad)[0]
+    torch.testing.assert_close(torch.autograd.grad(rows.spread(x), x, grad)[0], wanted)
     with torch.autograd.forward_ad.dual_level():
-        dual = places.spread(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()))
+        dual = rows.spread(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()))
         assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, y)
 
 
@@ -102,7 +102,7 @@ def test_keys_of_hidden_tokens_are_computed_once_a_batch():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_arithmetic_of_a_gpu_is_close_to_float32(dtype, monkeypatch):
     """On a GPU what blocks add to stays in bfloat16; in float16 it is float32 everywhere."""
-    monkeypatch.setattr(layers, "WIDE_SUMS", frozenset())
+    monkeypatch.setattr(layers, "FLOAT32_BETWEEN_BLOCKS", frozenset())
     monkeypatch.setattr(arithmetic, "SLOW_ON_CPU", frozenset())
     model, images = small(), torch.randn(4, 3, 64, 64)
     noise, seen = torch.rand(4, 16), []

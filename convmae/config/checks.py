@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PATCH = 16  # pixels a side: one block of the mask
+PATCH = 16  # pixels in a row or column of a patch, which is one block of the mask
 Config = TypeVar("Config")
 
 
@@ -23,7 +23,7 @@ class OptionError(ValueError):
 # -- YAML -----------------------------------------------------------------------------------------
 
 
-def config_from_mapping(kind: type[Config], values: dict[str, Any]) -> Config:
+def config_from_mapping(config_type: type[Config], values: dict[str, Any]) -> Config:
     """A configuration from option names and values, as an `args.yaml` or a recipe holds them.
 
     Names are read with underscores or hyphens.
@@ -32,18 +32,18 @@ def config_from_mapping(kind: type[Config], values: dict[str, Any]) -> Config:
         OptionError: an option that does not exist (with the nearest that does) or is missing, or
             a value of another type.
     """
-    hints = typing.get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    hints = typing.get_type_hints(config_type)
+    known = [field.name for field in dataclasses.fields(config_type)]  # type: ignore[arg-type]
     read: dict[str, Any] = {}
-    for given, value in values.items():
-        name = str(given).replace("-", "_")
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
         if name not in known:
             raise OptionError(f"unknown option {name!r} in --config{suggest(name, sorted(known))}")
         if name in read:
             raise OptionError(f"--config gives {name!r} twice, with an underscore and a hyphen")
-        read[name] = _read(name, value, hints[name])
+        read[name] = _read_value(name, value, hints[name])
     try:
-        return kind(**read)
+        return config_type(**read)
     except TypeError as error:
         raise OptionError(f"--config: {str(error).partition('() ')[2]}") from error
 
@@ -54,7 +54,7 @@ def config_to_mapping(config: Any) -> dict[str, Any]:
     return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 
-def _read(name: str, value: Any, hint: Any) -> Any:
+def _read_value(name: str, value: Any, hint: Any) -> Any:
     """`value` as the annotated type; YAML's lists become tuples, and `1e-3`, text to it, a number.
 
     Raises:
@@ -62,14 +62,15 @@ def _read(name: str, value: Any, hint: Any) -> Any:
     """
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for choice in choices:
-        fits, converted = _fit(value, choice)
+        fits, converted = _convert(value, choice)
         if fits:
             return converted
     wanted = " or ".join(_in_words(choice) for choice in choices)
     raise OptionError(f"--{name} must be {wanted}, got {value!r} in --config")
 
 
-def _fit(value: Any, kind: Any) -> tuple[bool, Any]:
+def _convert(value: Any, kind: Any) -> tuple[bool, Any]:
+    """Whether `value` can be of the type `kind`, and then the value as that type."""
     origin = get_origin(kind)
     if kind is type(None):
         return value is None, None
@@ -80,8 +81,8 @@ def _fit(value: Any, kind: Any) -> tuple[bool, Any]:
         many = Ellipsis in get_args(kind)
         if not isinstance(value, list | tuple) or (not many and len(value) != len(parts)):
             return False, None
-        fitted = [_fit(item, parts[0 if many else i]) for i, item in enumerate(value)]
-        return all(fits for fits, _ in fitted), tuple(item for _, item in fitted)
+        converted = [_convert(item, parts[0 if many else i]) for i, item in enumerate(value)]
+        return all(fits for fits, _ in converted), tuple(item for _, item in converted)
     if kind is float:
         if isinstance(value, str):
             try:
@@ -137,7 +138,7 @@ def check_number(
     below: float | None = None,
 ) -> None:
     """Raises `OptionError` unless `value` is a finite number within the limits."""
-    kind = "a whole number" if whole else "a number"
+    noun = "a whole number" if whole else "a number"
     limits = [
         f"{text} {limit:g}"
         for text, limit in (
@@ -148,7 +149,7 @@ def check_number(
         )
         if limit is not None
     ]
-    right = (
+    fits = (
         _is_number(value)
         and (not whole or isinstance(value, int))
         and (above is None or value > above)
@@ -156,9 +157,9 @@ def check_number(
         and (at_most is None or value <= at_most)
         and (below is None or value < below)
     )
-    if not right:
+    if not fits:
         raise OptionError(
-            f"--{name} must be {kind} {' and '.join(limits)}, got {value!r}".replace("  ", " ")
+            f"--{name} must be {noun} {' and '.join(limits)}, got {value!r}".replace("  ", " ")
         )
 
 

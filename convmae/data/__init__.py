@@ -1,13 +1,20 @@
-"""Pictures in, batches out: folders, arrays, IDX files and shards, their transforms and loader."""
+"""From stored pictures to batches: sources of pictures, transforms, loader, statistics."""
 
-from convmae.data.base import PhotoSource, Source, check_share
 from convmae.data.demo import DemoPhotos
+from convmae.data.errors import DataError, Failure, UnreadableError, check_share
 from convmae.data.folder import FolderPhotos, check_readable, find_pictures
 from convmae.data.loader import Batch
-from convmae.data.photos import Failure, Photos, Picture, Pixels, UnreadableError
-from convmae.data.picture import DataError, read_picture
-from convmae.data.pixels import IMAGENET_MEAN, IMAGENET_STD, denormalise, full_scale, normalise
-from convmae.data.sources import open_source
+from convmae.data.normalisation import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    denormalise,
+    full_scale,
+    normalise,
+)
+from convmae.data.open import open_source
+from convmae.data.picture import Photos, Picture, Pixels
+from convmae.data.pillow import read_picture
+from convmae.data.source import PhotoSource, Source
 from convmae.data.statistics import channel_statistics
 from convmae.data.transforms import (
     CentreTransform,

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from convmae.data.crops import resized_crop
+from convmae.data.errors import DataError, Failure, UnreadableError
 from convmae.data.folder import check_readable
-from convmae.data.photos import NO_LABEL, Failure, Pixels, UnreadableError
-from convmae.data.picture import DataError
+from convmae.data.picture import NO_LABEL, Pixels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from convmae.data.crops import Box, Pick, Size
+    from convmae.data.crops import Box, PickBox, Size
 
-EXTENSION = ".npy"
-DTYPES = {  # of the file: of the tensor
+ARRAY_EXTENSION = ".npy"
+DTYPES = {  # from the dtype of the file to that of the tensor
     np.dtype(np.uint8): torch.uint8,
     np.dtype(np.uint16): torch.uint16,
     np.dtype(np.float32): torch.float32,
@@ -32,7 +32,7 @@ DTYPES = {  # of the file: of the tensor
 }
 
 
-class Layout(NamedTuple):
+class ArrayLayout(NamedTuple):
     """What one array holds: `pictures` pictures of `channels` channels."""
 
     pictures: int
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
     channels_last: bool
 
 
-def layout_of(array: np.ndarray) -> Layout:
+def array_layout(array: np.ndarray) -> ArrayLayout:
     """How an array holds pictures.
 
     `[H, W]` is one channel. Of `[H, W, C]` and `[C, H, W]` the channels are the smaller of the
@@ -61,10 +61,10 @@ def layout_of(array: np.ndarray) -> Layout:
             f"an array of {array.dtype}; expected uint8, uint16, float32 or float64"
         )
     if array.ndim == 2:
-        return Layout(1, 1, dtype, True)
+        return ArrayLayout(1, 1, dtype, True)
     first, last = shape[-3], shape[-1]
     count = shape[0] if array.ndim == 4 else 1
-    return Layout(count, min(first, last), dtype, last <= first)
+    return ArrayLayout(count, min(first, last), dtype, last <= first)
 
 
 def open_array(path: Path) -> np.ndarray:
@@ -95,10 +95,10 @@ def decode_array(content: bytes) -> Pixels:
         raise UnreadableError(_reason(error)) from error
     if not isinstance(array, np.ndarray):
         raise UnreadableError("an .npz archive; expected a single .npy array")
-    layout = layout_of(array)
+    layout = array_layout(array)
     if array.ndim == 4:
         raise UnreadableError(f"an array of shape {list(array.shape)}; expected a single picture")
-    return Pixels(_tensor(array, layout))
+    return Pixels(_picture_tensor(array, layout))
 
 
 def _reason(error: Exception) -> str:
@@ -106,7 +106,7 @@ def _reason(error: Exception) -> str:
     return f"not a .npy array of numbers: {lines[0] if lines else type(error).__name__}"
 
 
-def _tensor(picture: np.ndarray, layout: Layout, box: Box | None = None) -> Tensor:
+def _picture_tensor(picture: np.ndarray, layout: ArrayLayout, box: Box | None = None) -> Tensor:
     """The box of one picture as `[C, h, w]`, copied, in the machine's byte order.
 
     Raises:
@@ -119,7 +119,7 @@ def _tensor(picture: np.ndarray, layout: Layout, box: Box | None = None) -> Tens
     if box is not None:
         top, left, height, width = box
         picture = picture[:, top : top + height, left : left + width]
-    wanted: Any = next(kind for kind, dtype in DTYPES.items() if dtype == layout.dtype)
+    wanted: Any = next(stored for stored, dtype in DTYPES.items() if dtype == layout.dtype)
     values = np.array(picture, dtype=wanted, order="C")
     if layout.dtype == torch.float32 and not np.isfinite(values).all():
         raise UnreadableError("the picture holds NaN or infinite values")
@@ -147,8 +147,10 @@ class ArrayPhotos:
         first = next((found for path in self.paths if (found := _try_layout(path))), None)
         if first is None:
             failures, _ = check_readable(self.paths[:5], self._why_unreadable)
-            told = "; ".join(f"{name}: {reason}" for name, reason in failures)
-            raise DataError(f"none of the {len(self.paths)} arrays can be read. The first: {told}")
+            examples = "; ".join(f"{name}: {reason}" for name, reason in failures)
+            raise DataError(
+                f"none of the {len(self.paths)} arrays can be read. The first: {examples}"
+            )
         self.channels, self.dtype = first.channels, first.dtype
         with ThreadPoolExecutor(8) as pool:
             counts = list(pool.map(self._count, self.paths))
@@ -157,23 +159,23 @@ class ArrayPhotos:
 
     def _count(self, path: Path) -> int | Failure:
         try:
-            return self._checked(path)[1].pictures
+            return self._open_checked(path)[1].pictures
         except UnreadableError as error:
             return Failure(str(path), str(error))
 
-    def _checked(self, path: Path) -> tuple[np.ndarray, Layout]:
+    def _open_checked(self, path: Path) -> tuple[np.ndarray, ArrayLayout]:
         array = open_array(path)
-        layout = layout_of(array)
+        layout = array_layout(array)
         if (layout.channels, layout.dtype) != (self.channels, self.dtype):
             raise UnreadableError(
-                f"{layout.channels} channels of {_short(layout.dtype)}, where other pictures have "
-                f"{self.channels} of {_short(self.dtype)}"
+                f"{layout.channels} channels of {_dtype_name(layout.dtype)}, where other pictures "
+                f"have {self.channels} of {_dtype_name(self.dtype)}"
             )
         return array, layout
 
     def _why_unreadable(self, path: Path) -> str | None:
         try:
-            layout_of(open_array(path))
+            array_layout(open_array(path))
         except UnreadableError as error:
             return str(error)
         return None
@@ -181,24 +183,24 @@ class ArrayPhotos:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def _file(self, index: int) -> tuple[int, int]:
+    def _locate(self, index: int) -> tuple[int, int]:
         """The file of picture `index`, and the picture's place in it."""
         file = bisect_right(self._ends, index)
         return file, index - (self._ends[file - 1] if file else 0)
 
     def name(self, index: int) -> str:
         """The path, and the place in the file where it holds many pictures."""
-        file, place = self._file(index)
+        file, place = self._locate(index)
         start = self._ends[file - 1] if file else 0
         many = self._ends[file] - start > 1
         return f"{self.paths[file]}[{place}]" if many else str(self.paths[file])
 
     def label(self, index: int) -> int:
-        return NO_LABEL if self.labels is None else self.labels[self._file(index)[0]]
+        return NO_LABEL if self.labels is None else self.labels[self._locate(index)[0]]
 
-    def _picture(self, index: int) -> tuple[np.ndarray, Layout]:
-        file, place = self._file(index)
-        array, layout = self._checked(self.paths[file])
+    def _stored_picture(self, index: int) -> tuple[np.ndarray, ArrayLayout]:
+        file, place = self._locate(index)
+        array, layout = self._open_checked(self.paths[file])
         if array.ndim < 4:
             return array, layout
         if place >= len(array):
@@ -211,27 +213,27 @@ class ArrayPhotos:
         Raises:
             UnreadableError: the file cannot be read, or differs from the others.
         """
-        return _tensor(*self._picture(index))
+        return _picture_tensor(*self._stored_picture(index))
 
-    def crop(self, index: int, pick: Pick, size: Size) -> Tensor:
+    def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
         """`resize(picture[pick(h, w)], size)`, `[C, H, W]`.
 
         Raises:
             UnreadableError: the file cannot be read, or differs from the others.
         """
-        picture, layout = self._picture(index)
-        flat = picture.ndim == 2 or layout.channels_last
-        height, width = picture.shape[:2] if flat else picture.shape[1:]
-        image = _tensor(picture, layout, pick(height, width))
+        picture, layout = self._stored_picture(index)
+        channels_last = picture.ndim == 2 or layout.channels_last
+        height, width = picture.shape[:2] if channels_last else picture.shape[1:]
+        image = _picture_tensor(picture, layout, pick(height, width))
         return resized_crop(image, (0, 0, *image.shape[1:]), size)
 
 
-def _try_layout(path: Path) -> Layout | None:
+def _try_layout(path: Path) -> ArrayLayout | None:
     try:
-        return layout_of(open_array(path))
+        return array_layout(open_array(path))
     except UnreadableError:
         return None
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

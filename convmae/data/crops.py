@@ -13,7 +13,7 @@ CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 Size = tuple[int, int]  # height, width
-Pick = Callable[[int, int], Box]  # from the height and width of a picture
+PickBox = Callable[[int, int], Box]  # the box to cut from a picture of that height and width
 
 
 def random_box(height: int, width: int, min_crop: float = MIN_CROP) -> Box:
@@ -40,7 +40,7 @@ def single_draw_box(height: int, width: int, min_crop: float = 0.08) -> Box:
     return top, int(torch.randint(0, width - w + 1, ())), h, w
 
 
-def centre_box(size: Size) -> Pick:
+def centre_box(size: Size) -> PickBox:
     """Picks the largest centred box of the aspect ratio of `size`, `(H, W)`."""
 
     def pick(height: int, width: int) -> Box:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convmae.data.photos import NO_LABEL, Pixels
-from convmae.data.picture import DataError, read_picture
+from convmae.data.errors import DataError
+from convmae.data.picture import NO_LABEL, Pixels
+from convmae.data.pillow import read_picture
 
 if TYPE_CHECKING:
-    from convmae.data.crops import Pick, Size
+    from convmae.data.crops import PickBox, Size
 
 # The colour photographs among scikit-image's built-in files (public domain or CC0):
 # a portrait, a cat, a cup of coffee, the Hubble deep field, a rocket, a motorcycle, a retina and a
@@ -57,7 +58,7 @@ class DemoPhotos:
     def load(self, index: int) -> Tensor:
         return self._images[index]
 
-    def crop(self, index: int, pick: Pick, size: Size) -> Tensor:
+    def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
         """`resize(photograph[pick(height, width)], size)`, uint8 `[3, H, W]`."""
         return Pixels(self._images[index]).crop(pick, size)
 

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convmae.data.photos import Pixels
-from convmae.data.picture import DataError
+from convmae.data.errors import DataError
+from convmae.data.picture import Pixels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from convmae.data.crops import Pick, Size
+    from convmae.data.crops import PickBox, Size
 
 PREFIX = {"train": "train", "val": "t10k"}
 UNSIGNED_BYTE = 8  # the code of the dtype in the third byte of the file
@@ -27,20 +27,20 @@ CLASSES_AT_LEAST = 10
 def find_idx(folder: Path) -> Path | None:
     """Where the IDX files lie: in `folder`, `folder/raw` or `folder/<any>/raw`; None if nowhere."""
     for candidate in (folder, folder / "raw", *sorted(folder.glob("*/raw"))):
-        if any(_find(candidate, "images", split) for split in PREFIX):
+        if any(_find_file(candidate, "images", split) for split in PREFIX):
             return candidate
     return None
 
 
-def _find(folder: Path, what: str, split: str) -> Path | None:
+def _find_file(folder: Path, what: str, split: str) -> Path | None:
     for ending in ("", ".gz"):
-        path = folder / f"{_name(what, split)}{ending}"
+        path = folder / f"{_file_name(what, split)}{ending}"
         if path.is_file():
             return path
     return None
 
 
-def _name(what: str, split: str) -> str:
+def _file_name(what: str, split: str) -> str:
     return f"{PREFIX[split]}-{what}-idx{3 if what == 'images' else 1}-ubyte"
 
 
@@ -85,9 +85,9 @@ class IdxPhotos:
     def __init__(self, folder: Path, split: str) -> None:
         arrays = []
         for what, dims in (("images", 3), ("labels", 1)):
-            path = _find(folder, what, split)
+            path = _find_file(folder, what, split)
             if path is None:
-                raise DataError(f"{folder} lacks {_name(what, split)} (or the same with .gz)")
+                raise DataError(f"{folder} lacks {_file_name(what, split)} (or the same with .gz)")
             arrays.append(read_idx(path, dims))
         self.folder, self.split = folder, split
         self.images, self.labels = arrays
@@ -106,7 +106,7 @@ class IdxPhotos:
         return len(self.images)
 
     def name(self, index: int) -> str:
-        return f"{self.folder / _name('images', self.split)}[{index}]"
+        return f"{self.folder / _file_name('images', self.split)}[{index}]"
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
@@ -114,5 +114,5 @@ class IdxPhotos:
     def load(self, index: int) -> Tensor:
         return torch.from_numpy(self.images[index][None].copy())
 
-    def crop(self, index: int, pick: Pick, size: Size) -> Tensor:
+    def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
         return Pixels(self.load(index)).crop(pick, size)

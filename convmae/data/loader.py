@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from convmae.data.photos import NO_LABEL, Chosen, Failure, UnreadableError
-from convmae.data.picture import DataError
+from convmae.data.errors import DataError, Failure, UnreadableError
+from convmae.data.picture import NO_LABEL, ChosenPicture
 from convmae.seeds import Stream, derive_seed, generator_for, seeded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from convmae.data.photos import Photos
+    from convmae.data.picture import Photos
     from convmae.data.transforms import Transform
 
 
@@ -40,11 +40,11 @@ class Batch(NamedTuple):
 
 
 Sample = tuple[Tensor, int]  # image, label
-Key = tuple[int, int]  # epoch, sample
+SampleKey = tuple[int, int]  # epoch, sample
 
 
 def make_batch(
-    samples: list[Sample], keys: list[Key], failures: list[Failure], began: float
+    samples: list[Sample], keys: list[SampleKey], failures: list[Failure], began: float
 ) -> Batch:
     """Stacks samples; `began` is `time.perf_counter()` at the start of the work."""
     images = torch.stack([image.contiguous() for image, _ in samples])
@@ -53,7 +53,7 @@ def make_batch(
     return Batch(images, labels, key_tensor, failures, time.perf_counter() - began)
 
 
-class RunSampler(Sampler[list[Key]]):
+class RunSampler(Sampler[list[SampleKey]]):
     """The batches of steps `first` to `last - 1` of a run, as lists of `(epoch, sample)`.
 
     Every epoch is a fresh permutation from `(seed, epoch)`, cut into `batches_per_epoch` whole
@@ -88,20 +88,20 @@ class RunSampler(Sampler[list[Key]]):
     def __len__(self) -> int:
         return max(0, self.last - self.first)
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         order: list[int] = []
-        order_of = -1
+        ordered_epoch = -1
         for step in range(self.first, self.last):
             epoch, position = divmod(step, self.batches_per_epoch)
-            if epoch != order_of:
+            if epoch != ordered_epoch:
                 generator = generator_for(self.seed, Stream.ORDER, epoch)
                 order = torch.randperm(self.num_samples, generator=generator).tolist()
-                order_of = epoch
+                ordered_epoch = epoch
             start = (position * self.world + self.rank) * self.batch_size
             yield [(epoch, sample) for sample in order[start : start + self.batch_size]]
 
 
-class EvaluationSampler(Sampler[list[Key]]):
+class EvaluationSampler(Sampler[list[SampleKey]]):
     """Every sample once over all processes, as lists of `(0, sample)`, in order.
 
     All processes get the same number of whole batches: where the samples end, numbers from
@@ -120,7 +120,7 @@ class EvaluationSampler(Sampler[list[Key]]):
     def __len__(self) -> int:
         return -(-self.num_samples // (self.batch_size * self.world))
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         for number in range(len(self)):
             start = (number * self.world + self.rank) * self.batch_size
             yield [(0, start + place) for place in range(self.batch_size)]
@@ -150,17 +150,17 @@ class PictureDataset(Dataset[Sample]):
         with seeded(derive_seed(self.seed, Stream.SAMPLE, epoch, sample)):
             return read_or_next(self.photos, sample, self.transform)
 
-    def __getitems__(self, keys: list[Key]) -> Batch:
+    def __getitems__(self, keys: list[SampleKey]) -> Batch:
         began = time.perf_counter()
         done = [self.sample(*key) for key in keys]
-        failures = [failure for _, of_sample in done for failure in of_sample]
+        failures = [failure for _, sample_failures in done for failure in sample_failures]
         return make_batch([sample for sample, _ in done], keys, failures, began)
 
 
 class EvaluationDataset(PictureDataset):
     """Each picture once: one that cannot be read is a filler (zeros, label -1), and reported."""
 
-    def __getitems__(self, keys: list[Key]) -> Batch:
+    def __getitems__(self, keys: list[SampleKey]) -> Batch:
         began = time.perf_counter()
         samples, failures = [], []
         blank = torch.zeros(self.photos.channels, *self.transform.size, dtype=self.photos.dtype)
@@ -169,7 +169,7 @@ class EvaluationDataset(PictureDataset):
             if index < len(self.photos):
                 try:
                     with seeded(derive_seed(self.seed, Stream.EVALUATION, index)):
-                        image = self.transform(Chosen(self.photos, index))
+                        image = self.transform(ChosenPicture(self.photos, index))
                     sample = (image, self.photos.label(index))
                 except UnreadableError as error:
                     failures.append(Failure(self.photos.name(index), str(error)))
@@ -178,7 +178,7 @@ class EvaluationDataset(PictureDataset):
 
 
 def read_or_next(photos: Photos, index: int, transform: Transform) -> tuple[Sample, list[Failure]]:
-    """Picture `index % len(photos)` and its label, or the first readable after it; and who failed.
+    """Picture `index % len(photos)` or the next that can be read, and its label; what failed.
 
     Raises:
         DataError: not one of the pictures can be read.
@@ -187,7 +187,7 @@ def read_or_next(photos: Photos, index: int, transform: Transform) -> tuple[Samp
     for step in range(len(photos)):
         candidate = (index + step) % len(photos)
         try:
-            image = transform(Chosen(photos, candidate))
+            image = transform(ChosenPicture(photos, candidate))
             return (image, photos.label(candidate)), failures
         except UnreadableError as error:
             failures.append(Failure(photos.name(candidate), str(error)))
@@ -220,7 +220,7 @@ def run_batches(
         batch_sampler=sampler,  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=pin,
-        collate_fn=as_it_is,
+        collate_fn=_unchanged,
         worker_init_fn=_ignore_signals,
     )
     reason = ""
@@ -228,7 +228,8 @@ def run_batches(
         yield from loader
         return
     except Exception as error:
-        # Else the traceback keeps the loading processes alive: torch's frame in it names the error.
+        # A frame of torch in the traceback refers to the error, which refers to the traceback: the
+        # loading processes would live on.
         traceback.clear_frames(error.__traceback__)
         if not isinstance(error, DataError):
             raise
@@ -236,15 +237,15 @@ def run_batches(
     raise DataError(reason)
 
 
-def as_it_is(value: Any) -> Any:
+def _unchanged(value: Any) -> Any:
     """No collation: the dataset makes whole batches."""
     return value
 
 
 def _ignore_signals(worker: int) -> None:
-    """Signals reach the whole process group, but only the main process is to act on them.
+    """Leaves signals, which reach the whole process group, to the main process.
 
-    SIGTERM of the main process itself is obeyed: Python's clean-up at exit sends it, and waits.
+    SIGTERM from the main process itself is obeyed: Python sends it when it exits, and waits.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has none
@@ -253,7 +254,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 def _exit_with_parent(parent: int) -> None:
-    """Takes the place of a handler, which would not be told who sent the signal."""
+    """Exits on SIGTERM from the parent alone; a signal handler could not see who sent it."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

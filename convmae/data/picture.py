@@ -1,82 +1,127 @@
-"""One picture file to RGB: every mode Pillow knows, upright, decoded no larger than needed."""
+"""A picture, to be loaded whole or cropped and resized, and pictures by index."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
+from convmae.data.crops import resized_crop
 
 if TYPE_CHECKING:
-    from pathlib import Path
-    from typing import BinaryIO
+    from collections.abc import Sequence
 
-    from PIL import Image as PILImage
+    import torch
+    from torch import Tensor
 
-ORIENTATION_TAG = 0x0112
-WHITE = (255, 255, 255, 255)
+    from convmae.data.crops import PickBox, Size
 
-
-class DataError(ValueError):
-    """The pictures asked for cannot be used: missing, empty, or too many of them unreadable."""
+NO_LABEL = -1
 
 
-def upright_size(image: PILImage.Image) -> tuple[int, int]:
-    """`(height, width)` in pixels after the EXIF orientation, read from the header alone."""
-    width, height = image.size
-    sideways = image.getexif().get(ORIENTATION_TAG, 1) >= 5  # 5 to 8 turn by a quarter
-    return (width, height) if sideways else (height, width)
+class Picture(Protocol):
+    """One picture that is decoded when it is used."""
+
+    def load(self) -> Tensor:
+        """The whole picture as stored, `[C, h, w]`.
+
+        Raises:
+            UnreadableError: the picture cannot be decoded.
+        """
+
+    def crop(self, pick: PickBox, size: Size) -> Tensor:
+        """`resize(picture[pick(h, w)], size)`, `[C, H, W]`, bicubic, antialiased, same dtype.
+
+        Raises:
+            UnreadableError: the picture cannot be decoded.
+        """
 
 
-def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """Any Pillow mode to RGB, 8 bits a channel.
+class Photos(Protocol):
+    """Pictures by index: all of the same number of channels and dtype."""
 
-    16-bit grey is divided by 256; 32-bit integer and float pictures, which have no fixed range, are
-    stretched from their own smallest value to their largest; transparent pixels are laid on
-    white; CMYK, YCbCr, palette and bilevel pictures go through Pillow's own conversion.
+    @property
+    def channels(self) -> int: ...
 
-    Raises:
-        ValueError: Pillow knows no way from this mode to RGB (Lab, for example).
-    """
-    from PIL import Image
+    @property
+    def dtype(self) -> torch.dtype:
+        """uint8, uint16 or float32."""
 
-    mode = image.mode
-    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
-        values = np.asarray(image).astype(np.int64)  # a 16-bit range, however it is stored
-        return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if mode in ("I", "F"):
-        wide = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
-        wide -= wide.min()
-        grey = wide * 255.0 / (wide.max() or 1.0)
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
-    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        over = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", over.size, WHITE), over).convert("RGB")
-    return image.convert("RGB")
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call picture `index` in messages."""
+
+    def label(self, index: int) -> int:
+        """The class of picture `index`, or -1."""
+
+    def load(self, index: int) -> Tensor:
+        """Picture `index` as stored, `[C, h, w]`.
+
+        Raises:
+            UnreadableError: the picture cannot be decoded.
+        """
+
+    def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
+        """`resize(picture[pick(h, w)], size)`, `[C, H, W]`, bicubic, antialiased, same dtype.
+
+        Raises:
+            UnreadableError: the picture cannot be decoded.
+        """
 
 
-def read_picture(
-    path: Path | BinaryIO, shrink: float = 1.0, formats: tuple[str, ...] | None = None
-) -> PILImage.Image:
-    """The picture at `path` as an upright RGB image.
+@dataclass(frozen=True)
+class ChosenPicture:
+    """Picture `index` of `photos`."""
 
-    Args:
-        path: a file that Pillow can open; of an animation, the first frame.
-        shrink: how many times smaller the picture will be used. A JPEG is then decoded directly at
-            1/2, 1/4 or 1/8 of its size, the smallest that is still at least `size / shrink`;
-            other formats ignore it.
-        formats: Pillow's names of the formats to try; all if None.
+    photos: Photos
+    index: int
 
-    Raises:
-        OSError, ValueError, SyntaxError: the file cannot be decoded.
-        PIL.Image.DecompressionBombError: it claims an absurd number of pixels.
-    """
-    from PIL import Image, ImageOps
+    def load(self) -> Tensor:
+        return self.photos.load(self.index)
 
-    with Image.open(path, formats=formats) as image:
-        if shrink >= 2:
-            width, height = image.size
-            image.draft(None, (int(width / shrink), int(height / shrink)))
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        upright.format = image.format  # a copy forgets it
-        return to_rgb(upright)
+    def crop(self, pick: PickBox, size: Size) -> Tensor:
+        return self.photos.crop(self.index, pick, size)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A decoded picture, `[C, h, w]`."""
+
+    image: Tensor
+
+    def load(self) -> Tensor:
+        return self.image
+
+    def crop(self, pick: PickBox, size: Size) -> Tensor:
+        return resized_crop(self.image, pick(self.image.shape[1], self.image.shape[2]), size)
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The pictures `indices` of `photos`."""
+
+    photos: Photos
+    indices: Sequence[int]
+
+    @property
+    def channels(self) -> int:
+        return self.photos.channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.photos.dtype
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.photos.name(self.indices[index])
+
+    def label(self, index: int) -> int:
+        return self.photos.label(self.indices[index])
+
+    def load(self, index: int) -> Tensor:
+        return self.photos.load(self.indices[index])
+
+    def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
+        return self.photos.crop(self.indices[index], pick, size)

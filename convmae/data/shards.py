@@ -26,24 +26,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit, urlunsplit
 
-from convmae.data.photos import Failure
-from convmae.data.picture import DataError
+from convmae.data.errors import DataError, Failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-SIZES = "sizes.json"
+SIZES_FILE = "sizes.json"
 SHARD = ".tar"
 LABEL = "cls"
 FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}  # Pillow's names
 PICTURES = {*FORMATS, "npy"}
-HOW_TO = (
-    f"python -m convmae.data.shards FOLDER writes {SIZES} for the shards in a local folder; "
+SIZES_HELP = (
+    f"python -m convmae.data.shards FOLDER writes {SIZES_FILE} for the shards in a local folder; "
     'it is an object like {"shard-000000.tar": 10000}'
 )
 
-DAMAGED = (OSError, EOFError, ValueError, tarfile.TarError)  # what reading an archive raises
-Sample = dict[str, Any]  # __key__, and for each extension the member or its contents
+ARCHIVE_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError)  # what reading an archive raises
+ShardSample = dict[str, Any]  # __key__, and for each extension the member or its contents
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def is_address(name: str) -> bool:
 
 
 @contextmanager
-def opened(name: str) -> Iterator[tuple[tarfile.TarFile, BinaryIO]]:
+def open_shard(name: str) -> Iterator[tuple[tarfile.TarFile, BinaryIO]]:
     """The archive of a shard, which can seek if it is a file, and the stream it is read from.
 
     Raises:
@@ -85,14 +84,14 @@ def opened(name: str) -> Iterator[tuple[tarfile.TarFile, BinaryIO]]:
         stream.close()
 
 
-def samples_of(
+def read_samples(
     archive: tarfile.TarFile, stream: BinaryIO, name: str, read: bool = False
-) -> Iterator[Sample]:
+) -> Iterator[ShardSample]:
     """The samples of an archive that have a picture, members as headers or, if `read`, contents.
 
     Raises:
-        OSError, EOFError, ValueError, tarfile.TarError: the archive is damaged here; the sample
-            that was begun is not told.
+        OSError, EOFError, ValueError, tarfile.TarError: the archive is damaged; the sample
+            that the damage cuts is not yielded.
     """
     from webdataset.tariterators import group_by_keys
 
@@ -102,11 +101,11 @@ def samples_of(
             if read:
                 try:
                     data = archive.extractfile(member).read()  # type: ignore[union-attr]
-                except DAMAGED:
-                    yield {}  # ends the sample before
+                except ARCHIVE_ERRORS:
+                    yield {}  # makes `group_by_keys` yield the sample before
                     raise
             yield {"fname": member.name, "data": data, "__url__": name}
-        yield {}  # ends the last sample
+        yield {}  # makes `group_by_keys` yield the last sample
         if not is_address(name):
             _check_end(archive, stream)
 
@@ -136,33 +135,33 @@ def _check_end(archive: tarfile.TarFile, stream: BinaryIO) -> None:
         raise tarfile.ReadError("damaged or cut short: the archive's end mark is missing")
 
 
-def what_broke(error: Exception) -> str:
+def error_reason(error: Exception) -> str:
     """The first line of an error; without the arguments that webdataset adds to a ValueError."""
     text = str(error.args[0]) if isinstance(error, ValueError) and error.args else str(error)
     return text.partition("\n")[0] or type(error).__name__
 
 
 @dataclass
-class _Count:
-    """What the headers of one local shard tell."""
+class _ShardCount:
+    """What the headers of one local shard say."""
 
     size: int = 0
     labels: set[str] = field(default_factory=set)
     failure: Failure | None = None
 
 
-def _count(path: Path) -> _Count:
-    count, last = _Count(), "none"
+def _count_samples(path: Path) -> _ShardCount:
+    count, last = _ShardCount(), "none"
     try:
-        with opened(str(path)) as (archive, stream):
-            for sample in samples_of(archive, stream, str(path)):
+        with open_shard(str(path)) as (archive, stream):
+            for sample in read_samples(archive, stream, str(path)):
                 if LABEL in sample:
                     member = archive.extractfile(sample[LABEL])
                     count.labels.add(member.read(32).decode("ascii", "replace").strip())  # type: ignore[union-attr]
                 count.size, last = count.size + 1, sample["__key__"]
-    except DAMAGED as error:
+    except ARCHIVE_ERRORS as error:
         reason = (
-            f"{what_broke(error)}; {count.size} samples before that are good, the last is {last}"
+            f"{error_reason(error)}; {count.size} samples before that are good, the last is {last}"
         )
         count.failure = Failure(str(path), reason)
     return count
@@ -185,19 +184,19 @@ def list_shards(where: str, split: str | None) -> Shards:
     """
     if Path(where).is_dir():
         found = sorted(path for path in Path(where).iterdir() if path.suffix == SHARD)
-        return _local(where, [path for path in found if not path.name.startswith(".")])
+        return _local_shards(where, [path for path in found if not path.name.startswith(".")])
     _check_scheme(where)
     if is_address(where) and not urlsplit(where).path.endswith(SHARD):
-        return _listed_at(where, split)
+        return _shards_at_address(where, split)
     if split == "val":
         raise DataError(
             f"--data_path {where!r} has no val pictures: a pattern names the shards of one split; "
             "expected a folder, or the address of one, with train and val inside"
         )
-    names = _expand(where)
+    names = _expand_pattern(where)
     if is_address(where):
-        sizes, classes = _fetch_sizes(_beside(names[0], SIZES))
-        return _sized(where, names, sizes, classes, _beside(names[0], SIZES))
+        sizes_file = _sibling_address(names[0], SIZES_FILE)
+        return _shards_with_sizes(where, names, *_fetch_sizes(sizes_file), sizes_file)
     paths = [Path(name).expanduser() for name in names]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
@@ -205,7 +204,7 @@ def list_shards(where: str, split: str | None) -> Shards:
             f"--data_path {where!r}: {len(missing)} of {len(paths)} shards do not exist, the first "
             f"{missing[0]}"
         )
-    return _local(where, paths)
+    return _local_shards(where, paths)
 
 
 def _check_scheme(name: str) -> None:
@@ -217,7 +216,7 @@ def _check_scheme(name: str) -> None:
         )
 
 
-def _expand(pattern: str) -> list[str]:
+def _expand_pattern(pattern: str) -> list[str]:
     from braceexpand import braceexpand
 
     try:
@@ -231,13 +230,13 @@ def _expand(pattern: str) -> list[str]:
     return names
 
 
-def _local(where: str, paths: list[Path]) -> Shards:
+def _local_shards(where: str, paths: list[Path]) -> Shards:
     names = tuple(str(path) for path in paths)
     listed = _read_sizes(paths)
     if listed is not None:
-        return _sized(where, list(names), *listed, told=str(paths[0].parent / SIZES))
+        return _shards_with_sizes(where, list(names), *listed, str(paths[0].parent / SIZES_FILE))
     with ThreadPoolExecutor(8) as pool:
-        counts = list(pool.map(_count, paths))
+        counts = list(pool.map(_count_samples, paths))
     failures = [count.failure for count in counts if count.failure is not None]
     labels = set().union(*(count.labels for count in counts))
     return Shards(where, names, tuple(count.size for count in counts), _classes(labels), failures)
@@ -251,7 +250,7 @@ def _classes(labels: set[str]) -> list[str] | None:
 
 def _read_sizes(paths: list[Path]) -> tuple[dict[str, int], list[str] | None] | None:
     """The local `sizes.json`, if it can stand for counting."""
-    file = paths[0].parent / SIZES
+    file = paths[0].parent / SIZES_FILE
     try:
         written = file.stat().st_mtime_ns
         if any(path.parent != file.parent or path.stat().st_mtime_ns > written for path in paths):
@@ -263,7 +262,7 @@ def _read_sizes(paths: list[Path]) -> tuple[dict[str, int], list[str] | None] | 
     return (sizes, classes) if all(path.name in sizes for path in paths) else None
 
 
-def parse_sizes(text: str, told: str) -> tuple[dict[str, int], list[str] | None]:
+def parse_sizes(text: str, sizes_file: str) -> tuple[dict[str, int], list[str] | None]:
     """`sizes.json` to counts and class names.
 
     Raises:
@@ -272,7 +271,7 @@ def parse_sizes(text: str, told: str) -> tuple[dict[str, int], list[str] | None]
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise DataError(f"{told} is no JSON: {error}. {HOW_TO}") from error
+        raise DataError(f"{sizes_file} is no JSON: {error}. {SIZES_HELP}") from error
     classes = values.pop("classes", None) if isinstance(values, dict) else None
     right = isinstance(values, dict) and all(
         type(size) is int and size >= 0 and name.endswith(SHARD) and not re.search(r"[/\\:]", name)
@@ -282,12 +281,14 @@ def parse_sizes(text: str, told: str) -> tuple[dict[str, int], list[str] | None]
         isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     )
     if not right or not named:
-        raise DataError(f"{told} does not hold names of shards and their counts. {HOW_TO}")
+        raise DataError(
+            f"{sizes_file} does not hold names of shards and their counts. {SIZES_HELP}"
+        )
     return values, classes
 
 
-def _sized(
-    where: str, names: list[str], sizes: dict[str, int], classes: list[str] | None, told: str
+def _shards_with_sizes(
+    where: str, names: list[str], sizes: dict[str, int], classes: list[str] | None, sizes_file: str
 ) -> Shards:
     short = [
         urlsplit(name).path.rpartition("/")[2] if is_address(name) else Path(name).name
@@ -295,29 +296,29 @@ def _sized(
     ]
     missing = [name for name in short if name not in sizes]
     if missing:
-        raise DataError(f"{told} lacks {', '.join(missing[:3])}. {HOW_TO}")
+        raise DataError(f"{sizes_file} lacks {', '.join(missing[:3])}. {SIZES_HELP}")
     return Shards(where, tuple(names), tuple(sizes[name] for name in short), classes)
 
 
-def _listed_at(address: str, split: str | None) -> Shards:
+def _shards_at_address(address: str, split: str | None) -> Shards:
     """The shards that the `sizes.json` at an address names, in its folder of `split` if any."""
     folder = address if address.endswith("/") else f"{address}/"
-    tried = [f"{folder}{split}/{SIZES}"]
+    tried = [f"{folder}{split}/{SIZES_FILE}"]
     if split == "train":
-        tried.append(f"{folder}{SIZES}")
+        tried.append(f"{folder}{SIZES_FILE}")
     reasons = []
-    for told in tried:
+    for sizes_file in tried:
         try:
-            sizes, classes = _fetch_sizes(told)
+            sizes, classes = _fetch_sizes(sizes_file)
         except DataError as error:
             reasons.append(str(error))
             continue
-        names = [_beside(told, name) for name in sorted(sizes)]
-        return _sized(address, names, sizes, classes, told)
+        names = [_sibling_address(sizes_file, name) for name in sorted(sizes)]
+        return _shards_with_sizes(address, names, sizes, classes, sizes_file)
     raise DataError("; ".join(reasons))
 
 
-def _beside(address: str, name: str) -> str:
+def _sibling_address(address: str, name: str) -> str:
     """The address of another file in the same folder."""
     parts = urlsplit(address)
     return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}"))
@@ -332,7 +333,7 @@ def _fetch_sizes(address: str) -> tuple[dict[str, int], list[str] | None]:
     except (OSError, ValueError) as error:
         raise DataError(
             f"--data_path: the sizes of the shards are needed, but {address} cannot be read "
-            f"({error}). {HOW_TO}"
+            f"({error}). {SIZES_HELP}"
         ) from error
     return parse_sizes(text, address)
 
@@ -343,12 +344,12 @@ def write_sizes(folder: str | Path) -> Path:
     Raises:
         DataError: no shards, or a damaged one.
     """
-    file = Path(folder) / SIZES
+    file = Path(folder) / SIZES_FILE
     file.unlink(missing_ok=True)
     paths = sorted(path for path in Path(folder).glob(f"*{SHARD}"))
     if not paths:
         raise DataError(f"{str(folder)!r} holds no {SHARD} files")
-    shards = _local(str(folder), paths)
+    shards = _local_shards(str(folder), paths)
     if shards.failures:
         raise DataError("; ".join(f"{name}: {reason}" for name, reason in shards.failures))
     values: dict[str, Any] = {Path(n).name: size for n, size in zip(shards.names, shards.sizes)}

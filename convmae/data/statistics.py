@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convmae.data.base import check_share
-from convmae.data.photos import Failure
-from convmae.data.pixels import full_scale
+from convmae.data.errors import Failure, check_share
+from convmae.data.normalisation import full_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from convmae.data.base import Source
+    from convmae.data.source import Source
 
 
 def channel_statistics(
@@ -40,15 +39,15 @@ def channel_statistics(
     """
     if max_pictures is not None and max_pictures < 1:
         raise ValueError(f"max_pictures must be at least 1, got {max_pictures}")
-    found: dict[int, np.ndarray] = {}  # [3, C]: pixels, mean, squared deviations
+    measured: dict[int, np.ndarray] = {}  # [3, C]: pixels, mean, squared deviations
     failures: list[Failure] = []
     for index, result in source.map(_moments, max_pictures, workers):
         if isinstance(result, Failure):
             failures.append(result)
         else:
-            found[index] = result
-    check_share(failures, len(found) + len(failures), source.max_unreadable)
-    moments = np.stack([found[index] for index in sorted(found)])
+            measured[index] = result
+    check_share(failures, len(measured) + len(failures), source.max_unreadable)
+    moments = np.stack([measured[index] for index in sorted(measured)])
     pixels, means, squares = moments[:, 0], moments[:, 1], moments[:, 2]
     total = pixels.sum(0)
     mean = (pixels * means).sum(0) / total

@@ -25,23 +25,23 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from convmae.data.arrays import decode_array
-from convmae.data.base import Source, check_share
-from convmae.data.folder import EncodedPicture
+from convmae.data.errors import DataError, Failure, UnreadableError, check_share
 from convmae.data.loader import Batch, make_batch, run_batches
-from convmae.data.photos import NO_LABEL, Failure, Pixels, UnreadableError
-from convmae.data.picture import DataError
+from convmae.data.picture import NO_LABEL, Pixels
+from convmae.data.pillow import EncodedPicture
 from convmae.data.shards import (
-    DAMAGED,
+    ARCHIVE_ERRORS,
     FORMATS,
     LABEL,
     PICTURES,
     Shards,
+    error_reason,
     is_address,
     list_shards,
-    opened,
-    samples_of,
-    what_broke,
+    open_shard,
+    read_samples,
 )
+from convmae.data.source import Source
 from convmae.data.transforms import CentreTransform
 from convmae.seeds import Stream, derive_seed, generator_for, seeded
 
@@ -50,16 +50,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from collections.abc import Set as AbstractSet
 
-    from convmae.data.base import Plan
     from convmae.data.crops import Size
-    from convmae.data.photos import Picture
+    from convmae.data.picture import Picture
+    from convmae.data.source import ReadPlan
     from convmae.data.transforms import Transform
 
 BUFFER = 1000  # samples, not decoded, that one loading process shuffles
-GIVE_UP = 1000  # unreadable samples in a row
+MAX_TRIES = 1000  # unreadable samples in a row
 
 
-class Raw(NamedTuple):
+class RawSample(NamedTuple):
     """A sample that is not decoded yet, or why there is none."""
 
     epoch: int
@@ -70,7 +70,7 @@ class Raw(NamedTuple):
     reason: str = ""
 
 
-class Kind(NamedTuple):
+class SampleKind(NamedTuple):
     """What the samples of a source have in common."""
 
     channels: int
@@ -79,7 +79,7 @@ class Kind(NamedTuple):
     labelled: bool
 
 
-def decode(raw: Raw) -> tuple[Picture, str | None]:
+def decode_sample(raw: RawSample) -> tuple[Picture, str | None]:
     """The picture of a sample, and its label as text.
 
     Raises:
@@ -96,7 +96,7 @@ def decode(raw: Raw) -> tuple[Picture, str | None]:
     return EncodedPicture(data, formats=(FORMATS[suffix],)), label
 
 
-def label_of(text: str | None, kind: Kind) -> int:
+def class_number(text: str | None, kind: SampleKind) -> int:
     """The number of a label, -1 in a source that has none.
 
     Raises:
@@ -121,7 +121,7 @@ def read_shard(
     offset: int,
     epoch: int,
     wanted: AbstractSet[int],
-) -> Iterator[Raw]:
+) -> Iterator[RawSample]:
     """Samples `start` to `stop - 1` of a shard; always that many.
 
     Args:
@@ -129,7 +129,7 @@ def read_shard(
         size: samples in the shard.
         start, stop: which of them.
         offset: number of the shard's first sample.
-        epoch: told with each sample.
+        epoch: yielded with each sample.
         wanted: the samples of the shard whose contents are needed.
 
     Raises:
@@ -137,14 +137,14 @@ def read_shard(
     """
     done, reason = start, f"the shard ends before its {size} samples"
     try:
-        with opened(name) as (archive, stream):
-            samples = samples_of(archive, stream, name, read=is_address(name))
+        with open_shard(name) as (archive, stream):
+            samples = read_samples(archive, stream, name, read=is_address(name))
             for index, sample in enumerate(islice(samples, stop)):
                 if index < start:
                     continue
                 label = f"{name}: {sample['__key__']}"
                 content = _contents(archive, sample) if index in wanted else None
-                yield Raw(epoch, offset + index, label, content)
+                yield RawSample(epoch, offset + index, label, content)
                 done = index + 1
             if stop == size and done == stop and next(samples, None) is not None:
                 raise DataError(
@@ -152,10 +152,10 @@ def read_shard(
                 )
     except DataError:
         raise
-    except DAMAGED as error:
-        reason = what_broke(error)
+    except ARCHIVE_ERRORS as error:
+        reason = error_reason(error)
     for index in range(done, stop):
-        yield Raw(epoch, offset + index, f"{name}: sample {index}", None, reason)
+        yield RawSample(epoch, offset + index, f"{name}: sample {index}", None, reason)
 
 
 def _contents(archive: tarfile.TarFile, sample: dict[str, Any]) -> dict[str, bytes]:
@@ -166,9 +166,9 @@ def _contents(archive: tarfile.TarFile, sample: dict[str, Any]) -> dict[str, byt
     }
 
 
-def in_order(
+def read_in_order(
     shards: Shards, order: list[int], epoch: int, low: int, count: int, skipped: AbstractSet[int]
-) -> Iterator[Raw]:
+) -> Iterator[RawSample]:
     """Samples `low` to `low + count - 1` of the shards in `order`, then fillers without a name.
 
     The contents of those at the places `skipped`, counted from `low`, are not read.
@@ -184,7 +184,7 @@ def in_order(
             yield from read_shard(shards.names[number], *part, epoch, wanted)
         place += size
     for sample in range(max(low, place), low + count):
-        yield Raw(epoch, sample, "")
+        yield RawSample(epoch, sample, "")
 
 
 class StreamDataset(IterableDataset[Batch]):
@@ -200,7 +200,7 @@ class StreamDataset(IterableDataset[Batch]):
     """
 
     def __init__(
-        self, shards: Shards, kind: Kind, transform: Transform, plan: Plan, training: bool
+        self, shards: Shards, kind: SampleKind, transform: Transform, plan: ReadPlan, training: bool
     ) -> None:
         self.shards, self.kind, self.transform = shards, kind, transform
         self.plan, self.training = plan, training
@@ -209,18 +209,18 @@ class StreamDataset(IterableDataset[Batch]):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         plan = self.plan
-        mine = range(plan.first + worker, plan.last, workers)
-        if not mine:
+        own_batches = range(plan.first + worker, plan.last, workers)
+        if not own_batches:
             return
-        raws = _Ahead(self._stream(mine[0], workers))
-        for _ in mine:
+        raw_samples = _Lookahead(self._stream(own_batches[0], workers))
+        for _ in own_batches:
             began = time.perf_counter()
-            chosen = list(islice(raws, plan.batch_size))
+            batch = list(islice(raw_samples, plan.batch_size))
             make = self._train_batch if self.training else self._evaluation_batch
-            yield make(chosen, raws, began)
+            yield make(batch, raw_samples, began)
 
-    def _stream(self, number: int, workers: int) -> Iterator[Raw]:
-        """All that this loading process reads, from batch `number` on, without end."""
+    def _stream(self, number: int, workers: int) -> Iterator[RawSample]:
+        """The samples that this loading process reads, from batch `number` on, without end."""
         epoch, reader = number // self.plan.batches_per_epoch, number % workers
         skip = self._turns(epoch, reader, workers).index(number)
         while True:
@@ -228,41 +228,42 @@ class StreamDataset(IterableDataset[Batch]):
             epoch, skip = epoch + 1, 0
 
     def _turns(self, epoch: int, reader: int, workers: int) -> range:
-        """The batches `b` of an epoch with `b % workers == reader`: that this process prepares."""
+        """The batches `b` of an epoch that process `reader` prepares: `b % workers == reader`."""
         start = epoch * self.plan.batches_per_epoch
         shift = (reader - start) % workers
         return range(start + shift, start + self.plan.batches_per_epoch, workers)
 
-    def _epoch(self, epoch: int, reader: int, workers: int, skip: int) -> Iterator[Raw]:
-        """The samples of one epoch in this loading process, but for the first `skip`."""
+    def _epoch(self, epoch: int, reader: int, workers: int, skip: int) -> Iterator[RawSample]:
+        """The samples of one epoch in this loading process, without the first `skip`."""
         plan = self.plan
         turns = [len(self._turns(epoch, other, workers)) for other in range(workers)]
         before = plan.rank * plan.batches_per_epoch + sum(turns[:reader])
         low, count = before * plan.batch_size, turns[reader] * plan.batch_size
         if not self.training:
-            return in_order(self.shards, _all(self.shards), epoch, low, count, frozenset())
+            order = _all_shards(self.shards)
+            return read_in_order(self.shards, order, epoch, low, count, frozenset())
 
         from webdataset.filters import _shuffle as shuffle
 
         seed = derive_seed(plan.seed, Stream.BUFFER, epoch, plan.rank * workers + reader)
         places = shuffle(iter(range(count)), BUFFER, rng=random.Random(seed))
         skipped = set(islice(places, skip))
-        raws = in_order(self.shards, self._order(epoch), epoch, low, count, skipped)
-        return islice(shuffle(raws, BUFFER, rng=random.Random(seed)), skip, None)
+        raw_samples = read_in_order(self.shards, self._order(epoch), epoch, low, count, skipped)
+        return islice(shuffle(raw_samples, BUFFER, rng=random.Random(seed)), skip, None)
 
     def _order(self, epoch: int) -> list[int]:
         """The shards of an epoch of training, by number."""
         generator = generator_for(self.plan.seed, Stream.ORDER, epoch)
         return torch.randperm(len(self.shards.names), generator=generator).tolist()
 
-    def _transformed(self, raw: Raw, epoch: int, sample: int) -> tuple[Tensor, int]:
+    def _transformed(self, raw: RawSample, epoch: int, sample: int) -> tuple[Tensor, int]:
         """The image and label of `raw` with the random numbers of `(epoch, sample)`.
 
         Raises:
             UnreadableError: it cannot be decoded, or is not like the others.
         """
-        picture, text = decode(raw)
-        label = label_of(text, self.kind)
+        picture, text = decode_sample(raw)
+        label = class_number(text, self.kind)
         with seeded(derive_seed(self.plan.seed, Stream.SAMPLE, epoch, sample)):
             image = self.transform(picture)
         if (len(image), image.dtype) != (self.kind.channels, self.kind.dtype):
@@ -272,27 +273,31 @@ class StreamDataset(IterableDataset[Batch]):
             )
         return image, label
 
-    def _train_batch(self, chosen: list[Raw], raws: _Ahead, began: float) -> Batch:
+    def _train_batch(self, batch: list[RawSample], raw_samples: _Lookahead, began: float) -> Batch:
         failures: list[Failure] = []
         samples = []
-        for place, raw in enumerate(chosen):
-            candidates = [raw, *chosen[place + 1 :]]
-            samples.append(self._readable(raw, candidates, raws, failures))
-        keys = [(raw.epoch, raw.sample) for raw in chosen]
+        for place, raw in enumerate(batch):
+            candidates = [raw, *batch[place + 1 :]]
+            samples.append(self._readable(raw, candidates, raw_samples, failures))
+        keys = [(raw.epoch, raw.sample) for raw in batch]
         return make_batch(samples, keys, failures, began)
 
     def _readable(
-        self, raw: Raw, candidates: list[Raw], raws: _Ahead, failures: list[Failure]
+        self,
+        raw: RawSample,
+        candidates: list[RawSample],
+        raw_samples: _Lookahead,
+        failures: list[Failure],
     ) -> tuple[Tensor, int]:
         """`raw`, or the next in this loading process that can be read.
 
         Raises:
-            DataError: none of the next `GIVE_UP` can be read.
+            DataError: none of the next `MAX_TRIES` can be read.
         """
         tried: list[Failure] = []
-        for step in range(GIVE_UP):
+        for step in range(MAX_TRIES):
             ahead = step - len(candidates)
-            candidate = candidates[step] if ahead < 0 else raws.peek(ahead)
+            candidate = candidates[step] if ahead < 0 else raw_samples.peek(ahead)
             try:
                 sample = self._transformed(candidate, raw.epoch, raw.sample)
             except UnreadableError as error:
@@ -301,12 +306,14 @@ class StreamDataset(IterableDataset[Batch]):
             failures += tried
             return sample
         name, reason = tried[0]
-        raise DataError(f"{GIVE_UP} samples in a row cannot be read; the first, {name}: {reason}")
+        raise DataError(f"{MAX_TRIES} samples in a row cannot be read; the first, {name}: {reason}")
 
-    def _evaluation_batch(self, chosen: list[Raw], raws: _Ahead, began: float) -> Batch:
+    def _evaluation_batch(
+        self, batch: list[RawSample], raw_samples: _Lookahead, began: float
+    ) -> Batch:
         blank = torch.zeros(self.kind.channels, *self.transform.size, dtype=self.kind.dtype)
         samples, failures = [], []
-        for raw in chosen:
+        for raw in batch:
             sample: tuple[Tensor, int] = (blank, NO_LABEL)
             if raw.name:
                 try:
@@ -314,29 +321,29 @@ class StreamDataset(IterableDataset[Batch]):
                 except UnreadableError as error:
                     failures.append(Failure(raw.name, str(error)))
             samples.append(sample)
-        return make_batch(samples, [(0, raw.sample) for raw in chosen], failures, began)
+        return make_batch(samples, [(0, raw.sample) for raw in batch], failures, began)
 
 
-class _Ahead:
+class _Lookahead:
     """An iterator that can look ahead."""
 
-    def __init__(self, items: Iterator[Raw]) -> None:
-        self.items, self.seen = items, deque[Raw]()
+    def __init__(self, items: Iterator[RawSample]) -> None:
+        self.items, self.seen = items, deque[RawSample]()
 
-    def __iter__(self) -> _Ahead:
+    def __iter__(self) -> _Lookahead:
         return self
 
-    def __next__(self) -> Raw:
+    def __next__(self) -> RawSample:
         return self.seen.popleft() if self.seen else next(self.items)
 
-    def peek(self, ahead: int) -> Raw:
+    def peek(self, ahead: int) -> RawSample:
         """The item that `ahead` others come before."""
         while len(self.seen) <= ahead:
             self.seen.append(next(self.items))
         return self.seen[ahead]
 
 
-class _Mapped(IterableDataset[Any]):
+class _MapDataset(IterableDataset[Any]):
     """`function` of the first `limit` whole pictures, shared among the loading processes."""
 
     def __init__(self, shards: Shards, function: Callable[[Tensor], Any], limit: int) -> None:
@@ -348,17 +355,17 @@ class _Mapped(IterableDataset[Any]):
         share = -(-self.limit // workers)
         low = worker * share
         count = max(0, min(share, self.limit - low))
-        for raw in in_order(self.shards, _all(self.shards), 0, low, count, frozenset()):
-            yield raw.sample, self._of(raw)
+        for raw in read_in_order(self.shards, _all_shards(self.shards), 0, low, count, frozenset()):
+            yield raw.sample, self._result(raw)
 
-    def _of(self, raw: Raw) -> Any:
+    def _result(self, raw: RawSample) -> Any:
         try:
-            return self.function(decode(raw)[0].load())
+            return self.function(decode_sample(raw)[0].load())
         except UnreadableError as error:
             return Failure(raw.name, str(error))
 
 
-def _all(shards: Shards) -> list[int]:
+def _all_shards(shards: Shards) -> list[int]:
     return list(range(len(shards.names)))
 
 
@@ -380,39 +387,39 @@ class ShardSource(Source):
         self.pictures = self.samples_per_epoch = sum(shards.sizes)
         self.classes, self.workers, self.max_unreadable = shards.classes, workers, max_unreadable
         self._previews: dict[tuple[int, Size], Tensor] = {}
-        picture, text = next(self._readable())
+        picture, label = next(self._readable())
         image = picture.load()
         self.channels, self.dtype = len(image), image.dtype
-        self.kind = Kind(self.channels, self.dtype, self.classes, text is not None)
-        kinds = f"{self.pictures} samples in {len(shards.names)} shards of {shards.where}"
-        self.description = kinds + (f", {len(self.classes)} classes" if self.classes else "")
+        self.kind = SampleKind(self.channels, self.dtype, self.classes, label is not None)
+        text = f"{self.pictures} samples in {len(shards.names)} shards of {shards.where}"
+        self.description = text + (f", {len(self.classes)} classes" if self.classes else "")
 
     def _readable(self) -> Iterator[tuple[Picture, str | None]]:
-        """The first samples that can be read, of the first `GIVE_UP`, and their labels.
+        """The first samples that can be read, of the first `MAX_TRIES`, and their labels.
 
         Raises:
             DataError: there is none.
         """
-        limit = min(self.pictures, GIVE_UP)
+        limit = min(self.pictures, MAX_TRIES)
         tried: list[Failure] = []
-        for raw in in_order(self.shards, _all(self.shards), 0, 0, limit, frozenset()):
+        for raw in read_in_order(self.shards, _all_shards(self.shards), 0, 0, limit, frozenset()):
             try:
-                picture, text = decode(raw)
+                picture, text = decode_sample(raw)
                 whole = Pixels(picture.load())
             except UnreadableError as error:
                 tried.append(Failure(raw.name, str(error)))
                 continue
             yield whole, text
         if len(tried) == limit:
-            told = f"; the first, {tried[0].name}: {tried[0].reason}" if tried else ""
+            first_failure = f"; the first, {tried[0].name}: {tried[0].reason}" if tried else ""
             raise DataError(
-                f"--data_path {self.shards.where!r} holds no sample that can be read{told}"
+                f"--data_path {self.shards.where!r} holds no sample that can be read{first_failure}"
             )
 
-    def _train(self, transform: Transform, plan: Plan) -> tuple[Dataset[Any], Any]:
+    def _train(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         return StreamDataset(self.shards, self.kind, transform, plan, training=True), None
 
-    def _evaluate(self, transform: Transform, plan: Plan) -> tuple[Dataset[Any], Any]:
+    def _evaluate(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         return StreamDataset(self.shards, self.kind, transform, plan, training=False), None
 
     def preview(self, count: int, size: Size) -> Tensor:
@@ -432,7 +439,7 @@ class ShardSource(Source):
     ) -> Iterator[tuple[int, Any]]:
         """`(index, function(picture))` of every picture, or of the first `max_pictures`."""
         limit = min(self.pictures, max_pictures or self.pictures)
-        dataset = _Mapped(self.shards, function, limit)
+        dataset = _MapDataset(self.shards, function, limit)
         return run_batches(dataset, None, self._workers(workers))
 
 
@@ -442,5 +449,6 @@ def open_shards(where: str, split: str | None, max_unreadable: float, workers: i
     Raises:
         DataError: missing, too many of them damaged, or nothing readable in them.
     """
-    # One loading process at least: Ctrl-C would reach what fetches for this one.
+    # One loading process at least: it ignores Ctrl-C, and so does the program that it starts to
+    # fetch a shard. Started from the main process, that program would be killed.
     return ShardSource(list_shards(where, split), max_unreadable, max(1, workers))

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from convmae.data.crops import MIN_CROP, centre_box, random_box, resized, single_draw_box
-from convmae.data.picture import DataError
-from convmae.data.pixels import IMAGENET_MEAN
+from convmae.data.errors import DataError
+from convmae.data.normalisation import IMAGENET_MEAN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image as PILImage
     from torch import Tensor
 
-    from convmae.data.crops import Pick, Size
-    from convmae.data.photos import Picture
+    from convmae.data.crops import PickBox, Size
+    from convmae.data.picture import Picture
 
 NO_AUGMENT = ("", "none")
 
@@ -44,7 +44,7 @@ class Transform:
 class _CropAndFlip(Transform):
     """A random box, resized, and flipped left to right in the share `hflip` of the draws."""
 
-    def __init__(self, size: Size, pick: Pick, hflip: float) -> None:
+    def __init__(self, size: Size, pick: PickBox, hflip: float) -> None:
         self.size, self.pick, self.hflip = size, pick, hflip
 
     def __call__(self, picture: Picture) -> Tensor:
@@ -154,7 +154,7 @@ def _policy(aa: str, size: Size, mean: Sequence[float]) -> Any:
     fill = tuple(min(255, round(255 * value)) for value in mean)
     hparams = {
         "translate_const": int(min(size) * 0.45),
-        "img_mean": fill if len(fill) > 1 else fill[0],  # of mode L, Pillow wants a number
+        "img_mean": fill if len(fill) > 1 else fill[0],  # for grey pictures Pillow wants a number
     }
     make = rand_augment_transform if aa.startswith("rand") else auto_augment_transform
     try:

@@ -16,12 +16,12 @@ from convmae.models.layers import (
     sincos_pos_embed,
 )
 from convmae.models.tokens import (
-    Hidden,
+    HiddenPatches,
     hidden_patches,
     key_padding,
     pad,
-    removed,
-    shared_places,
+    removed_mask,
+    token_rows,
     unpad,
 )
 from convmae.models.trunk import Trunk, check_heads, check_positive
@@ -94,7 +94,7 @@ class ConvMAE(Trunk):
         ValueError: a size does not fit; the message names it.
     """
 
-    every_token = False  # a subclass may compute every patch, whatever the loss needs
+    predicts_every_patch = False  # a subclass may predict more than the loss needs
 
     def __init__(
         self,
@@ -142,8 +142,13 @@ class ConvMAE(Trunk):
         """Linear layers Xavier-uniform with bias 0, the mask token N(0, 0.02), the rest as built.
 
         Position embeddings are sin-cos and frozen; the last patch embedding is Xavier-uniform as
-        one matrix; all other convolutions keep the initialisation of `torch.nn.Conv2d`.
+        one matrix; all other convolutions keep the initialisation of `torch.nn.Conv2d`. Nothing is
+        drawn on the meta device, which holds no numbers.
         """
+        for parameter in (self.pos_embed, self.decoder_pos_embed):
+            parameter.requires_grad_(False)
+        if self.pos_embed.is_meta:  # PyTorch would import its compiler to draw nothing
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -151,7 +156,6 @@ class ConvMAE(Trunk):
         nn.init.xavier_uniform_(self.patch_embed3.proj.weight.view(self.pos_embed.shape[2], -1))
         nn.init.normal_(self.mask_token, std=0.02)
         for parameter in (self.pos_embed, self.decoder_pos_embed):
-            parameter.requires_grad_(False)
             parameter.copy_(sincos_pos_embed(parameter.shape[2], self.grid))
 
     # -- forward ----------------------------------------------------------------------------------
@@ -194,10 +198,10 @@ class ConvMAE(Trunk):
     ) -> ConvMAEOutput:
         """`forward` with a mask that fits the images; arguments and result are those of it."""
         latent = self.forward_encoder(images, mask)
-        hidden = None if return_pred or self.every_token else hidden_patches(mask)
+        hidden = None if return_pred or self.predicts_every_patch else hidden_patches(mask)
         pred = self.forward_decoder(latent, mask, hidden)
         loss = self.forward_loss(images, pred, mask, hidden)
-        return ConvMAEOutput(loss, removed(mask), pred if return_pred else None)
+        return ConvMAEOutput(loss, removed_mask(mask), pred if return_pred else None)
 
     def make_mask(
         self,
@@ -252,7 +256,7 @@ class ConvMAE(Trunk):
         padding = key_padding(mask)
         tokens, decoded1, decoded2 = (pad(x, mask, padding) for x in self.embed(images, mask))
         for block in self.blocks3:
-            tokens = self.run(block, tokens, padding)
+            tokens = self.run_block(block, tokens, padding)
         with cast_together(list(self.norm.parameters()), tokens):
             latent = self.norm(tokens + decoded1 + decoded2)
         return latent if padding is None else latent.masked_fill(padding.unsqueeze(2), 0.0)
@@ -279,7 +283,7 @@ class ConvMAE(Trunk):
         return add_parameter(self.tokens(x), position), decoded1, decoded2
 
     def forward_decoder(
-        self, latent: Tensor, mask: BlockMask, hidden: Hidden | None = None
+        self, latent: Tensor, mask: BlockMask, hidden: HiddenPatches | None = None
     ) -> Tensor:
         """`pred(norm(blocks(embed(latent) at visible patches, mask token at hidden ones)))`.
 
@@ -296,28 +300,30 @@ class ConvMAE(Trunk):
         position = self.decoder_pos_embed[0]  # [L, width]
         x = add_parameter(x, position.index_select(0, mask.block_index % self.num_patches))
         x = torch.cat([x, (self.mask_token[0] + position).to(x.dtype)])  # [T + L, width]
-        places = shared_places(mask)
+        rows = token_rows(mask)
         blocks, last = self.decoder_blocks[:-1], self.decoder_blocks[-1]
-        if len(blocks) and len(x) < mask.num_blocks:  # hidden tokens are the same in all images yet
-            x = self.run(blocks[0], x, None, None, places)
+        # Before the first block hidden tokens are the same in all images.
+        if len(blocks) and len(x) < mask.num_blocks:
+            x = self.run_block(blocks[0], x, None, None, rows)
             blocks = blocks[1:]
         else:
-            x = places.spread(x)
+            x = rows.spread(x)
         for block in blocks:
-            x = self.run(block, x)
-        x = self.run(last, x, None, None if hidden is None else hidden.patches)
+            x = self.run_block(block, x)
+        x = self.run_block(last, x, None, None if hidden is None else hidden.patches)
         with cast_together([*self.decoder_norm.parameters(), *self.decoder_pred.parameters()], x):
             return self.decoder_pred(self.decoder_norm(x))
 
     def forward_loss(
-        self, images: Tensor, pred: Tensor, mask: BlockMask, hidden: Hidden | None = None
+        self, images: Tensor, pred: Tensor, mask: BlockMask, hidden: HiddenPatches | None = None
     ) -> Tensor:
         """`mean((pred - target) ** 2)` over the hidden patches, in float32 at least.
 
         Args:
             images: `[N, in_chans, H, W]`.
             pred: from `forward_decoder`, with the same `hidden`.
-            mask: the mask; of `G * N` images if each is masked in `G` ways, one after the other.
+            mask: the mask; of `G * N` images if each has `G` masks: first all images with their
+                first mask, then all with their second, and so on.
             hidden: the patches that `pred` is of; None for all.
 
         Returns:
@@ -325,7 +331,7 @@ class ConvMAE(Trunk):
         """
         patches = self._patches(images)  # a view [N, gh, gw, 16, 16, C]
         if hidden is None:
-            weight: Tensor | None = removed(mask)
+            weight: Tensor | None = removed_mask(mask)
         else:
             weight = hidden.real
             image = torch.arange(mask.batch_size, device=images.device) % images.shape[0]
@@ -404,7 +410,7 @@ class ConvMAE(Trunk):
             self.unpatchify(patches.masked_fill(hidden, 0.0)),
             self.unpatchify(pred),
             self.unpatchify(torch.where(hidden, pred, patches)),
-            removed(mask),
+            removed_mask(mask),
         )
 
     def _patches(self, images: Tensor) -> Tensor:

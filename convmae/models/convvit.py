@@ -120,7 +120,12 @@ class ConvViT(Trunk):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Linear layers and the position embedding N(0, 0.02), biases 0, convolutions as built."""
+        """Linear layers and the position embedding N(0, 0.02), biases 0, convolutions as built.
+
+        Nothing is drawn on the meta device, which holds no numbers.
+        """
+        if self.pos_embed.is_meta:
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 _reset_linear(module)
@@ -181,7 +186,7 @@ class ConvViT(Trunk):
             x = self.tokens(outputs[1]).view(images.shape[0], self.num_patches, -1)
             x = add_parameter(x, self.pos_embed)
             for block in self.blocks3:
-                x = self.run(block, x)
+                x = self.run_block(block, x)
             outputs.append(x)
         return outputs
 

@@ -1,7 +1,7 @@
 """ConvMAE as the official code runs it: every position is computed, and a mask multiplies.
 
-The oracle of the parity tests and the opponent of the benchmarks. It is written to be fast: memory
-is channels-last from the first convolution on, nothing is copied that need not be, and attention
+Tests compare `ConvMAE` with it, and benchmarks measure against it. It is written to be fast: memory
+is channels-last from the first convolution on, nothing is copied without need, and attention
 and the arithmetic of products (`multiply`) are those that `ConvMAE` uses.
 """
 
@@ -30,7 +30,7 @@ class DenseConvMAE(ConvMAE):
     `dense = DenseConvMAE(**model.config); dense.load_state_dict(model.state_dict())`.
     """
 
-    every_token = True
+    predicts_every_patch = True
 
     def forward_stages(self, images: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:
         """Stages 1 and 2 and both fusion convolutions, at every position.
@@ -43,12 +43,12 @@ class DenseConvMAE(ConvMAE):
         x = _patch_embed(x, self.patch_embed1)
         visible = mask.to_dense(4).to(x.dtype)
         for block in self.blocks1:
-            x = self.run(_conv_block, x, block, visible)
+            x = self.run_block(_conv_block, x, block, visible)
         decoded1 = _tokens(_conv2d(x, self.stage1_output_decode))
         x = _patch_embed(x, self.patch_embed2)
         visible = mask.to_dense(2).to(x.dtype)
         for block in self.blocks2:
-            x = self.run(_conv_block, x, block, visible)
+            x = self.run_block(_conv_block, x, block, visible)
         decoded2 = _tokens(_conv2d(x, self.stage2_output_decode))
         return x, decoded1, decoded2
 

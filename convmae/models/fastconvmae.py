@@ -142,7 +142,7 @@ def _ratio(length: int, keep: int) -> float:
     """`1 - keep / length`, cut to a short decimal `r` that has `int(length * (1 - r)) == keep`."""
     exact = 1 - keep / length
     for digits in range(4, 17):
-        ratio = math.floor(exact * 10**digits) / 10**digits  # down, as int() drops what is over
+        ratio = math.floor(exact * 10**digits) / 10**digits  # rounded down, as int() rounds
         if int(length * (1 - ratio)) == keep:
             return ratio
     return exact

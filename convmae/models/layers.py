@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convmae.models.tokens import Places, take_tokens
+from convmae.models.tokens import TokenRows, take_tokens
 from convmae_kernels.nn import MaskedConv2d
 from convmae_kernels.ops.support import arithmetic
 from convmae_kernels.ops.support.arithmetic import as_cast, cast_together, multiply, patch_conv2d
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 CONV_EPS = 1e-5  # of the LayerNorms of patch embeddings and convolution blocks
 TOKEN_EPS = 1e-6  # of all others
-# Where the features between blocks are float32 under autocast to bfloat16 too: PyTorch's layer norm
-# on a CPU adds up the gradients of its parameters in the dtype of the features.
-WIDE_SUMS = frozenset({"cpu"})
+# Devices on which the features between blocks stay float32 under autocast to bfloat16: on a CPU,
+# PyTorch's layer norm adds up the gradients of its parameters in the dtype of the features.
+FLOAT32_BETWEEN_BLOCKS = frozenset({"cpu"})
 
 
 def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
@@ -107,20 +107,25 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim] -> [..., dim]`, in the dtype of `x`; for float16 in that of autocast."""
-        kind = x.device.type
-        if x.dtype != torch.bfloat16 or kind in WIDE_SUMS or not autocast_is_on(kind):
+        device = x.device.type
+        if (
+            x.dtype != torch.bfloat16
+            or device in FLOAT32_BETWEEN_BLOCKS
+            or not autocast_is_on(device)
+        ):
             return super().forward(x)
         weight, bias = (as_cast(p).to(x.dtype) for p in (self.weight, self.bias))
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(device, enabled=False):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 def add_parameter(x: Tensor, parameter: Tensor) -> Tensor:
-    """`x + parameter`: in bfloat16 where `x` is, on a GPU; else as PyTorch adds them.
+    """`x + parameter`, in bfloat16 on a GPU if `x` is bfloat16; else as PyTorch adds them.
 
-    So what the blocks add to stays in bfloat16; in float16, which would overflow, it is float32.
+    So the sum that every block adds to stays in bfloat16. With float16, which would overflow, it
+    is float32.
     """
-    narrow = x.dtype == torch.bfloat16 and x.device.type not in WIDE_SUMS
+    narrow = x.dtype == torch.bfloat16 and x.device.type not in FLOAT32_BETWEEN_BLOCKS
     return x + (parameter.to(x.dtype) if narrow else parameter)
 
 
@@ -183,7 +188,8 @@ class DropPath(nn.Module):
         if not self._drops or not self.training:
             return x
         images = x.shape[0] if mask is None else mask.batch_size
-        if torch.compiler.is_compiling():  # no number in it, so one code serves all rates
+        # The rate is a tensor here, so that one compiled code serves all rates.
+        if torch.compiler.is_compiling():
             scale = (torch.rand(images, device=x.device) < self._keep).to(x.dtype) / self._keep
         else:
             scale = x.new_empty(images).bernoulli_(1 - self.rate) / (1 - self.rate)
@@ -273,21 +279,21 @@ class Attention(nn.Module):
         x: Tensor,
         key_padding: Tensor | None = None,
         queries: Tensor | None = None,
-        places: Places | None = None,
+        rows: TokenRows | None = None,
     ) -> Tensor:
         """Tokens attend to all tokens `x` `[N, K, dim]` that are not padding.
 
         Args:
-            x: `[N, K, dim]`, the keys and values; with `places` the rows of them, `[R, dim]`.
+            x: `[N, K, dim]`, the keys and values; or, if `rows` is given, their rows `[R, dim]`.
             key_padding: as in `attention`.
-            queries: `[N, Q, dim]`, the tokens that attend; `x` itself if None, or with `places`.
-            places: where each row belongs.
+            queries: `[N, Q, dim]`, the tokens that attend; if None, or if `rows` is given, all.
+            rows: which row each token is; None where `x` is tokens.
 
         Returns:
             `[N, Q, dim]`.
         """
-        if places is not None:
-            q, k, v = self._heads(places.spread(self.qkv(x)))
+        if rows is not None:
+            q, k, v = self._heads(rows.spread(self.qkv(x)))
         elif queries is None:
             q, k, v = self._heads(self.qkv(x))
         else:
@@ -345,24 +351,24 @@ class Block(nn.Module):
         x: Tensor,
         key_padding: Tensor | None = None,
         index: Tensor | None = None,
-        places: Places | None = None,
+        rows: TokenRows | None = None,
     ) -> Tensor:
         """All tokens of `x`, or only those that are asked for.
 
         Args:
-            x: `[N, K, dim]`; with `places` the rows of these tokens, `[R, dim]`: what is the same
-                for many tokens is computed once.
+            x: `[N, K, dim]`; or, if `rows` is given, the rows of these tokens, `[R, dim]`: what is
+                the same for many tokens is computed once.
             key_padding: bool `[N, K]`, True at tokens that nothing attends to; None for none.
-            index: int64 `[N, Q]`, the tokens to compute; None for all, and with `places`.
-            places: where each row belongs; None where `x` is tokens.
+            index: int64 `[N, Q]`, the tokens to compute; None for all, and if `rows` is given.
+            rows: which row each token is; None where `x` is tokens.
 
         Returns:
             `[N, K, dim]`, or `[N, Q, dim]` with `index`.
         """
         with cast_together(list(self.parameters()), x):
             y = self.norm1(x)
-            if places is not None:
-                y, x = self.attn(y, key_padding, places=places), places.spread(x)
+            if rows is not None:
+                y, x = self.attn(y, key_padding, rows=rows), rows.spread(x)
             elif index is None:
                 y = self.attn(y, key_padding)
             else:

@@ -1,6 +1,6 @@
 """ConvViT in timm's registry: `timm.create_model("convvit_base", features_only=True)`.
 
-timm has no entry points that would find other packages, so somebody has to import this module:
+timm does not find models of other packages by itself, so this module must be imported:
 
     import convmae, timm
 

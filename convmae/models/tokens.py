@@ -1,4 +1,4 @@
-"""Tokens: packed rows to padded sequences and back, and which tokens are hidden."""
+"""Tokens: packed rows to padded sequences and back, and which of them are hidden."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from convmae_kernels import BlockMask
 
 
-class Hidden(NamedTuple):
+class HiddenPatches(NamedTuple):
     """The hidden patches of each image, in raster order.
 
     Attributes:
-        patches: int64 `[N, H]`, their places in `[0, L)`; `H` is the largest number in one image.
+        patches: int64 `[N, H]`, their numbers in `[0, L)`; `H` is the largest number in one image.
         real: bool `[N, H]`, False where an image has fewer and the entry is a filler; None where
             all images have the same number.
     """
@@ -26,20 +26,20 @@ class Hidden(NamedTuple):
     real: Tensor | None
 
 
-def removed(mask: BlockMask) -> Tensor:
+def removed_mask(mask: BlockMask) -> Tensor:
     """MAE's mask: float32 `[N, L]` in raster order, 1 = removed (hidden), 0 = kept."""
     return (~mask.visible).flatten(1).float()
 
 
-def hidden_patches(mask: BlockMask) -> Hidden | None:
+def hidden_patches(mask: BlockMask) -> HiddenPatches | None:
     """The hidden patches of each image; None if it is certain that there are none."""
     visible = mask.visible.flatten(1)
     order = visible.to(torch.uint8).argsort(dim=1, stable=True)  # hidden first, in raster order
     count = visible.shape[1] - mask.min_per_image
     if mask.visible_per_image is not None:
-        return Hidden(order[:, :count], None) if count else None
+        return HiddenPatches(order[:, :count], None) if count else None
     counts = (~visible).sum(dim=1, keepdim=True)
-    return Hidden(order[:, :count], torch.arange(count, device=counts.device) < counts)
+    return HiddenPatches(order[:, :count], torch.arange(count, device=counts.device) < counts)
 
 
 def key_padding(mask: BlockMask) -> Tensor | None:
@@ -83,19 +83,19 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x.reshape(images * tokens, dim).index_select(0, rows).view(images, -1, dim)
 
 
-class Places(NamedTuple):
-    """Which row each token of a batch is: visible tokens have rows of their own, hidden ones share.
+class TokenRows(NamedTuple):
+    """Which row each token is: a visible token has its own row, hidden tokens share rows.
 
     Rows are `[T + L, D]`: those of the `T` visible patches of all images, then one for each of the
     `L` patches of an image, which stands for that patch wherever it is hidden.
 
     Attributes:
-        rows: int64 `[N * L]`, the row of each token.
+        row_of_token: int64 `[N * L]`, the row of each token.
         visible: int64 `[T]`, the tokens that have a row of their own; ascending.
         hidden: float32 `[N, L]`, 1 where a token shares its row, else 0.
     """
 
-    rows: Tensor
+    row_of_token: Tensor
     visible: Tensor
     hidden: Tensor
 
@@ -106,26 +106,26 @@ class Places(NamedTuple):
         return _Spread.apply(x, *self)
 
 
-def shared_places(mask: BlockMask) -> Places:
-    """Where the tokens of each image lie if hidden ones share a row for each patch of an image."""
+def token_rows(mask: BlockMask) -> TokenRows:
+    """The row of each token of a batch; hidden tokens of one patch number share one."""
     blocks = mask.num_visible
     own = torch.arange(blocks, device=mask.device)
     shared = torch.arange(blocks, blocks + mask.grid[0] * mask.grid[1], device=mask.device)
-    rows = shared.repeat(mask.batch_size).index_copy(0, mask.block_index, own)
-    return Places(rows, mask.block_index, removed(mask))
+    row_of_token = shared.repeat(mask.batch_size).index_copy(0, mask.block_index, own)
+    return TokenRows(row_of_token, mask.block_index, removed_mask(mask))
 
 
-def _spread(x: Tensor, rows: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-    return x.index_select(0, rows).view(*hidden.shape, x.shape[1])
+def _spread(x: Tensor, row_of_token: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+    return x.index_select(0, row_of_token).view(*hidden.shape, x.shape[1])
 
 
 class _Spread(torch.autograd.Function):
-    """`_spread`, whose gradient adds up what shares a row in a fixed order."""
+    """`_spread`; its gradient adds up the tokens that share a row in a fixed order."""
 
     @staticmethod
-    def forward(ctx, x, rows, visible, hidden):
+    def forward(ctx, x, row_of_token, visible, hidden):
         ctx.save_for_backward(visible, hidden)
-        return _spread(x, rows, visible, hidden)
+        return _spread(x, row_of_token, visible, hidden)
 
     @staticmethod
     def backward(ctx, grad):

@@ -53,9 +53,9 @@ class Trunk(nn.Module):
         self.grad_checkpointing = False
         self.in_chans = check_positive("in_chans", in_chans)
         self.img_size = check_img_size(img_size)
-        dims = [check_positive("embed_dim", dim) for dim in _three("embed_dim", embed_dim)]
-        depths = [check_positive("depth", n) for n in _three("depth", depth)]
-        ratios = _three("mlp_ratio", mlp_ratio)
+        dims = [check_positive("embed_dim", dim) for dim in _one_per_stage("embed_dim", embed_dim)]
+        depths = [check_positive("depth", n) for n in _one_per_stage("depth", depth)]
+        ratios = _one_per_stage("mlp_ratio", mlp_ratio)
         check_heads("embed_dim[2]", dims[2], "num_heads", num_heads)
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
@@ -110,7 +110,7 @@ class Trunk(nn.Module):
             if isinstance(module, PatchEmbed | ConvBlock | Block):
                 module.compile(backend=backend, dynamic=False)
 
-    def run(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    def run_block(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """`block(*arguments)`, checkpointed if that is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *arguments, use_reentrant=False)
@@ -124,14 +124,14 @@ class Trunk(nn.Module):
         """Images `[N, C, H, W]` to `[T, 16, embed_dim[0]]`, visible patches only."""
         x = self.patch_embed1(self.pixels(images, mask))  # [T, 256, C] -> [T, 16, D1]
         for block in self.blocks1:
-            x = self.run(block, x, mask)
+            x = self.run_block(block, x, mask)
         return x
 
     def stage2(self, x: Tensor, mask: BlockMask) -> Tensor:
         """`[T, 16, embed_dim[0]] -> [T, 4, embed_dim[1]]`."""
         x = self.patch_embed2(x)
         for block in self.blocks2:
-            x = self.run(block, x, mask)
+            x = self.run_block(block, x, mask)
         return x
 
     def tokens(self, x: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
         raise ValueError(f"{dim_name} = {dim} must be a multiple of {heads_name} = {heads}")
 
 
-def _three(name: str, values: Sequence) -> list:
+def _one_per_stage(name: str, values: Sequence) -> list:
     if not isinstance(values, Sequence) or len(values) != 3:
         raise ValueError(f"{name} must have one value for each of the 3 stages, got {values!r}")
     return list(values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
+from convmae.data.errors import DataError, Failure, UnreadableError
 from convmae.data.loader import (
     EvaluationDataset,
     EvaluationSampler,
@@ -18,8 +18,7 @@ from convmae.data.loader import (
     read_or_next,
     run_batches,
 )
-from convmae.data.photos import Failure, Subset, UnreadableError
-from convmae.data.picture import DataError
+from convmae.data.picture import Subset
 from convmae.data.transforms import CentreTransform
 from convmae.seeds import Stream, generator_for
 
@@ -31,12 +30,12 @@ if TYPE_CHECKING:
 
     from convmae.data.crops import Size
     from convmae.data.loader import Batch
-    from convmae.data.photos import Photos
+    from convmae.data.picture import Photos
     from convmae.data.transforms import Transform
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReadPlan:
     """Which batches of a run one process is to see."""
 
     batch_size: int
@@ -77,11 +76,11 @@ class Source(ABC):
     max_unreadable: float
 
     @abstractmethod
-    def _train(self, transform: Transform, plan: Plan) -> tuple[Dataset[Any], Any]:
+    def _train(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         """The dataset and sampler of `batches`."""
 
     @abstractmethod
-    def _evaluate(self, transform: Transform, plan: Plan) -> tuple[Dataset[Any], Any]:
+    def _evaluate(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         """The dataset and sampler of `evaluation_batches`."""
 
     @abstractmethod
@@ -146,15 +145,18 @@ class Source(ABC):
             ValueError: more `batches_per_epoch` than the samples make.
         """
         transform.check(self.channels, self.dtype)
-        most = self.samples_per_epoch // (batch_size * world)
-        if most == 0:
+        whole_batches = self.samples_per_epoch // (batch_size * world)
+        if whole_batches == 0:
             raise DataError(
                 f"--batch_size {batch_size} in {world} processes needs {batch_size * world} "
                 f"pictures a step, but there are {self.samples_per_epoch}"
             )
-        if batches_per_epoch is not None and not 0 < batches_per_epoch <= most:
-            raise ValueError(f"batches_per_epoch must be in [1, {most}], got {batches_per_epoch}")
-        plan = Plan(batch_size, first, last, batches_per_epoch or most, seed, rank, world)
+        if batches_per_epoch is not None and not 0 < batches_per_epoch <= whole_batches:
+            raise ValueError(
+                f"batches_per_epoch must be in [1, {whole_batches}], got {batches_per_epoch}"
+            )
+        per_epoch = batches_per_epoch or whole_batches
+        plan = ReadPlan(batch_size, first, last, per_epoch, seed, rank, world)
         dataset, sampler = self._train(transform, plan)
         return run_batches(dataset, sampler, self._workers(workers), pin)
 
@@ -185,7 +187,7 @@ class Source(ABC):
         """
         transform.check(self.channels, self.dtype)
         count = self.evaluation_steps(batch_size, world)
-        plan = Plan(batch_size, 0, count, count, 0, rank, world)
+        plan = ReadPlan(batch_size, 0, count, count, 0, rank, world)
         dataset, sampler = self._evaluate(transform, plan)
         return run_batches(dataset, sampler, self._workers(workers), pin)
 
@@ -223,7 +225,7 @@ class PhotoSource(Source):
         self.workers, self.failures = workers, list(failures)
         self.max_unreadable = max_unreadable
 
-    def _train(self, transform: Transform, plan: Plan) -> tuple[Dataset[Any], Any]:
+    def _train(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         sampler = RunSampler(
             self.samples_per_epoch,
             plan.batch_size,
@@ -236,18 +238,18 @@ class PhotoSource(Source):
         )
         return PictureDataset(self.photos, transform, plan.seed), sampler
 
-    def _evaluate(self, transform: Transform, plan: Plan) -> tuple[Dataset[Any], Any]:
+    def _evaluate(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         sampler = EvaluationSampler(self.pictures, plan.batch_size, plan.rank, plan.world)
         return EvaluationDataset(self.photos, transform), sampler
 
     def preview(self, count: int, size: Size) -> Tensor:
-        """Centre crops of `count` pictures at most, evenly chosen: `[N, C, H, W]`, as stored.
+        """Centre crops of `count` pictures at most, evenly spaced: `[N, C, H, W]`, as stored.
 
         Raises:
             DataError: none can be read.
         """
         transform = CentreTransform(size)
-        chosen = evenly(self.pictures, count)
+        chosen = evenly_spaced(self.pictures, count)
         crops = [read_or_next(self.photos, index, transform)[0][0] for index in chosen]
         return torch.stack([crop.contiguous() for crop in crops])
 
@@ -258,30 +260,31 @@ class PhotoSource(Source):
         workers: int | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """`(index, function(picture))` of every picture, or of an even sample of `max_pictures`."""
-        chosen = evenly(self.pictures, max_pictures or self.pictures)
+        chosen = evenly_spaced(self.pictures, max_pictures or self.pictures)
         lists = [chosen[start : start + 16] for start in range(0, len(chosen), 16)]
-        for results in run_batches(_Mapped(self.photos, function), lists, self._workers(workers)):
+        dataset = _MapDataset(self.photos, function)
+        for results in run_batches(dataset, lists, self._workers(workers)):
             yield from results
 
 
-class _Mapped(Dataset[Any]):
+class _MapDataset(Dataset[Any]):
     """`function` of whole pictures."""
 
     def __init__(self, photos: Photos, function: Callable[[Tensor], Any]) -> None:
         self.photos, self.function = photos, function
 
     def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
-        return [(index, self._of(index)) for index in indices]
+        return [(index, self._result(index)) for index in indices]
 
-    def _of(self, index: int) -> Any:
+    def _result(self, index: int) -> Any:
         try:
             return self.function(self.photos.load(index))
         except UnreadableError as error:
             return Failure(self.photos.name(index), str(error))
 
 
-def evenly(total: int, count: int) -> list[int]:
-    """`count` of the numbers below `total`, evenly chosen; all of them if there are no more."""
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """`count` of the numbers below `total`, evenly spaced; all of them if there are no more."""
     count = min(count, total)
     return [index * total // count for index in range(count)]
 
@@ -289,14 +292,15 @@ def evenly(total: int, count: int) -> list[int]:
 def choose_balanced(
     photos: Photos, count: int, seed: int, broken: AbstractSet[str] = frozenset(), classes: int = 1
 ) -> Subset:
-    """`count` pictures, as many of each label as can be, chosen by `seed`; those `broken` never.
+    """`count` pictures that are not `broken`, chosen by `seed` evenly over the labels.
 
     Raises:
         DataError: `count` is below 1 or above the number of pictures.
     """
     generator = generator_for(seed, Stream.CHOICE)
     seen: dict[int, int] = {}
-    ranked: list[tuple[int, float, int]] = []  # rank in its class, tie of ranks, index
+    # For each picture: its number within its class, a random number of the class, its index.
+    ranked: list[tuple[int, float, int]] = []
     ties = torch.rand(max(1, classes) + 1, generator=generator).tolist()
     for index in torch.randperm(len(photos), generator=generator).tolist():
         if not broken or photos.name(index) not in broken:
@@ -309,16 +313,3 @@ def choose_balanced(
             f"{count}"
         )
     return Subset(photos, sorted(index for _, _, index in sorted(ranked)[:count]))
-
-
-def check_share(failures: Sequence[Failure], of: int, limit: float, what: str = "pictures") -> None:
-    """Raises `DataError` where more than the share `limit` of the pictures is unreadable."""
-    count = len(failures)
-    if count <= limit * of and count < of:
-        return
-    first = "; ".join(f"{name}: {reason}" for name, reason in failures[:5])
-    share = count / of if of else math.nan
-    raise DataError(
-        f"{count} of {of} {what} cannot be read ({share:.1%}), more than --max_unreadable "
-        f"{limit:g} allows. The first: {first}"
-    )

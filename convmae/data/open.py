@@ -1,4 +1,4 @@
-"""Where pictures come from, told apart by what lies at `--data_path`, checked before use."""
+"""Opens the pictures at `--data_path`: what lies there decides which source reads them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convmae.data.arrays import EXTENSION as ARRAY
-from convmae.data.arrays import ArrayPhotos
-from convmae.data.base import PhotoSource, Source, check_share, choose_balanced
+from convmae.data.arrays import ARRAY_EXTENSION, ArrayPhotos
 from convmae.data.demo import CROPS_PER_PHOTO, DemoPhotos
-from convmae.data.folder import (
-    EXTENSIONS,
-    FolderPhotos,
-    check_readable,
-    find_pictures,
-    walk_pictures,
-)
+from convmae.data.errors import DataError, check_share
+from convmae.data.folder import FolderPhotos, check_readable, find_pictures, walk_pictures
 from convmae.data.idx import IdxPhotos, find_idx
-from convmae.data.picture import DataError
+from convmae.data.pillow import EXTENSIONS
+from convmae.data.source import PhotoSource, Source, choose_balanced
 from convmae.data.stream import ShardSource, open_shards
 
 if TYPE_CHECKING:
-    from convmae.data.photos import Failure, Photos
+    from convmae.data.errors import Failure
+    from convmae.data.picture import Photos
 
 SPLITS = ("train", "val")
 VAL_FOLDERS = ("val", "test")
@@ -69,31 +64,31 @@ def open_source(
     text = os.fspath(data_path)
     if text == "demo":
         demo, limits = DemoPhotos(), (max_unreadable, max_samples, seed)
-        words = f"demo: {len(demo)} photographs of scikit-image"
-        return _of_photos(demo, words, None, *limits, repeats=CROPS_PER_PHOTO, workers=0)
+        description = f"demo: {len(demo)} photographs of scikit-image"
+        return _photo_source(demo, description, None, *limits, repeats=CROPS_PER_PHOTO, workers=0)
     folder = Path(text).expanduser()
     if not folder.is_dir():
-        if text.endswith(SHARD) or _is_address(text):
-            return _of_shards(text, split, max_unreadable, max_samples)
+        if text.endswith(SHARD) or _has_scheme(text):
+            return _shard_source(text, split, max_unreadable, max_samples)
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise DataError(f"--data_path {text!r} {what}; expected 'demo' or a folder of pictures")
     idx = find_idx(folder)
     if idx is not None:
-        numbers = IdxPhotos(idx, split)
-        words = f"{len(numbers)} pictures of {idx} ({split})"
-        classes = list(numbers.classes)
-        return _of_photos(numbers, words, classes, max_unreadable, max_samples, seed)
+        idx_photos = IdxPhotos(idx, split)
+        description = f"{len(idx_photos)} pictures of {idx} ({split})"
+        classes = list(idx_photos.classes)
+        return _photo_source(idx_photos, description, classes, max_unreadable, max_samples, seed)
     here = split_folder(folder, split, text)
     if _has_shards(here):
-        return _of_shards(str(here), None, max_unreadable, max_samples)
-    return _of_folder(here, folder, max_unreadable, max_samples, seed)
+        return _shard_source(str(here), None, max_unreadable, max_samples)
+    return _folder_source(here, folder, max_unreadable, max_samples, seed)
 
 
-def _is_address(text: str) -> bool:
+def _has_scheme(text: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text) is not None
 
 
-def _of_shards(
+def _shard_source(
     where: str, split: str | None, max_unreadable: float, max_samples: int | None
 ) -> ShardSource:
     if max_samples is not None:
@@ -104,7 +99,7 @@ def _of_shards(
     return open_shards(where, split, max_unreadable, default_workers())
 
 
-def split_folder(folder: Path, split: str, told: str) -> Path:
+def split_folder(folder: Path, split: str, data_path: str) -> Path:
     """Where the pictures of `split` lie.
 
     Raises:
@@ -119,7 +114,9 @@ def split_folder(folder: Path, split: str, told: str) -> Path:
         return folder
     looked = " or ".join(str(folder / name) for name in names)
     beside = f"; found {folder / others[0]} alone" if others else ""
-    raise DataError(f"--data_path {told!r} has no {split} pictures: looked for {looked}{beside}")
+    raise DataError(
+        f"--data_path {data_path!r} has no {split} pictures: looked for {looked}{beside}"
+    )
 
 
 def _has_shards(folder: Path) -> bool:
@@ -130,52 +127,52 @@ def _has_shards(folder: Path) -> bool:
     """
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     shards = [name for name in names if name.endswith(SHARD)]
-    others = [n for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS | {ARRAY}]
+    others = [n for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS | {ARRAY_EXTENSION}]
     if shards and others:
-        raise _mixed(folder, min(shards), min(others))
+        raise _mixed_kinds(folder, min(shards), min(others))
     return bool(shards)
 
 
-def _mixed(folder: Path, one: str, other: str) -> DataError:
+def _mixed_kinds(folder: Path, one: str, other: str) -> DataError:
     return DataError(
         f"--data_path: {folder} holds files of two kinds, {one} and {other}; expected pictures, "
         ".npy arrays or .tar shards, in a folder of their own"
     )
 
 
-def _of_folder(
+def _folder_source(
     here: Path, root: Path, max_unreadable: float, max_samples: int | None, seed: int
 ) -> PhotoSource:
-    paths = find_pictures(here, extensions=EXTENSIONS | {ARRAY})
+    paths = find_pictures(here, extensions=EXTENSIONS | {ARRAY_EXTENSION})
     classes = class_folders(root / "train" if (root / "train").is_dir() else here)
     labels = None if classes is None else _labels(paths, here, classes)
-    arrays = [path for path in paths if path.suffix.lower() == ARRAY]
-    words = f"{len(paths)} pictures in {here}"
+    arrays = [path for path in paths if path.suffix.lower() == ARRAY_EXTENSION]
+    description = f"{len(paths)} pictures in {here}"
     if not arrays:
         failures, checked = check_readable(paths)
         check_share(failures, checked, max_unreadable)
         photos: Photos = FolderPhotos(paths, labels)
     elif len(arrays) < len(paths):
-        other = next(path for path in paths if path.suffix.lower() != ARRAY)
+        other = next(path for path in paths if path.suffix.lower() != ARRAY_EXTENSION)
         names = (str(path.relative_to(here)) for path in (arrays[0], other))
-        raise _mixed(here, *names)
+        raise _mixed_kinds(here, *names)
     else:
-        of_arrays = ArrayPhotos(paths, labels)
-        failures = of_arrays.failures
-        check_share(failures, len(of_arrays), max_unreadable)
-        photos = of_arrays
+        array_photos = ArrayPhotos(paths, labels)
+        failures = array_photos.failures
+        check_share(failures, len(array_photos), max_unreadable)
+        photos = array_photos
         kind = f"{photos.channels} channels of {str(photos.dtype).removeprefix('torch.')}"
-        words = f"{len(photos)} arrays of {kind} in {here}"
+        description = f"{len(photos)} arrays of {kind} in {here}"
     if classes is not None:
-        words += f", {len(classes)} classes"
-    return _of_photos(
-        photos, words, classes, max_unreadable, max_samples, seed, failures=tuple(failures)
+        description += f", {len(classes)} classes"
+    return _photo_source(
+        photos, description, classes, max_unreadable, max_samples, seed, failures=tuple(failures)
     )
 
 
 def class_folders(folder: Path) -> list[str] | None:
     """The sorted sub-folders that hold pictures; None where pictures lie in `folder` itself."""
-    extensions = EXTENSIONS | {ARRAY}
+    extensions = EXTENSIONS | {ARRAY_EXTENSION}
     names = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
@@ -209,9 +206,9 @@ def _labels(paths: list[Path], here: Path, classes: list[str]) -> list[int]:
     return labels
 
 
-def _of_photos(
+def _photo_source(
     photos: Photos,
-    words: str,
+    description: str,
     classes: list[str] | None,
     max_unreadable: float,
     max_samples: int | None,
@@ -223,15 +220,15 @@ def _of_photos(
     if max_samples is not None:
         broken = {failure.name for failure in failures}
         photos = choose_balanced(photos, max_samples, seed, broken, len(classes or "1"))
-        words += f"; {max_samples} of them chosen"
+        description += f"; {max_samples} of them chosen"
         failures = ()
     if repeats > 1:
-        words += f", {repeats * len(photos)} crops of them an epoch"
+        description += f", {repeats * len(photos)} crops of them an epoch"
     return PhotoSource(
         photos,
         classes=classes,
         repeats=repeats,
-        description=words,
+        description=description,
         workers=default_workers() if workers is None else workers,
         failures=list(failures),
         max_unreadable=max_unreadable,

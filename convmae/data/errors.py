@@ -1,0 +1,39 @@
+"""What can be wrong with pictures: one that cannot be read, and data that cannot be used."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class DataError(ValueError):
+    """The pictures asked for cannot be used: missing, empty, or too many of them unreadable."""
+
+
+class UnreadableError(Exception):
+    """One picture could not be decoded; the message says why."""
+
+
+class Failure(NamedTuple):
+    """A picture that could not be read: what it is called, and why."""
+
+    name: str
+    reason: str
+
+
+def check_share(
+    failures: Sequence[Failure], total: int, limit: float, what: str = "pictures"
+) -> None:
+    """Raises `DataError` where more than the share `limit` of `total` pictures is unreadable."""
+    count = len(failures)
+    if count <= limit * total and count < total:
+        return
+    first = "; ".join(f"{name}: {reason}" for name, reason in failures[:5])
+    share = count / total if total else math.nan
+    raise DataError(
+        f"{count} of {total} {what} cannot be read ({share:.1%}), more than --max_unreadable "
+        f"{limit:g} allows. The first: {first}"
+    )
