@@ -25,8 +25,9 @@ if TYPE_CHECKING:
         PretrainConfig,
         ReconstructConfig,
         StatsConfig,
+        WeightsError,
     )
-    from convmae.data import DataError
+    from convmae.data import DataError, normalise
     from convmae.models import (
         ConvMAE,
         ConvMAEOutput,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from convmae.tasks.probe import linprobe
     from convmae.training.run import RunSummary
     from convmae.training.state import TrainingError
-    from convmae.weights.checkpoint import load_model
+    from convmae.weights.checkpoint import load_model, open_weights
 
 __version__ = "0.1.0"
 
@@ -54,9 +55,9 @@ _MODULES = {
     "commands.stats": ("stats",),
     "config": (
         *("ConvertConfig", "EvaluateConfig", "FinetuneConfig", "LinprobeConfig", "OptionError"),
-        *("PretrainConfig", "ReconstructConfig", "StatsConfig"),
+        *("PretrainConfig", "ReconstructConfig", "StatsConfig", "WeightsError"),
     ),
-    "data": ("DataError",),
+    "data": ("DataError", "normalise"),
     "models": (
         *("ConvMAE", "ConvMAEOutput", "ConvViT", "FastConvMAE", "Reconstruction"),
         *("create_model", "full_name", "list_models"),
@@ -67,7 +68,7 @@ _MODULES = {
     "tasks.probe": ("linprobe",),
     "training.run": ("RunSummary",),
     "training.state": ("TrainingError",),
-    "weights.checkpoint": ("load_model",),
+    "weights.checkpoint": ("load_model", "open_weights"),
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -88,6 +89,7 @@ __all__ = [
     "RunSummary",
     "StatsConfig",
     "TrainingError",
+    "WeightsError",
     "__version__",
     "convert",
     "create_model",
@@ -97,6 +99,8 @@ __all__ = [
     "linprobe",
     "list_models",
     "load_model",
+    "normalise",
+    "open_weights",
     "pretrain",
     "reconstruct",
     "register_timm",

@@ -18,6 +18,7 @@ from convmae.config import (
     FinetuneConfig,
     InfoConfig,
     LinprobeConfig,
+    MessageError,
     OptionError,
     PretrainConfig,
     ReconstructConfig,
@@ -90,21 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # of `convmae info | head`; nothing more can be printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except OptionError as error:
-        return _tell(error, BAD_OPTION)
-    except (ValueError, RuntimeError) as error:
-        from convmae.data import DataError
-        from convmae.training.state import TrainingError
-
-        if isinstance(error, DataError | TrainingError):
-            return _tell(error, BAD_OPTION if isinstance(error, DataError) else FAILED)
-        raise
+    except MessageError as error:
+        return _report(error, BAD_OPTION if isinstance(error, ValueError) else FAILED)
 
 
-def _tell(error: Exception, status: int) -> int:
+def _report(error: MessageError, status: int) -> int:
+    """Prints an error in one line, options as flags; returns the exit status."""
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (process {rank})"
-    print(f"convmae: error{where}: {error}", file=sys.stderr)
+    print(f"convmae: error{where}: {error.with_flags}", file=sys.stderr)
     return status
 
 

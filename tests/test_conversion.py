@@ -14,11 +14,11 @@ from golden import fill
 import convmae
 from convmae.config import OptionError
 from convmae.models.layers import sincos_pos_embed
-from convmae.weights.checkpoint import load_model, read_weights
+from convmae.weights.checkpoint import load_model, open_weights
+from convmae.weights.foreign import open_foreign
 from convmae.weights.pretrained import (
+    classifier_for,
     load_pretrained,
-    pretrained_model,
-    pretrained_statistics,
     resample_pos_embed,
 )
 from tests.foreign_files import encoder_of, official, refused, run, same, save
@@ -50,7 +50,7 @@ def test_half_precision_stays(tmp_path: Path) -> None:
     state = {key: value.half() for key, value in official().items()}
     report = run(save(tmp_path / "a.pth", state), tmp_path / "a.safetensors")
     assert "tensors stay in float16" in report.notes
-    assert same(read_weights(report.output, "--checkpoint").state, state)
+    assert same(open_weights(report.output).state, state)
 
 
 WRAPPED = {
@@ -71,7 +71,7 @@ def test_wrappings(tmp_path: Path, wrapped: str) -> None:
     state = official(size=32)
     report = run(save(tmp_path / "a.pth", WRAPPED[wrapped](state)), tmp_path / "a.safetensors")
     assert report.unexpected == [] and report.missing == []
-    assert same(read_weights(report.output, "").state, state)
+    assert same(open_weights(report.output).state, state)
 
 
 def test_views_of_one_storage_and_old_files_and_safetensors(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_views_of_one_storage_and_old_files_and_safetensors(tmp_path: Path) -> N
     save_file(state, files[2])
     for file in files:
         run(file, tmp_path / file.stem)
-        assert same(read_weights(tmp_path / file.stem, "").state, state)
+        assert same(open_weights(tmp_path / file.stem).state, state)
 
 
 @pytest.mark.parametrize("low_byte", [0x80, 0x50, 0x20])
@@ -103,7 +103,7 @@ def test_safetensors_are_known_whatever_their_first_byte(tmp_path: Path, low_byt
         if file.read_bytes()[0] == low_byte:
             break
     assert file.read_bytes()[0] == low_byte
-    assert same(read_weights(run(file, tmp_path / "ours").output, "").state, state)
+    assert same(open_weights(run(file, tmp_path / "ours").output).state, state)
 
 
 def test_entries_of_a_file_can_be_chosen(tmp_path: Path) -> None:
@@ -111,9 +111,9 @@ def test_entries_of_a_file_can_be_chosen(tmp_path: Path) -> None:
     file = save(tmp_path / "a.pth", {"model": first, "model_ema": second})
     report = run(file, tmp_path / "a.safetensors")
     assert "not read: model_ema" in report.checkpoint
-    assert same(read_weights(report.output, "").state, first)
+    assert same(open_weights(report.output).state, first)
     report = run(file, tmp_path / "b.safetensors", key="model_ema")
-    assert same(read_weights(report.output, "").state, second)
+    assert same(open_weights(report.output).state, second)
     assert "has no such dictionary; it has model, model_ema" in refused(file, key="teacher")
 
 
@@ -153,7 +153,9 @@ def test_an_encoder_alone_converts_to_what_finetune_takes(tmp_path: Path) -> Non
         "the file holds an encoder alone, without decoder_*, mask_token, stage1_output_decode.*, "
         "stage2_output_decode.*, head.*; --finetune takes it"
     ) in report.notes
-    loaded = load_pretrained(convmae.create_model("convvit_tiny", img_size=64), report.output)
+    loaded = load_pretrained(
+        convmae.create_model("convvit_tiny", img_size=64), open_foreign(report.output)
+    )
     assert set(loaded.missing) == FRESH
     run(report.output, tmp_path / "back.pth")
     assert same(torch.load(tmp_path / "back.pth", weights_only=True)["model"], state)
@@ -168,7 +170,7 @@ def test_what_is_missing_is_fresh_only_on_request_and_listed(tmp_path: Path) -> 
     loaded = load_model(report.output)
     assert torch.equal(loaded.patch_embed4.weight, state["patch_embed4.weight"])
     again = run(file, tmp_path / "b.safetensors", kind="convmae")
-    assert same(*(read_weights(r.output, "").state for r in (report, again)))
+    assert same(*(open_weights(r.output).state for r in (report, again)))
 
 
 def test_kind_leaves_the_decoder_out(tmp_path: Path) -> None:
@@ -188,7 +190,7 @@ def test_other_tensors_are_unexpected_and_the_row_of_a_class_token_is_left_out(
     report = run(save(tmp_path / "v2.pth", state), tmp_path / "a.safetensors")
     assert report.unexpected == ["cls_token"]
     assert "pos_embed: the first of 17 rows, of cls_token, is left out" in report.notes
-    assert torch.equal(read_weights(report.output, "").state["pos_embed"], position)
+    assert torch.equal(open_weights(report.output).state["pos_embed"], position)
 
 
 def test_a_file_of_no_known_size_needs_its_heads(tmp_path: Path) -> None:
@@ -204,18 +206,18 @@ def test_a_file_of_no_known_size_needs_its_heads(tmp_path: Path) -> None:
     }
     state = official(size=32, **options)
     file = save(tmp_path / "a.pth", state)
-    assert "--num_heads is needed (or --model)" in refused(file)
-    assert "--decoder_num_heads is needed" in refused(file, num_heads=3)
+    assert "num_heads is needed (or model)" in refused(file)
+    assert "decoder_num_heads is needed" in refused(file, num_heads=3)
     heads = {"num_heads": 3, "decoder_num_heads": 2}
     report = run(file, tmp_path / "a.safetensors", **heads, mean=(0.1, 0.2), std=(1.0, 2.0))
     loaded = load_model(report.output)
     assert same(dict(loaded.state_dict()), state)
     assert loaded.config | {"mlp_ratio": 0} == report.config | {"mlp_ratio": 0}
     assert loaded.config["num_heads"] == 3 and loaded.config["decoder_num_heads"] == 2
-    assert pretrained_statistics(report.output) == ((0.1, 0.2), (1.0, 2.0))
-    assert pretrained_model(report.output) is None
+    assert open_foreign(report.output).ours.pictures == ((0.1, 0.2), (1.0, 2.0))
+    assert classifier_for(open_foreign(report.output)) is None
     run(report.output, tmp_path / "again.safetensors")  # ours tells its heads
-    assert "--mean has 3 numbers, but" in refused(file, **heads, mean=(0,) * 3, std=(1,) * 3)
+    assert "mean has 3 numbers, but" in refused(file, **heads, mean=(0,) * 3, std=(1,) * 3)
     told = run(file, tmp_path / "b.safetensors", **heads).notes
     assert any("2 channels, and nothing tells their mean" in note for note in told)
 
@@ -225,14 +227,14 @@ def test_a_file_of_no_known_size_needs_its_heads(tmp_path: Path) -> None:
     [
         ({"model": "convmae_base"}, "has embed_dim (256, 384, 768), but"),
         ({"model": "convmae_base"}, "; convmae_tiny fits"),
-        ({"model": "convmae_tini"}, "--model: there is no model 'convmae_tini'; did you mean"),
-        ({"model": "convvit_tiny", "kind": "convmae"}, "--kind convmae and --model 'convvit_tiny'"),
-        ({"kind": "resnet"}, "--kind must be one of auto, convmae, convvit"),
+        ({"model": "convmae_tini"}, "model: there is no model 'convmae_tini'; did you mean"),
+        ({"model": "convvit_tiny", "kind": "convmae"}, "kind convmae and model 'convvit_tiny'"),
+        ({"kind": "resnet"}, "kind must be one of auto, convmae, convvit"),
         ({"num_heads": 7}, "embed_dim[2] = 256 must be a multiple of num_heads = 7"),
-        ({"num_heads": 0}, "--num_heads must be a whole number above 0"),
-        ({"input_size": 50}, "--input_size must be multiples of 16"),
-        ({"mean": (0.5,)}, "--mean is given without --std"),
-        ({"key": " "}, "--key must not be empty"),
+        ({"num_heads": 0}, "num_heads must be a whole number above 0"),
+        ({"input_size": 50}, "input_size must be multiples of 16"),
+        ({"mean": (0.5,)}, "mean is given without std"),
+        ({"key": " "}, "key must not be empty"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -256,7 +258,7 @@ def test_other_picture_sizes(tmp_path: Path) -> None:
     assert torch.equal(loaded.decoder_pos_embed.detach(), sincos_pos_embed(192, (2, 6)))
     report = run(file, tmp_path / "b.safetensors", input_size=(32, 96), kind="convvit")
     assert report.reshaped == ["pos_embed: 4 x 4 -> 2 x 6 patches (bicubic)"]
-    written = read_weights(report.output, "").state["pos_embed"]
+    written = open_weights(report.output).state["pos_embed"]
     assert torch.equal(written, resample_pos_embed(state["pos_embed"], (4, 4), (2, 6)))
 
 
@@ -333,7 +335,7 @@ def test_outputs_are_replaced_only_on_request(tmp_path: Path) -> None:
     output = run(file, tmp_path / "ours").output
     before = output.read_bytes()
     other = save(tmp_path / "b.pth", official(size=32))
-    with pytest.raises(OptionError, match=r"--output: .* exists; --overwrite replaces it"):
+    with pytest.raises(OptionError, match=r"output: .* exists; overwrite replaces it"):
         run(other, tmp_path / "ours")
     assert output.read_bytes() == before
     run(other, tmp_path / "ours", overwrite=True)
@@ -370,7 +372,7 @@ def test_a_full_disk_leaves_the_output_before(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("convmae.weights.checkpoint.os.fsync", full)
-    with pytest.raises(OptionError, match=r"--output .* cannot be written: .*No space left"):
+    with pytest.raises(OptionError, match=r"output .* cannot be written: .*No space left"):
         run(file, tmp_path / "ours", overwrite=True)
     assert output.read_bytes() == before
     assert [path.name for path in output.parent.iterdir()] == ["model.safetensors"]

@@ -89,7 +89,7 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
 
 
 def test_missing_empty_and_non_folders_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"--data_path .*nowhere.* does not exist; expected 'demo'"):
+    with pytest.raises(DataError, match=r"data_path .*nowhere.* does not exist; expected 'demo'"):
         find_pictures(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"is a file, not a folder"):
         find_pictures(write(tmp_path / "files" / "a.png"))
@@ -345,7 +345,7 @@ def test_a_batch_carries_its_failures(tmp_path: Path) -> None:
 def test_batches_that_cannot_be_made_are_refused() -> None:
     source = PhotoSource(DemoPhotos())
     transform = PretrainTransform((32, 32))
-    with pytest.raises(DataError, match="--batch_size 5 in 2 processes needs 10 pictures a step"):
+    with pytest.raises(DataError, match="batch_size 5 in 2 processes needs 10 pictures a step"):
         source.batches(transform, 5, 0, 1, world=2)
     with pytest.raises(ValueError, match=r"batches_per_epoch must be in \[1, 2\], got 3"):
         source.batches(transform, 4, 0, 1, 3)

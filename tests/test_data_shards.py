@@ -87,7 +87,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         open_source(str(tmp_path / "shard-{000000..000004}.tar"))
     with pytest.raises(DataError, match="a pattern names the shards of one split"):
         open_source(str(tmp_path / "shard-{000000..000003}.tar"), "val")
-    with pytest.raises(DataError, match="--max_samples 5 cannot choose from shards"):
+    with pytest.raises(DataError, match="max_samples 5 cannot choose from shards"):
         open_source(tmp_path, max_samples=5)
     (tmp_path / "b.png").write_bytes(picture(0))
     with pytest.raises(DataError, match="two kinds, shard-000000.tar and b.png"):

@@ -326,5 +326,5 @@ def test_small_classes_give_what_they_have(tmp_path: Path) -> None:
     assert sorted(labels) == [0, 0, 1, 1, 1, 1] and source.pictures == 6
     assert "8.png" not in labels_of(source) and source.failures == []
     for count in (0, 9):
-        with pytest.raises(DataError, match=rf"--max_samples must be in \[1, 8\].*got {count}"):
+        with pytest.raises(DataError, match=rf"max_samples must be in \[1, 8\].*got {count}"):
             open_source(tmp_path, max_unreadable=0.2, max_samples=count)

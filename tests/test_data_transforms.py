@@ -137,21 +137,21 @@ def test_augmentation_of_other_pictures_is_refused() -> None:
     pytest.importorskip("timm")
     transform = FinetuneTransform((32, 32))
     for channels, dtype in KINDS[1:3]:
-        match = f"--aa 'rand-m9-mstd0.5-inc1' needs 8-bit .* are .* of {channels}; give --aa none"
+        match = f"aa 'rand-m9-mstd0.5-inc1' needs 8-bit .* are .* of {channels}; give aa none"
         with pytest.raises(DataError, match=match):
             transform(photograph(channels, dtype))
-    with pytest.raises(DataError, match="--color_jitter needs 8-bit pictures"):
+    with pytest.raises(DataError, match="color_jitter needs 8-bit pictures"):
         FinetuneTransform((32, 32), aa="none", color_jitter=0.4).check(4, torch.uint8)
     transform.check(1, torch.uint8)
     for wrong in ("rand-x9", "random", "best"):
-        with pytest.raises(DataError, match=f"--aa '{wrong}' is no policy of timm"):
+        with pytest.raises(DataError, match=f"aa '{wrong}' is no policy of timm"):
             FinetuneTransform((32, 32), aa=wrong)
 
 
 def test_a_source_checks_its_transform(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     np.save(tmp_path / "a.npy", np.zeros((8, 8, 5), dtype=np.uint8))
-    with pytest.raises(DataError, match="--aa .* uint8 of 5"):
+    with pytest.raises(DataError, match="aa .* uint8 of 5"):
         open_source(tmp_path).batches(FinetuneTransform((32, 32)), 1, 0, 1)
 
 

@@ -25,7 +25,7 @@ from convmae import (
 )
 from convmae.records import log as logs
 from convmae.training.optim import lars, layer_decay_groups
-from convmae.weights.checkpoint import read_training_state, read_weights
+from convmae.weights.checkpoint import open_weights, read_training_state
 from tests.training_runs import DEVICE, curve, interrupt_after, same, tensors
 
 pytest.importorskip("torchvision")
@@ -107,7 +107,7 @@ def test_pretrained_weights_are_finetuned_evaluated_and_kept(
     assert json.loads(output.read_text()) == result
     model = load_model(tmp_path / "run")
     assert isinstance(model, convmae.ConvViT) and model.num_classes == 10
-    assert read_weights(tmp_path / "run" / "best", "--checkpoint").mean is not None
+    assert open_weights(tmp_path / "run" / "best").mean is not None
 
 
 def test_accuracy_is_that_of_a_plain_count(pretrained: Path, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_accuracy_is_that_of_a_plain_count(pretrained: Path, tmp_path: Path) -> 
     from convmae.data.transforms import EvalTransform
 
     finetune(finetuning(tmp_path / "run", epochs=1))
-    weights = read_weights(tmp_path / "run", "--checkpoint")
+    weights = open_weights(tmp_path / "run")
     model = load_model(tmp_path / "run")
     right = top5 = total = 0
     loss = 0.0
@@ -311,28 +311,28 @@ def test_the_running_average_is_what_is_evaluated_and_kept(
 # -- what is refused ------------------------------------------------------------------------------
 
 BAD: dict[str, dict[str, Any]] = {
-    "--nb_classes 3 is fewer than the 10 classes": {"nb_classes": 3},
-    "--nb_classes must be a whole number at least 2": {"nb_classes": 1},
+    "nb_classes 3 is fewer than the 10 classes": {"nb_classes": 3},
+    "nb_classes must be a whole number at least 2": {"nb_classes": 1},
     "'convmae_tiny' does not classify; did you mean convvit_tiny": {"model": "convmae_tiny"},
-    "--batch_size must be even for --mixup and --cutmix": {"batch_size": 15},
-    "--color_jitter 0.4 has no effect beside --aa": {"color_jitter": 0.4},
-    "--layer_decay must be a number above 0 and at most 1": {"layer_decay": 0},
-    "--drop_path must be a number at least 0 and below 1": {"drop_path": 1},
-    "--smoothing must be": {"smoothing": -0.1},
-    "--remode must be one of const, rand, pixel, got 'noise'": {"remode": "noise"},
-    "--crop_pct must be": {"crop_pct": 1.5},
-    "--model_ema keeps a whole copy": {"model_ema": True, "strategy": "fsdp2"},
-    "--amp float16 cannot scale": {"amp": "float16", "strategy": "fsdp2"},
-    "--strategy ddp needs processes: torchrun": {"strategy": "ddp"},
-    "--finetune 'nowhere' does not exist": {"finetune": "nowhere"},
-    "--mean is given without --std": {"mean": (0.5,)},
-    "--mean and --std have 3 numbers (as given), but": {
+    "batch_size must be even for mixup and cutmix": {"batch_size": 15},
+    "color_jitter 0.4 has no effect beside aa": {"color_jitter": 0.4},
+    "layer_decay must be a number above 0 and at most 1": {"layer_decay": 0},
+    "drop_path must be a number at least 0 and below 1": {"drop_path": 1},
+    "smoothing must be": {"smoothing": -0.1},
+    "remode must be one of const, rand, pixel, got 'noise'": {"remode": "noise"},
+    "crop_pct must be": {"crop_pct": 1.5},
+    "model_ema keeps a whole copy": {"model_ema": True, "strategy": "fsdp2"},
+    "amp float16 cannot scale": {"amp": "float16", "strategy": "fsdp2"},
+    "strategy ddp needs processes: torchrun": {"strategy": "ddp"},
+    "finetune 'nowhere' does not exist": {"finetune": "nowhere"},
+    "mean is given without std": {"mean": (0.5,)},
+    "mean and std have 3 numbers (as given), but": {
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
     },
-    "--std must be a number above 0": {"mean": (0.5,), "std": (0.0,)},
-    "--torchcompile must be blocks, which": {"torchcompile": "inducer"},
-    "--data_path 'demo' holds pictures without labels": {"data_path": "demo", "max_samples": None},
+    "std must be a number above 0": {"mean": (0.5,), "std": (0.0,)},
+    "torchcompile must be blocks, which": {"torchcompile": "inducer"},
+    "data_path 'demo' holds pictures without labels": {"data_path": "demo", "max_samples": None},
 }
 
 
@@ -345,9 +345,9 @@ def test_bad_options_are_refused_before_anything_is_written(tmp_path: Path, mess
 
 
 def test_a_probe_refuses_what_it_would_ignore(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--min_crop 0.5 has no effect in linprobe"):
+    with pytest.raises(OptionError, match="min_crop 0.5 has no effect in linprobe"):
         linprobe(probing(tmp_path / "run", min_crop=0.5))
-    with pytest.raises(OptionError, match="--strategy fsdp2 divides what is trained"):
+    with pytest.raises(OptionError, match="strategy fsdp2 divides what is trained"):
         linprobe(probing(tmp_path / "run", strategy="fsdp2"))
 
 

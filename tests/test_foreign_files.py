@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,9 @@ import pytest
 import torch
 
 import convmae
-from convmae.config import OptionError
-from convmae.weights.pretrained import (
-    load_pretrained,
-)
+from convmae.config import OptionError, WeightsError, for_option
+from convmae.weights.foreign import open_foreign
+from convmae.weights.pretrained import load_pretrained
 from tests.foreign_files import official, refused, run, save
 
 
@@ -42,7 +42,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, form: str) -> Non
         save(file, official(size=32) | {"pos_embed": evil})
     else:
         save(file, {"model": evil}, _use_new_zipfile_serialization=form == "zip")
-    for message in (refused(file), str(pytest.raises(OptionError, load, file).value)):
+    for message in (refused(file), str(pytest.raises(WeightsError, load, file).value)):
         assert str(file) in message
         if form != "pickle":
             assert f"asks for {os.system.__module__}.system when it is read" in message
@@ -51,7 +51,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, form: str) -> Non
 
 
 def load(file: Path) -> None:
-    load_pretrained(convmae.create_model("convvit_tiny", img_size=32), file)
+    load_pretrained(convmae.create_model("convvit_tiny", img_size=32), open_foreign(file))
 
 
 def test_only_a_namespace_is_allowed(tmp_path: Path) -> None:
@@ -77,9 +77,12 @@ def test_junk_is_told_by_file_and_finding(tmp_path: Path, finding: str) -> None:
     file = tmp_path / "weights.pth"
     file.write_bytes(JUNK[finding])
     message = refused(file)
-    assert message.startswith("--checkpoint") and str(file) in message and finding in message
-    with pytest.raises(OptionError, match="--finetune"):
+    assert message.startswith("checkpoint") and str(file) in message and finding in message
+    with pytest.raises(WeightsError, match=re.escape(finding)):
         load(file)
+    with pytest.raises(OptionError, match="^finetune: ") as error, for_option("finetune"):
+        load(file)
+    assert error.value.with_flags.startswith("--finetune: ")
 
 
 VALUES = {
@@ -131,7 +134,7 @@ def test_shapes_that_do_not_go_together(tmp_path: Path, finding: str) -> None:
 
 def test_entries_of_files_that_have_none(tmp_path: Path) -> None:
     run(save(tmp_path / "a.pth", official(size=32)), tmp_path / "ours")
-    message = "--key 'model': .* is a folder, which has no entries"
+    message = "key 'model': .* is a folder, which has no entries"
     with pytest.raises(OptionError, match=message):
         run(tmp_path / "ours", tmp_path / "b.pth", key="model")
     with pytest.raises(OptionError, match=message.replace("folder", "safetensors file")):

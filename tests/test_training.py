@@ -233,7 +233,7 @@ def test_auto_starts_afresh_where_there_is_nothing_and_ends_where_all_is_done(
     before = curve(tmp_path / "run")
     assert pretrain(config).steps == 3
     assert curve(tmp_path / "run") == before
-    with pytest.raises(OptionError, match="--epochs 1: .* trained for 1 epochs already"):
+    with pytest.raises(OptionError, match="epochs 1: .* trained for 1 epochs already"):
         pretrain(dataclasses.replace(config, resume=str(tmp_path / "run")))
 
 
@@ -364,15 +364,15 @@ def test_reconstruct_refuses_what_it_cannot_use(pictures: Path, tmp_path: Path) 
     other = {"model": "convmae_tiny", "config": json.dumps({"img_size": 32})}
     safetensors.save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors", metadata=other)
     bad: list[tuple[str, dict[str, Any]]] = [
-        ("--checkpoint 'nowhere' does not exist", {"checkpoint": "nowhere"}),
+        ("checkpoint 'nowhere' does not exist", {"checkpoint": "nowhere"}),
         ("does not name its model", {"checkpoint": str(tmp_path / "bare.safetensors")}),
         ("does not fit the model it names", {"checkpoint": str(tmp_path / "other.safetensors")}),
-        ("--images 'nowhere' does not exist", {"images": ("nowhere",)}),
-        ("--images needs at least one", {"images": ()}),
-        ("--mask_ratio must be in", {"mask_ratio": 2.0}),
+        ("images 'nowhere' does not exist", {"images": ("nowhere",)}),
+        ("images needs at least one", {"images": ()}),
+        ("mask_ratio must be in", {"mask_ratio": 2.0}),
         ("leaves no patch hidden", {"mask_ratio": 0.0}),
-        ("--output must end in .png", {"output": "out.txt"}),
-        ("--max_images must be", {"max_images": 0}),
+        ("output must end in .png", {"output": "out.txt"}),
+        ("max_images must be", {"max_images": 0}),
     ]
     for message, changes in bad:
         with pytest.raises(ValueError) as error:

@@ -16,7 +16,7 @@ from convmae import (
     stats,
 )
 from convmae.models.trunk import Trunk
-from convmae.weights.checkpoint import read_weights
+from convmae.weights.checkpoint import open_weights
 from tests.training_runs import curve, interrupt_after, options, same, tensors
 
 if TYPE_CHECKING:
@@ -40,15 +40,15 @@ def infrared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pictures_of_four_channels_and_16_bits(infrared: Path, tmp_path: Path) -> None:
     summary = pretrain(options(infrared, tmp_path / "run", epochs=1))
     assert summary.steps == 3 and np.isfinite(summary.last_loss)
-    weights = read_weights(tmp_path / "run", "--checkpoint")
+    weights = open_weights(tmp_path / "run")
     assert weights.config["in_chans"] == 4
     pixels = np.stack([np.load(path) for path in sorted(infrared.iterdir())]) / 65535
-    assert weights.mean == pytest.approx(pixels.mean((0, 1, 2)))
-    assert weights.std == pytest.approx(pixels.std((0, 1, 2)))
+    assert weights.statistics.mean == pytest.approx(pixels.mean((0, 1, 2)))
+    assert weights.statistics.std == pytest.approx(pixels.std((0, 1, 2)))
     output = tmp_path / "out.png"
     config = ReconstructConfig(str(tmp_path / "run"), (str(infrared),), str(output), max_images=2)
     assert reconstruct(config) == output and output.is_file()
-    with pytest.raises(ValueError, match="--images have 3 channels, but the model"):
+    with pytest.raises(ValueError, match="images have 3 channels, but the model"):
         reconstruct(dataclasses.replace(config, images=("demo",)))
 
 
@@ -60,7 +60,7 @@ def test_stats_prints_what_a_run_can_read(infrared: Path, tmp_path: Path) -> Non
     assert len(values["mean"]) == len(values["std"]) == 4
     mean, std = tuple(values["mean"]), tuple(values["std"])
     pretrain(options(infrared, tmp_path / "run", epochs=1, mean=mean, std=std))
-    assert read_weights(tmp_path / "run", "--checkpoint").mean == mean
+    assert open_weights(tmp_path / "run").statistics.mean == mean
 
 
 def test_shards_are_streamed_and_resumed_exactly(
@@ -123,6 +123,6 @@ def test_torchcompile_blocks(
     pretrain(options(pictures, tmp_path / "blocks", torchcompile="blocks", **common))
     wanted, found = curve(tmp_path / "plain"), curve(tmp_path / "blocks")
     assert [point[2] for point in found] == pytest.approx([point[2] for point in wanted], rel=1e-5)
-    with pytest.raises(ValueError, match="--torchcompile must be blocks, .* got 'block'"):
+    with pytest.raises(ValueError, match="torchcompile must be blocks, .* got 'block'"):
         pretrain(options(pictures, tmp_path / "wrong", torchcompile="block"))
     assert not (tmp_path / "wrong").exists()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import convmae
-from convmae import OptionError, TrainingError, load_model, pretrain
+from convmae import OptionError, TrainingError, WeightsError, load_model, pretrain
 from convmae.data import DataError
 from convmae.records import log as logs
 from convmae.training import saving, step
@@ -28,52 +28,52 @@ pytest.importorskip("torchvision")
 # -- what is refused, before anything is written --------------------------------------------------
 
 BAD = {
-    "--mask_ratio must be in": {"mask_ratio": 1.0},
-    "--mask_ratio must be in [0, 1), got -0.1": {"mask_ratio": -0.1},
-    "--mask_ratio 0 leaves no patch hidden of the 6": {"mask_ratio": 0.0},
-    "--mask_ratio 0.9 leaves no patch visible of the 6": {"mask_ratio": 0.9},
-    "--input_size must be multiples of 16 pixels, at least 16, got 100 x 100": {"input_size": 100},
-    "--input_size must be multiples of 16 pixels, at least 16, got 0 x 32": {"input_size": (0, 32)},
-    "--input_size must be one whole number or two": {"input_size": (32, 32, 32)},
-    "--batch_size must be a whole number above 0, got 0": {"batch_size": 0},
-    "--batch_size must be a whole number above 0, got 2.5": {"batch_size": 2.5},
+    "mask_ratio must be in": {"mask_ratio": 1.0},
+    "mask_ratio must be in [0, 1), got -0.1": {"mask_ratio": -0.1},
+    "mask_ratio 0 leaves no patch hidden of the 6": {"mask_ratio": 0.0},
+    "mask_ratio 0.9 leaves no patch visible of the 6": {"mask_ratio": 0.9},
+    "input_size must be multiples of 16 pixels, at least 16, got 100 x 100": {"input_size": 100},
+    "input_size must be multiples of 16 pixels, at least 16, got 0 x 32": {"input_size": (0, 32)},
+    "input_size must be one whole number or two": {"input_size": (32, 32, 32)},
+    "batch_size must be a whole number above 0, got 0": {"batch_size": 0},
+    "batch_size must be a whole number above 0, got 2.5": {"batch_size": 2.5},
     "needs 13 pictures a step, but": {"batch_size": 13},
-    "--batch_size 4 with --accum_iter 4 needs 16 pictures": {"accum_iter": 4},
-    "--epochs must be a whole number above 0, got -1": {"epochs": -1},
-    "--accum_iter must be": {"accum_iter": 0},
-    "--save_every must be": {"save_every": 0},
-    "--log_every must be": {"log_every": 0},
-    "--lr must be a number above 0, got 0": {"lr": 0},
-    "--lr must be a number above 0, got nan": {"lr": math.nan},
-    "--blr must be a number above 0": {"blr": -1e-3},
-    "--min_lr must not be above the peak learning rate 0.001": {"min_lr": 0.1},
-    "--clip_grad must be a number above 0, got 0": {"clip_grad": 0},
-    "--min_crop must be a number above 0 and at most 1, got 0": {"min_crop": 0},
-    "--hflip must be a number at least 0 and at most 1, got 2": {"hflip": 2},
-    "--weight_decay must be a number at least 0": {"weight_decay": -0.1},
-    "--warmup_epochs must be a number at least 0": {"warmup_epochs": -1},
-    "--num_workers must be a whole number at least 0": {"num_workers": -1},
-    "--seed must be a whole number at least 0": {"seed": -1},
-    "--max_unreadable must be a number at least 0 and at most 1": {"max_unreadable": 1.5},
-    "--max_nonfinite must be a whole number above 0, got 0": {"max_nonfinite": 0},
-    "--max_samples must be": {"max_samples": 0},
-    "--sched must be one of cosine, linear, constant, got 'step'": {"sched": "step"},
-    "--strategy must be one of auto, single, ddp, fsdp2, got 'dp'": {"strategy": "dp"},
-    "--strategy fsdp2 needs processes: torchrun": {"strategy": "fsdp2"},
-    "--mask_ratio: mask_ratio = 0.3 leaves groups of 4 of 6 patches, expected a divisor of 6": {
+    "batch_size 4 with accum_iter 4 needs 16 pictures": {"accum_iter": 4},
+    "epochs must be a whole number above 0, got -1": {"epochs": -1},
+    "accum_iter must be": {"accum_iter": 0},
+    "save_every must be": {"save_every": 0},
+    "log_every must be": {"log_every": 0},
+    "lr must be a number above 0, got 0": {"lr": 0},
+    "lr must be a number above 0, got nan": {"lr": math.nan},
+    "blr must be a number above 0": {"blr": -1e-3},
+    "min_lr must not be above the peak learning rate 0.001": {"min_lr": 0.1},
+    "clip_grad must be a number above 0, got 0": {"clip_grad": 0},
+    "min_crop must be a number above 0 and at most 1, got 0": {"min_crop": 0},
+    "hflip must be a number at least 0 and at most 1, got 2": {"hflip": 2},
+    "weight_decay must be a number at least 0": {"weight_decay": -0.1},
+    "warmup_epochs must be a number at least 0": {"warmup_epochs": -1},
+    "num_workers must be a whole number at least 0": {"num_workers": -1},
+    "seed must be a whole number at least 0": {"seed": -1},
+    "max_unreadable must be a number at least 0 and at most 1": {"max_unreadable": 1.5},
+    "max_nonfinite must be a whole number above 0, got 0": {"max_nonfinite": 0},
+    "max_samples must be": {"max_samples": 0},
+    "sched must be one of cosine, linear, constant, got 'step'": {"sched": "step"},
+    "strategy must be one of auto, single, ddp, fsdp2, got 'dp'": {"strategy": "dp"},
+    "strategy fsdp2 needs processes: torchrun": {"strategy": "fsdp2"},
+    "mask_ratio: mask_ratio = 0.3 leaves groups of 4 of 6 patches, expected a divisor of 6": {
         "model": "fastconvmae_tiny",
         "mask_ratio": 0.3,
     },
-    "--amp must be one of auto, bfloat16, float16, float32, got 'fp8'": {"amp": "fp8"},
-    "--device must be auto, cpu, cuda or cuda:N, got 'gpu'": {"device": "gpu"},
-    "--device 'cuda:99': this machine has": {"device": "cuda:99"},
+    "amp must be one of auto, bfloat16, float16, float32, got 'fp8'": {"amp": "fp8"},
+    "device must be auto, cpu, cuda or cuda:N, got 'gpu'": {"device": "gpu"},
+    "device 'cuda:99': this machine has": {"device": "cuda:99"},
     "did you mean convmae_tiny": {"model": "convmae_tini"},
     "'convvit_base' has no decoder and cannot be pretrained; did you mean convmae_base": {
         "model": "convvit_base"
     },
-    "--model must not be empty": {"model": ""},
-    "--data_path 'nowhere' does not exist": {"data_path": "nowhere"},
-    "--resume 'nowhere' does not exist": {"resume": "nowhere"},
+    "model must not be empty": {"model": ""},
+    "data_path 'nowhere' does not exist": {"data_path": "nowhere"},
+    "resume 'nowhere' does not exist": {"resume": "nowhere"},
 }
 
 
@@ -96,7 +96,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 
 def test_an_output_folder_that_is_a_file_is_refused(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
-    with pytest.raises(OptionError, match=r"--output_dir .* is a file, not a folder"):
+    with pytest.raises(OptionError, match=r"output_dir .* is a file, not a folder"):
         pretrain(options(pictures, tmp_path / "run"))
 
 
@@ -109,9 +109,9 @@ def test_another_run_is_not_overwritten(pictures: Path, tmp_path: Path) -> None:
     pretrain(options(pictures, tmp_path / "a", epochs=1))
     pretrain(options(pictures, tmp_path / "b", epochs=1))
     before = contents(tmp_path / "a")
-    with pytest.raises(OptionError, match=r"already holds a run .*--resume auto"):
+    with pytest.raises(OptionError, match=r"already holds a run .*resume auto"):
         pretrain(options(pictures, tmp_path / "a"))
-    with pytest.raises(OptionError, match="holds another run than --resume"):
+    with pytest.raises(OptionError, match="holds another run than resume"):
         pretrain(options(pictures, tmp_path / "a", resume=str(tmp_path / "b")))
     assert contents(tmp_path / "a") == before
 
@@ -151,7 +151,7 @@ def test_damaged_and_partial_checkpoints_are_told(pictures: Path, tmp_path: Path
     with pytest.raises(OptionError, match=r"holds weights only"):
         pretrain(options(pictures, run, resume="auto"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(OptionError, match=r"not readable as safetensors"):
+    with pytest.raises(WeightsError, match=r"not readable as safetensors"):
         load_model(run)
 
 
@@ -177,7 +177,7 @@ def test_too_many_unreadable_pictures_stop_the_run_before_it_begins(tmp_path: Pa
     data = folder_of(tmp_path / "data", 12)
     for index in (3, 7):
         (data / f"{index:03}.png").write_text("broken")
-    message = r"2 of 12 pictures cannot be read \(16.7%\), more than --max_unreadable 0.1 .*003.png"
+    message = r"2 of 12 pictures cannot be read \(16.7%\), more than max_unreadable 0.1 .*003.png"
     with pytest.raises(DataError, match=message):
         pretrain(options(data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
@@ -196,7 +196,7 @@ def test_pictures_that_only_fail_when_decoded_stop_the_run_too(
         (data / f"{index:03}.png").unlink()
         if index < 6:
             path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(DataError, match=r"of 8 pictures cannot be read .*--max_unreadable"):
+    with pytest.raises(DataError, match=r"of 8 pictures cannot be read .*max_unreadable"):
         pretrain(options(data, tmp_path / "run", num_workers=num_workers))
 
 
@@ -356,7 +356,7 @@ def test_too_many_steps_that_are_not_finite_stop_the_run_with_a_diagnosis(
     cause = "1 parameters are not finite, first blocks1.0.conv1.weight"
     if where != "weight":
         cause = "pictures, parameters and outputs are finite"
-    message = f"the {what} is not finite at step 5 of 6 .*2 steps in a row.*{cause}.*lower --blr"
+    message = f"the {what} is not finite at step 5 of 6 .*2 steps in a row.*{cause}.*lower blr"
     with pytest.raises(TrainingError, match=message) as error:
         pretrain(options(pictures, tmp_path / "run", save_every=1, max_nonfinite=2))
     assert "the checkpoint before is intact" in str(error.value)

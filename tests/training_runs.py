@@ -61,7 +61,7 @@ def curve(folder: Path) -> list[tuple[Any, ...]]:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoints.read_weights(folder, "--checkpoint").state
+    return checkpoints.open_weights(folder).state
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import OptionError
+from convmae.config import OptionError, for_option
 from convmae.config.checks import as_pair
 from convmae.config.convert import OFFICIAL_SUFFIXES, SAFETENSORS
-from convmae.data import IMAGENET_MEAN, IMAGENET_STD
+from convmae.data import IMAGENET, IMAGENET_MEAN, Statistics
 from convmae.files import replacing
 from convmae.models import ConvMAE, ConvViT, resample_pos_embed
 from convmae.models.layers import sincos_pos_embed
@@ -28,7 +28,7 @@ from convmae.weights.architecture import (
     sincos_grid,
 )
 from convmae.weights.checkpoint import FOLDER, STATE, WEIGHTS, save_tensors, write_weights
-from convmae.weights.foreign import DECODER, ENCODER, Found, few, read_foreign
+from convmae.weights.foreign import DECODER, ENCODER, ForeignWeights, few, open_foreign
 from convmae.weights.pretrained import Grid, change, check_shapes, groups
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 FIXED = ("pos_embed", "decoder_pos_embed")  # of a pretraining model
 FRESH_SEED = 0
-Statistic: TypeAlias = "tuple[float, ...] | None"
 
 
 @dataclass
@@ -99,22 +98,29 @@ def convert(config: ConvertConfig) -> ConversionReport:
     """
     config.validate()
     target = _target(config)
-    found = read_foreign(config.checkpoint, "--checkpoint", config.key)
-    encoder = read_encoder(found, "--checkpoint")
+    with for_option("checkpoint"):
+        return _convert(config, target)
+
+
+def _convert(config: ConvertConfig, target: Path) -> ConversionReport:
+    """`convert` into a file that may be written."""
+    found = open_foreign(config.checkpoint, config.key)
+    encoder = read_encoder(found)
     kind = _kind(config, found)
     name = _name(config, encoder, kind)
     arguments = _arguments(config, found, encoder, kind, name)
-    model = blank(name, "--checkpoint", **arguments)
-    old = grid_of(found, "--checkpoint", _grid(config))
+    model = blank(name, **arguments)
+    old = grid_of(found, _grid(config))
     state, missing, reshaped = _fit(found, model, name, arguments, old)
-    mean, std, notes = _statistics(config, found, encoder.in_chans)
+    pictures, notes = _statistics(config, found, encoder.in_chans)
     is_ours = target.suffix == SAFETENSORS
     notes = [*found.notes, *_remarks(config, found, kind, state), *(notes if is_ours else ())]
+    classes = None if found.ours is None else found.ours.classes
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as fresh:
             if is_ours:
-                write_weights(fresh, name, model.config, state, mean, std)
+                write_weights(fresh, name, model.config, state, pictures, classes)
             else:
                 save_tensors({"model": state}, fresh)
     except OSError as error:
@@ -165,10 +171,10 @@ def _grid(config: ConvertConfig) -> tuple[int, int] | None:
     return height // PATCH, width // PATCH
 
 
-def _kind(config: ConvertConfig, found: Found) -> str:
+def _kind(config: ConvertConfig, found: ForeignWeights) -> str:
     """What to write: `convmae` or `convvit`."""
     if config.model is not None:
-        of_model = "convvit" if isinstance(blank(config.model, "--model"), ConvViT) else "convmae"
+        of_model = "convvit" if isinstance(blank(config.model), ConvViT) else "convmae"
         if config.kind not in ("auto", of_model):
             raise OptionError(f"--kind {config.kind} and --model {config.model!r} contradict")
         return of_model
@@ -182,7 +188,7 @@ def _name(config: ConvertConfig, encoder: Encoder, kind: str) -> str:
     """The model's name; the configuration beside it says what the name alone does not."""
     if config.model is None:
         return f"{kind}_{encoder.size or 'base'}"
-    usual = tuple(blank(config.model, "--model").config["embed_dim"])
+    usual = tuple(blank(config.model).config["embed_dim"])
     if usual != encoder.embed_dim:
         fits = f"; {kind}_{encoder.size} fits" if encoder.size else ""
         raise OptionError(
@@ -193,10 +199,10 @@ def _name(config: ConvertConfig, encoder: Encoder, kind: str) -> str:
 
 
 def _arguments(
-    config: ConvertConfig, found: Found, encoder: Encoder, kind: str, name: str
+    config: ConvertConfig, found: ForeignWeights, encoder: Encoder, kind: str, name: str
 ) -> dict[str, Any]:
     """All arguments of the model to write."""
-    grid = _grid(config) or grid_of(found, "--checkpoint")
+    grid = _grid(config) or grid_of(found)
     arguments: dict[str, Any] = {
         "img_size": (grid[0] * PATCH, grid[1] * PATCH),
         "in_chans": encoder.in_chans,
@@ -210,9 +216,9 @@ def _arguments(
         has_head = "head.weight" in state
         # Without a head the encoder as it is: `norm`, and no layer that the file has not.
         pooled = "fc_norm.weight" in state or (has_head and "norm.weight" not in state)
-        classes = shape_of(found, "head.weight", 2, "--checkpoint")[0] if has_head else 0
+        classes = shape_of(found, "head.weight", 2)[0] if has_head else 0
         return arguments | {"num_classes": classes, "global_pool": pooled}
-    usual = blank(name, "--model").config
+    usual = blank(name).config
     told = None if found.ours is None else found.ours.config.get("norm_pix_loss")
     told = found.options.get("norm_pix_loss") if told is None else told
     given = config.norm_pix_loss
@@ -221,7 +227,7 @@ def _arguments(
 
 
 def _fit(
-    found: Found, model: ConvMAE | ConvViT, name: str, arguments: dict[str, Any], old: Grid
+    found: ForeignWeights, model: ConvMAE | ConvViT, name: str, arguments: dict[str, Any], old: Grid
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """The state dict of `model` (which has no values); what was missing and what was reshaped."""
     state: dict[str, Tensor] = {}
@@ -235,7 +241,7 @@ def _fit(
             reshaped.append(f"{key}: {change(old, model.grid)} ({how})")
         else:
             state[key] = found.state[key]
-    check_shapes(state, shapes, found, name, "--checkpoint")
+    check_shapes(state, shapes, found, name)
     encoder = [key for key in missing if key.startswith(ENCODER)]
     if encoder:
         raise OptionError(
@@ -250,10 +256,12 @@ def _fit(
     return own, missing, reshaped
 
 
-def _position(found: Found, key: str, old: Grid, model: ConvMAE | ConvViT) -> tuple[Tensor, str]:
+def _position(
+    found: ForeignWeights, key: str, old: Grid, model: ConvMAE | ConvViT
+) -> tuple[Tensor, str]:
     """A position embedding for the grid of `model`, and how it was made."""
     position = found.state[key]
-    patches = shape_of(found, key, 3, "--checkpoint")[1]
+    patches = shape_of(found, key, 3)[1]
     if patches != old[0] * old[1]:
         raise OptionError(
             f"--checkpoint: {found.path} has {key} of {patches} patches, but pos_embed of "
@@ -265,25 +273,23 @@ def _position(found: Found, key: str, old: Grid, model: ConvMAE | ConvViT) -> tu
 
 
 def _statistics(
-    config: ConvertConfig, found: Found, channels: int
-) -> tuple[Statistic, Statistic, list[str]]:
+    config: ConvertConfig, found: ForeignWeights, channels: int
+) -> tuple[Statistics | None, list[str]]:
     """Mean and deviation of the pictures, None where nothing tells; and notes about them."""
     if config.mean is not None and config.std is not None:
         if len(config.mean) != channels:
             raise OptionError(
                 f"--mean has {len(config.mean)} numbers, but {found.path} is of {channels} channels"
             )
-        return config.mean, config.std, []
-    if found.ours is not None and found.ours.mean is not None:
-        return found.ours.mean, found.ours.std, []
+        return Statistics(config.mean, config.std), []
+    if found.ours is not None and found.ours.pictures is not None:
+        return found.ours.pictures, []
     if channels == len(IMAGENET_MEAN):
         return (
-            IMAGENET_MEAN,
-            IMAGENET_STD,
+            IMAGENET,
             ["the file tells no mean and deviation of its pictures: ImageNet's are written"],
         )
     return (
-        None,
         None,
         [
             f"pictures have {channels} channels, and nothing tells their mean and deviation: give "
@@ -292,7 +298,9 @@ def _statistics(
     )
 
 
-def _remarks(config: ConvertConfig, found: Found, kind: str, state: dict[str, Tensor]) -> list[str]:
+def _remarks(
+    config: ConvertConfig, found: ForeignWeights, kind: str, state: dict[str, Tensor]
+) -> list[str]:
     notes = []
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
     if dtypes != ["float32"]:

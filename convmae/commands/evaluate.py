@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import OptionError
+from convmae.config import OptionError, for_option
 from convmae.data import EvalTransform, open_source
 from convmae.files import replacing
 from convmae.models import ConvViT
 from convmae.tasks.accuracy import accuracy, check_channels, check_labels
 from convmae.training.distributed import join
 from convmae.training.machine import pick_dtype
-from convmae.weights.checkpoint import load_model, read_weights
+from convmae.weights.checkpoint import open_weights
 
 if TYPE_CHECKING:
     from convmae.config import EvaluateConfig
@@ -38,8 +38,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     config.validate()
     with join(config.device, "auto") as world:
-        model: Any = load_model(config.checkpoint, world.device)
-        weights = read_weights(config.checkpoint, "--checkpoint")
+        with for_option("checkpoint"):
+            weights = open_weights(config.checkpoint)
+            model: Any = weights.build_model(world.device)
+            statistics = weights.statistics
         if not isinstance(model, ConvViT):
             raise OptionError(
                 f"--checkpoint {config.checkpoint!r} is a {type(model).__name__}, which does not "
@@ -64,7 +66,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             pin=world.device.type == "cuda",
         )
         began = time.perf_counter()
-        figures = accuracy(model, batches, nb_classes, weights.statistics, world, autocast)
+        figures = accuracy(model, batches, nb_classes, statistics, world, autocast)
         seconds = time.perf_counter() - began
         result = figures | {
             "images": source.samples_per_epoch,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convmae.config import OptionError, ReconstructConfig, check_patches
+from convmae.config import OptionError, ReconstructConfig, check_patches, for_option
 from convmae.data import DataError, FolderPhotos, PhotoSource, find_pictures, open_source
 from convmae.data.arrays import ArrayPhotos
 from convmae.models import ConvMAE
 from convmae.records.pictures import reconstruction_picture, save_picture
 from convmae.training.machine import pick_device
-from convmae.weights.checkpoint import load_model, read_weights
+from convmae.weights.checkpoint import open_weights
 
 if TYPE_CHECKING:
     from convmae.data import Source
@@ -29,7 +29,10 @@ def reconstruct(config: ReconstructConfig) -> Path:
     """
     config.validate()
     device = pick_device(config.device)
-    model = load_model(config.checkpoint, device)
+    with for_option("checkpoint"):
+        weights = open_weights(config.checkpoint)
+        model = weights.build_model(device)
+        statistics = weights.statistics
     if not isinstance(model, ConvMAE):
         raise OptionError(
             f"--checkpoint {config.checkpoint!r} is a {type(model).__name__}, which has no "
@@ -43,7 +46,6 @@ def reconstruct(config: ReconstructConfig) -> Path:
             f"{model.in_chans}"
         )
     images = source.preview(config.max_images, model.img_size)
-    statistics = read_weights(config.checkpoint, "--checkpoint").statistics
     picture = reconstruction_picture(model, images, config.mask_ratio, config.seed, *statistics)
     output = Path(config.output).expanduser()
     save_picture(picture, output)
@@ -56,7 +58,7 @@ def _open(names: tuple[str, ...]) -> Source:
         try:
             return open_source(names[0], max_unreadable=1.0)
         except DataError as error:
-            raise DataError(str(error).replace("--data_path", "--images")) from error
+            raise DataError(error.with_flags.replace("--data_path", "--images")) from error
     paths: list[Path] = []
     for name in names:
         path = Path(name).expanduser()

@@ -1,7 +1,6 @@
 """The options of the commands, their defaults and what they must satisfy. Imports no torch."""
 
 from convmae.config.checks import (
-    OptionError,
     check_mask_ratio,
     check_number,
     check_patches,
@@ -11,6 +10,7 @@ from convmae.config.checks import (
 )
 from convmae.config.classify import EvaluateConfig, FinetuneConfig, LinprobeConfig
 from convmae.config.convert import ConvertConfig
+from convmae.config.errors import MessageError, OptionError, WeightsError, for_option
 from convmae.config.pretrain import PretrainConfig
 from convmae.config.run import RunConfig
 from convmae.config.tools import InfoConfig, ReconstructConfig, StatsConfig
@@ -20,16 +20,19 @@ __all__ = [
     "EvaluateConfig",
     "FinetuneConfig",
     "InfoConfig",
+    "MessageError",
     "LinprobeConfig",
     "OptionError",
     "PretrainConfig",
     "ReconstructConfig",
     "RunConfig",
     "StatsConfig",
+    "WeightsError",
     "check_mask_ratio",
     "check_number",
     "check_patches",
     "config_from_mapping",
     "config_to_mapping",
+    "for_option",
     "suggest",
 ]

@@ -9,15 +9,13 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
+from convmae.config.errors import OptionError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PATCH = 16  # pixels in a row or column of a patch, which is one block of the mask
 Config = TypeVar("Config")
-
-
-class OptionError(ValueError):
-    """An option has a value that cannot work; the message begins with the option's flag."""
 
 
 # -- YAML -----------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ from convmae.data.errors import DataError, Failure, UnreadableError, check_share
 from convmae.data.folder import FolderPhotos, check_readable, find_pictures
 from convmae.data.loader import Batch
 from convmae.data.normalisation import (
+    IMAGENET,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Statistics,
     denormalise,
     full_scale,
     normalise,
@@ -26,6 +28,7 @@ from convmae.data.transforms import (
 )
 
 __all__ = [
+    "IMAGENET",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Batch",
@@ -43,6 +46,7 @@ __all__ = [
     "Pixels",
     "PretrainTransform",
     "Source",
+    "Statistics",
     "Transform",
     "UnreadableError",
     "channel_statistics",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from convmae.config.errors import MessageError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-class DataError(ValueError):
+class DataError(MessageError, ValueError):
     """The pictures asked for cannot be used: missing, empty, or too many of them unreadable."""
 
 

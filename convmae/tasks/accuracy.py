@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from convmae.data import Batch, Source
+    from convmae.data import Batch, Source, Statistics
     from convmae.training.distributed import World
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def check_labels(source: Source, nb_classes: int, option: str) -> None:

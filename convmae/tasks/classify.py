@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import OptionError, suggest
+from convmae.config import OptionError, for_option, suggest
 from convmae.data import (
     DataError,
     EvalTransform,
@@ -19,13 +19,14 @@ from convmae.training.distributed import whole_model
 from convmae.training.state import Run, TrainingError
 from convmae.training.task import Task
 from convmae.weights.checkpoint import save_weights
-from convmae.weights.pretrained import load_pretrained, pretrained_model, pretrained_statistics
+from convmae.weights.foreign import open_foreign
+from convmae.weights.pretrained import classifier_for, load_pretrained
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from convmae.config.classify import ClassifyConfig
-    from convmae.data import Batch, Source
+    from convmae.data import Batch, Source, Statistics
     from convmae.records.log import RunLog
 
 BEST = "best"
@@ -37,6 +38,7 @@ class Classification(Task):
     def __init__(self) -> None:
         self.best: float | None = None
         self.nb_classes = 0
+        self.initial_statistics: Statistics | None = None
         self.val: Source | None = None
         self.ema: Any = None
         self.saved_ema: dict[str, Tensor] | None = None
@@ -52,18 +54,21 @@ class Classification(Task):
             config.data_path, split="val", max_unreadable=config.max_unreadable, seed=config.seed
         )
         check_labels(self.val, self.nb_classes, f"the val split of {data}")
-        name = config.model
-        if name is None:
-            name = "convvit_base"
-            if config.finetune is not None:
-                name = pretrained_model(config.finetune) or name
+        with for_option("finetune"):
+            initial = None if config.finetune is None else open_foreign(config.finetune)
+            fitting = None if initial is None else classifier_for(initial)
+        name = config.model or fitting or "convvit_base"
         model = self._create(name, config, source.channels)
         check_channels(self.val, model, config.data_path)
         told = [f"{self.nb_classes} classes; {self.val.description} (val)"]
-        if config.finetune is None:
+        if initial is None:
             told.append("starting from random weights (no --finetune)")
         else:
-            told.append(str(load_pretrained(model, config.finetune)))
+            with for_option("finetune"):
+                told.append(str(load_pretrained(model, initial)))
+            self.initial_statistics = None if initial.ours is None else initial.ours.pictures
+        if source.classes is not None and len(source.classes) == self.nb_classes:
+            self.classes = tuple(source.classes)
         return model, full_name(name), told
 
     def _create(self, name: str, config: ClassifyConfig, channels: int) -> Any:
@@ -90,8 +95,8 @@ class Classification(Task):
         """Arguments of the classifier that only this task gives."""
         return {}
 
-    def statistics(self, config: ClassifyConfig) -> Any:
-        return None if config.finetune is None else pretrained_statistics(config.finetune)
+    def statistics(self, config: ClassifyConfig) -> Statistics | None:
+        return self.initial_statistics
 
     # -- evaluation -------------------------------------------------------------------------------
 
@@ -111,7 +116,7 @@ class Classification(Task):
         )
         model = run.model if self.ema is None else self.ema.module
         figures = accuracy(
-            model, batches, self.nb_classes, (run.mean, run.std), run.world, run.autocast()
+            model, batches, self.nb_classes, run.statistics, run.world, run.autocast()
         )
         figures["seconds"] = round(time.perf_counter() - began, 2)
         log.evaluation(run.step, run.epoch, figures)
@@ -126,7 +131,12 @@ class Classification(Task):
         if run.world.main:
             try:
                 save_weights(
-                    run.folder / BEST, run.model, run.model_name, weights, run.mean, run.std
+                    run.folder / BEST,
+                    run.model,
+                    run.model_name,
+                    weights,
+                    run.statistics,
+                    self.classes,
                 )
             except OSError as error:
                 problem = f"the best weights of step {run.step} could not be written: {error}"

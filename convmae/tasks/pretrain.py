@@ -108,5 +108,5 @@ class Pretraining(Task):
         config = run.config
         images = run.source.preview(PREVIEW_IMAGES, config.size)
         return reconstruction_picture(
-            run.model, images, config.mask_ratio, config.seed, run.mean, run.std
+            run.model, images, config.mask_ratio, config.seed, *run.statistics
         )

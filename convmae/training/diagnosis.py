@@ -39,7 +39,7 @@ def diagnose(run: Run, task: Task, outcome: Outcome) -> str:
         return hook
 
     handles = [m.register_forward_hook(look(name)) for name, m in run.model.named_modules()]
-    images = normalise(outcome.batch.images.to(run.world.device), run.mean, run.std)
+    images = normalise(outcome.batch.images.to(run.world.device), *run.statistics)
     try:
         with torch.no_grad(), run.autocast():
             task.loss(run, outcome.batch, images)

@@ -43,7 +43,7 @@ def save(run: Run, task: Task, log: RunLog) -> None:
         "options": config_to_mapping(run.config),
         "task": task.state(run),
     }
-    problem = run.world.share(_write(run, weights, state) if run.world.main else None)
+    problem = run.world.share(_write(run, weights, state, task.classes) if run.world.main else None)
     if problem:
         raise TrainingError(problem)
     picture = task.draw(run)
@@ -51,7 +51,9 @@ def save(run: Run, task: Task, log: RunLog) -> None:
         _show(run, log, picture)
 
 
-def _write(run: Run, weights: dict[str, Tensor], state: dict[str, Any]) -> str | None:
+def _write(
+    run: Run, weights: dict[str, Tensor], state: dict[str, Any], classes: tuple[str, ...] | None
+) -> str | None:
     """Writes the checkpoint; what prevented it, in words."""
     broken = not_finite(weights)
     if broken:
@@ -61,7 +63,7 @@ def _write(run: Run, weights: dict[str, Tensor], state: dict[str, Any]) -> str |
         )
     try:
         save_checkpoint(
-            run.folder, run.model, run.model_name, state, weights, mean=run.mean, std=run.std
+            run.folder, run.model, run.model_name, state, weights, run.statistics, classes
         )
     except OSError as error:
         return (

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import OptionError, config_to_mapping
-from convmae.data import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, open_source
+from convmae.config import OptionError, config_to_mapping, for_option
+from convmae.data import IMAGENET_MEAN, IMAGENET_STD, Statistics, channel_statistics, open_source
 from convmae.files import replacing
 from convmae.records.log import LOG
 from convmae.records.trackers import import_wandb
@@ -38,7 +38,8 @@ MEASURED = 1000  # pictures whose mean and deviation stand for all
 def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]]:
     """Checks everything and builds the run; writes nothing. Also what to tell about it."""
     folder = Path(config.output_dir).expanduser()
-    resume = what_to_resume(config, folder)
+    with for_option("resume"):
+        resume = what_to_resume(config, folder)
     config.check_rates(world.size)
     dtype, why = pick_dtype(config.amp, world.device)
     if config.log_wandb:
@@ -54,7 +55,7 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     torch.manual_seed(config.seed)
     task.transform(config).check(source.channels, source.dtype)
     model, name, told = task.build(config, source)
-    mean, std, statistics = _statistics(config, task, source)
+    statistics, origin = _statistics(config, task, source)
     _prepare_model(model, config, world)
     step_model = spread(model, world)
     optimiser = task.optimiser(task.groups(model, config), config)
@@ -64,8 +65,7 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
         world=world,
         dtype=dtype,
         source=source,
-        mean=mean,
-        std=std,
+        statistics=statistics,
         model=model,
         model_name=name,
         step_model=step_model,
@@ -75,7 +75,7 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
         steps_per_epoch=steps_per_epoch,
         workers=source.workers if config.num_workers is None else config.num_workers,
     )
-    notes = [source.description, *told, *_notes(run, why), statistics]
+    notes = [source.description, *told, *_notes(run, why), origin]
     if resume is not None:
         notes += _resume(run, task, resume)
     notes += _use_graph(run, task)
@@ -95,9 +95,7 @@ def _steps_per_epoch(config: RunConfig, source: Source, world: World) -> int:
     )
 
 
-def _statistics(
-    config: RunConfig, task: Task, source: Source
-) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+def _statistics(config: RunConfig, task: Task, source: Source) -> tuple[Statistics, str]:
     """Mean and deviation to normalise with, and where they come from, in words."""
     learnt = task.statistics(config)
     if config.mean is not None and config.std is not None:
@@ -115,7 +113,8 @@ def _statistics(
             f"{config.data_path!r} have {source.channels} channels"
         )
     numbers = " ".join(f"{value:.4g}" for value in mean), " ".join(f"{v:.4g}" for v in std)
-    return tuple(mean), tuple(std), f"mean {numbers[0]}, deviation {numbers[1]} ({where})"
+    statistics = Statistics(tuple(mean), tuple(std))
+    return statistics, f"mean {numbers[0]}, deviation {numbers[1]} ({where})"
 
 
 def _prepare_model(model: Any, config: RunConfig, world: World) -> None:
@@ -192,9 +191,9 @@ def what_to_resume(config: RunConfig, folder: Path) -> Path | None:
     traces = [name for name in (LOG, FOLDER, f".{FOLDER}.old", OPTIONS) if (folder / name).exists()]
     has_checkpoint = any(name.endswith((FOLDER, f"{FOLDER}.old")) for name in traces)
     if config.resume == "auto":
-        return find_checkpoint(folder, "--resume") if has_checkpoint else None
+        return find_checkpoint(folder) if has_checkpoint else None
     if config.resume:
-        resume = find_checkpoint(config.resume, "--resume")
+        resume = find_checkpoint(config.resume)
         if has_checkpoint and resume.resolve().parent != folder.resolve():
             raise OptionError(
                 f"--output_dir {config.output_dir!r} holds another run than --resume "
@@ -231,7 +230,8 @@ def write_options(config: RunConfig, folder: Path) -> None:
 
 def _resume(run: Run, task: Task, folder: Path) -> list[str]:
     """Loads weights, optimiser and progress into `run`; returns what to tell about it."""
-    weights, state = read_training_state(folder)
+    with for_option("resume"):
+        weights, state = read_training_state(folder)
     config = run.config
     mine = plain(run.model.config)  # type: ignore[arg-type]
     if weights.model != run.model_name or weights.config != mine:

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from convmae.config import MessageError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
 
-    from convmae.data import Source
+    from convmae.data import Source, Statistics
     from convmae.training.distributed import World
     from convmae.training.step_graph import StepGraph
 
 
-class TrainingError(RuntimeError):
+class TrainingError(MessageError, RuntimeError):
     """A run had to stop; the message says why, and what is left of it."""
 
 
@@ -30,8 +32,7 @@ class Run:
     world: World
     dtype: torch.dtype
     source: Source
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    statistics: Statistics  # of the pictures
     model: Any  # a ConvMAE or ConvViT, with its own parameter names
     model_name: str
     step_model: nn.Module  # what a step calls: the model, or its data-parallel wrapper

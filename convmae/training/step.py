@@ -99,7 +99,7 @@ def _prepare(run: Run, batch: Batch, number: int) -> Tensor:
     """The images of a batch, on the device and normalised; seeds what is random in their step."""
     images = batch.images.to(run.world.device, non_blocking=True)
     seed_everything(derive_seed(run.config.seed, Stream.STEP, number, run.world.rank))
-    return normalise(images, run.mean, run.std)
+    return normalise(images, *run.statistics)
 
 
 def differentiate(run: Run, loss: Callable[[], Tensor], exchange: bool = True) -> Tensor:

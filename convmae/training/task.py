@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from PIL import Image as PILImage
     from torch import Tensor, nn
 
-    from convmae.data import Batch, Source
+    from convmae.data import Batch, Source, Statistics
     from convmae.records.log import RunLog
     from convmae.training.state import Run
 
@@ -19,6 +19,7 @@ class Task(ABC):
     """One kind of training: what it trains, on what, and what is to be seen of it."""
 
     command: str
+    classes: tuple[str, ...] | None = None  # names of what the model tells apart, in their order
 
     @abstractmethod
     def transform(self, config: Any) -> Any:
@@ -51,7 +52,7 @@ class Task(ABC):
         """`loss` of images and of what `inputs` gave; decides nothing on the host."""
         raise NotImplementedError(f"the steps of {self.command} cannot be captured")
 
-    def statistics(self, config: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    def statistics(self, config: Any) -> Statistics | None:
         """Mean and deviation that the weights to start from were trained with, if any."""
         return None
 

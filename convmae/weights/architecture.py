@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import OptionError
+from convmae.config import WeightsError
 from convmae.models.layers import sincos_pos_embed
 from convmae.models.registry import DECODER as USUAL_DECODER
 from convmae.models.registry import SIZES, TINY_DECODER, create_model
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from convmae.models import ConvMAE, ConvViT
-    from convmae.weights.foreign import Found
+    from convmae.weights.foreign import ForeignWeights
 
 PATCH = 16
 SINCOS_ATOL = 5e-3  # bfloat16 rounds a value below 1 by up to 2e-3
@@ -48,22 +48,22 @@ class Encoder:
         return f"embed_dim {self.embed_dim}, depth {self.depth}"
 
 
-def read_encoder(found: Found, option: str) -> Encoder:
+def read_encoder(found: ForeignWeights) -> Encoder:
     """The sizes of an encoder.
 
     Raises:
-        OptionError: the tensors are not those of ConvMAE's encoder.
+        WeightsError: the tensors are not those of ConvMAE's encoder.
     """
-    shapes = [shape_of(found, f"patch_embed{i}.proj.weight", 4, option) for i in (1, 2, 3)]
+    shapes = [shape_of(found, f"patch_embed{i}.proj.weight", 4) for i in (1, 2, 3)]
     kernels = [shape[2:] for shape in shapes]
     if kernels != [(4, 4), (2, 2), (2, 2)]:
-        raise OptionError(
-            f"{option}: {found.path}: the patch embeddings have kernels {kernels}, expected "
+        raise WeightsError(
+            f"{found.path}: the patch embeddings have kernels {kernels}, expected "
             "4 x 4, 2 x 2 and 2 x 2 (patches of 16 x 16 pixels)"
         )
     dims = tuple(shape[0] for shape in shapes)
     depth = tuple(count_blocks(found.state, f"blocks{i}.") for i in (1, 2, 3))
-    hidden = [shape_of(found, f"blocks{i}.0.mlp.fc1.weight", 0, option)[0] for i in (1, 2, 3)]
+    hidden = [shape_of(found, f"blocks{i}.0.mlp.fc1.weight", 0)[0] for i in (1, 2, 3)]
     ratios = tuple(_ratio(n, d) for n, d in zip(hidden, dims))
     return Encoder(shapes[0][1], dims, depth, ratios)  # type: ignore[arg-type]
 
@@ -76,19 +76,18 @@ def _ratio(hidden: int, dim: int) -> float:
     return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def shape_of(found: Found, name: str, rank: int, option: str) -> tuple[int, ...]:
+def shape_of(found: ForeignWeights, name: str, rank: int) -> tuple[int, ...]:
     """The shape of a tensor that must be there, with `rank` dimensions (0: any but none)."""
     if name not in found.state:
         names = [*found.state, *found.unexpected]
-        raise OptionError(
-            f"{option}: {found.path} is not of a ConvMAE: it has no {name}; it holds "
+        raise WeightsError(
+            f"{found.path} is not of a ConvMAE: it has no {name}; it holds "
             f"{few(names) or 'no tensors'}"
         )
     shape = tuple(found.state[name].shape)
     if (rank and len(shape) != rank) or not shape or 0 in shape:
-        raise OptionError(
-            f"{option}: {found.path}: {name} has shape {list(shape)}, expected {rank or 'some'} "
-            "dimensions"
+        raise WeightsError(
+            f"{found.path}: {name} has shape {list(shape)}, expected {rank or 'some'} dimensions"
         )
     return shape
 
@@ -99,34 +98,34 @@ def count_blocks(state: dict[str, Tensor], prefix: str) -> int:
     return max((int(n) + 1 for n in numbers if n.isdecimal()), default=0)
 
 
-def num_heads(encoder: Encoder, found: Found, model: str | None, heads: int | None) -> int:
+def num_heads(encoder: Encoder, found: ForeignWeights, model: str | None, heads: int | None) -> int:
     """Attention heads, which no shape tells.
 
     Args:
         encoder: of the file.
         found: the file.
-        model: `--model`.
-        heads: `--num_heads`.
+        model: the name of a model that is like it, if given.
+        heads: as given, if they are.
 
     Raises:
-        OptionError: neither the file, nor its size, nor an option tells.
+        WeightsError: neither the file, nor its size, nor an option tells.
     """
     if heads is not None:
         return heads
     if found.ours is not None and "num_heads" in found.ours.config:
         return found.ours.config["num_heads"]
     if model is not None:
-        return blank(model, "--model").config["num_heads"]
+        return blank(model).config["num_heads"]
     if encoder.size is None:
         known = ", ".join(SIZES)
-        raise OptionError(
+        raise WeightsError(
             f"--num_heads is needed (or --model): no shape tells it, and {found.path} is of "
             f"{encoder}, none of the known sizes ({known})"
         )
     return SIZES[encoder.size]["num_heads"]
 
 
-def read_decoder(found: Found, usual: dict[str, Any], heads: int | None) -> dict[str, int]:
+def read_decoder(found: ForeignWeights, usual: dict[str, Any], heads: int | None) -> dict[str, int]:
     """`decoder_embed_dim`, `decoder_depth` and `decoder_num_heads`.
 
     Args:
@@ -135,7 +134,7 @@ def read_decoder(found: Found, usual: dict[str, Any], heads: int | None) -> dict
         heads: `--decoder_num_heads`.
 
     Raises:
-        OptionError: the file has a decoder whose heads nothing tells.
+        WeightsError: the file has a decoder whose heads nothing tells.
     """
     state = found.state
     width = usual["decoder_embed_dim"]
@@ -149,30 +148,30 @@ def read_decoder(found: Found, usual: dict[str, Any], heads: int | None) -> dict
     if heads is None:
         heads = DECODER_HEADS.get(width)
     if heads is None:
-        raise OptionError(
+        raise WeightsError(
             f"--decoder_num_heads is needed: no shape tells it, and {found.path} has a decoder of "
             f"the unusual width {width}"
         )
     return {"decoder_embed_dim": width, "decoder_depth": depth, "decoder_num_heads": heads}
 
 
-def blank(name: str, option: str, **overrides: Any) -> ConvMAE | ConvViT:
+def blank(name: str, **overrides: Any) -> ConvMAE | ConvViT:
     """A model without values, to ask it for its shapes.
 
     Raises:
-        OptionError: there is no such model.
+        WeightsError: there is no such model.
     """
     try:
         with torch.device("meta"):
             return create_model(name, **overrides)
     except (ValueError, TypeError) as error:
-        raise OptionError(f"{option}: {error}") from error
+        raise WeightsError(f"--model: {error}") from error
 
 
 # -- position embeddings --------------------------------------------------------------------------
 
 
-def grid_of(found: Found, option: str, given: tuple[int, int] | None = None) -> tuple[int, int]:
+def grid_of(found: ForeignWeights, given: tuple[int, int] | None = None) -> tuple[int, int]:
     """`(gh, gw)`: the patches of a column and a row of the pictures that a file was trained on.
 
     It is what the file says, if convmae wrote it; else the grid whose sin-cos embedding the file
@@ -180,13 +179,12 @@ def grid_of(found: Found, option: str, given: tuple[int, int] | None = None) -> 
 
     Args:
         found: the file.
-        option: the flag to name in errors.
         given: the grid, as an option tells it.
 
     Raises:
-        OptionError: there is no position embedding, or its grid is none of those.
+        WeightsError: there is no position embedding, or its grid is none of those.
     """
-    patches = shape_of(found, "pos_embed", 3, option)[1]
+    patches = shape_of(found, "pos_embed", 3)[1]
     if found.ours is not None:
         height, width = found.ours.config.get("img_size", (0, 0))
         grid = (height // PATCH, width // PATCH)
@@ -201,8 +199,8 @@ def grid_of(found: Found, option: str, given: tuple[int, int] | None = None) -> 
     if side * side == patches:
         return side, side
     sizes = [f"{PATCH * h} x {PATCH * w}" for h, w in factors(patches)]
-    raise OptionError(
-        f"{option}: {found.path} has a position embedding of {patches} patches, no square; "
+    raise WeightsError(
+        f"{found.path} has a position embedding of {patches} patches, no square; "
         "convmae convert --input_size takes the height and width of the pictures it was trained "
         f"on, one of {few(sizes, 12)}"
     )

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import OptionError
-from convmae.data import IMAGENET_MEAN, IMAGENET_STD
+from convmae.config import WeightsError
+from convmae.data import IMAGENET, IMAGENET_MEAN, Statistics
 from convmae.files import flush, replacing
 from convmae.weights.safe_load import load_tensors
 
@@ -26,44 +26,68 @@ if TYPE_CHECKING:
 FOLDER = "checkpoint"
 WEIGHTS = "model.safetensors"
 STATE = "training_state.pt"
-_DESCRIBED = ("config", "mean", "std")  # in the metadata of a model.safetensors, as JSON
+# In the metadata of a model.safetensors, as JSON; the last three where they are known.
+_DESCRIBED = ("config", "mean", "std", "classes")
 
 
 @dataclass
 class Weights:
     """What a weights file holds: the model's name, its configuration and its state dict.
 
-    `mean` and `std` are those of the pictures it was trained on, a number a channel; None if the
-    file does not tell.
+    Attributes:
+        path: the file.
+        model: the name for `convmae.create_model`.
+        config: the model's configuration.
+        state: the state dict, on the CPU.
+        pictures: mean and deviation of the pictures it was trained on; None if it does not say.
+        classes: names of the classes that it tells apart, in their order; None if it does not say.
     """
 
     path: Path
     model: str
     config: dict[str, Any]
     state: dict[str, Tensor]
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    pictures: Statistics | None = None
+    classes: tuple[str, ...] | None = None
 
     def describe(self) -> str:
         """One line that tells this model from another."""
         return describe(self.model, self.config)
 
     @property
-    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation to normalise with: those it tells, else ImageNet's.
+    def statistics(self) -> Statistics:
+        """Mean and deviation to normalise with: those it says, else ImageNet's.
 
         Raises:
-            OptionError: it tells none, and is of another number of channels than 3.
+            WeightsError: it tells none, and is of another number of channels than 3.
         """
-        if self.mean is not None and self.std is not None:
-            return self.mean, self.std
+        if self.pictures is not None:
+            return self.pictures
         channels = self.config.get("in_chans", len(IMAGENET_MEAN))
         if channels != len(IMAGENET_MEAN):
-            raise OptionError(
+            raise WeightsError(
                 f"{self.path} is of {channels} channels and does not tell the mean and deviation "
                 "that its pictures were normalised with"
             )
-        return IMAGENET_MEAN, IMAGENET_STD
+        return IMAGENET
+
+    def build_model(self, device: torch.device | str = "cpu") -> ConvMAE | ConvViT:
+        """The model with these weights, in evaluation mode.
+
+        Raises:
+            WeightsError: the weights do not fit the model that the file names.
+        """
+        from convmae.models import create_model
+
+        config = {key: tuple(v) if isinstance(v, list) else v for key, v in self.config.items()}
+        try:
+            model = create_model(self.model, **config)
+            model.load_state_dict(self.state)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise WeightsError(
+                f"{self.path} does not fit the model it names, {self.describe()}: {error}"
+            ) from error
+        return model.to(device).eval()
 
 
 def describe(model: str, config: dict[str, Any]) -> str:
@@ -82,8 +106,8 @@ def save_checkpoint(
     name: str,
     training_state: dict[str, Any],
     weights: dict[str, Tensor] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    pictures: Statistics | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Path:
     """Writes `run/checkpoint/`, so that a crash at any moment leaves a whole checkpoint behind.
 
@@ -97,7 +121,8 @@ def save_checkpoint(
         name: the model's name for `convmae.create_model`.
         training_state: tensors and plain values, for `training_state.pt`.
         weights: the state dict, if the model's own is spread over processes.
-        mean, std: what its pictures were normalised with.
+        pictures: what its pictures were normalised with.
+        classes: names of the classes that it tells apart.
 
     Raises:
         OSError: the disk refused; the previous checkpoint is still there.
@@ -107,7 +132,7 @@ def save_checkpoint(
     fresh.mkdir()
     try:
         state = model.state_dict() if weights is None else weights
-        write_weights(fresh / WEIGHTS, name, model.config, state, mean, std)
+        write_weights(fresh / WEIGHTS, name, model.config, state, pictures, classes)
         save_tensors(training_state, fresh / STATE)
         for path in (fresh / WEIGHTS, fresh / STATE, fresh):
             flush(path)
@@ -133,8 +158,8 @@ def save_weights(
     model: ConvMAE | ConvViT,
     name: str,
     weights: dict[str, Tensor] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    pictures: Statistics | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Path:
     """Writes `folder/model.safetensors`, in place of the old one, whole or not at all.
 
@@ -143,7 +168,7 @@ def save_weights(
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if weights is None else weights
     with replacing(folder / WEIGHTS) as fresh:
-        write_weights(fresh, name, model.config, state, mean, std)
+        write_weights(fresh, name, model.config, state, pictures, classes)
     return folder / WEIGHTS
 
 
@@ -168,8 +193,8 @@ def write_weights(
     name: str,
     config: dict[str, Any],
     state: Mapping[str, Tensor],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    pictures: Statistics | None = None,
+    classes: Sequence[str] | None = None,
 ) -> None:
     """Writes `path`, a `.safetensors` file that names its model; whole or not only by `replacing`.
 
@@ -180,8 +205,10 @@ def write_weights(
     from safetensors.torch import save_file
 
     metadata = {"format": "pt", "model": name, "config": json.dumps(config)}
-    if mean is not None and std is not None:
-        metadata |= {"mean": json.dumps(list(mean)), "std": json.dumps(list(std))}
+    if pictures is not None:
+        metadata |= {key: json.dumps(list(v)) for key, v in pictures._asdict().items()}
+    if classes is not None:
+        metadata["classes"] = json.dumps(list(classes))
     tensors = {key: value.detach().contiguous() for key, value in state.items()}
     path.touch()
     mode = path.stat().st_mode
@@ -192,15 +219,14 @@ def write_weights(
     path.chmod(mode)  # safetensors lets nobody else read its files
 
 
-def find_checkpoint(path: str | Path, option: str) -> Path:
+def find_checkpoint(path: str | Path) -> Path:
     """The folder that holds the weights: `path`, `path/checkpoint`, or the one being replaced.
 
     Args:
         path: a run's folder, a checkpoint folder, or one of its files.
-        option: the flag to name in the error.
 
     Raises:
-        OptionError: there is no checkpoint.
+        WeightsError: there is no checkpoint.
     """
     given = Path(path).expanduser()
     folder = given.parent if given.is_file() else given
@@ -209,27 +235,28 @@ def find_checkpoint(path: str | Path, option: str) -> Path:
         if (candidate / WEIGHTS).is_file():
             return candidate
     what = "holds no checkpoint" if given.exists() else "does not exist"
-    raise OptionError(
-        f"{option} {str(path)!r} {what}; expected a run's folder, a checkpoint folder or a "
+    raise WeightsError(
+        f"path {str(path)!r} {what}; expected a run's folder, a checkpoint folder or a "
         f"{WEIGHTS} file"
     )
 
 
-def read_weights(path: str | Path, option: str) -> Weights:
-    """The weights of a checkpoint, on the CPU.
+def open_weights(path: str | Path) -> Weights:
+    """The weights of a checkpoint, on the CPU, with all that the file says about them.
+
+    Args:
+        path: a run's folder, a checkpoint folder or a `.safetensors` file that convmae wrote.
 
     Raises:
-        OptionError: there are none, the file is damaged, or it does not say which model it is.
+        WeightsError: there are none, the file is damaged, or it does not say which model it is.
     """
     given = Path(path).expanduser()
     is_weights = given.is_file() and given.suffix == ".safetensors"
-    return read_weights_file(
-        given if is_weights else find_checkpoint(path, option) / WEIGHTS, option
-    )
+    return read_weights_file(given if is_weights else find_checkpoint(path) / WEIGHTS)
 
 
-def read_weights_file(file: Path, option: str) -> Weights:
-    """`read_weights` of a file, whatever its name."""
+def read_weights_file(file: Path) -> Weights:
+    """`open_weights` of a file, whatever its name."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -237,65 +264,54 @@ def read_weights_file(file: Path, option: str) -> Weights:
             metadata = opened.metadata() or {}
             state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise OptionError(f"{option}: {file} is not readable as safetensors: {error}") from error
+        raise WeightsError(f"{file} is not readable as safetensors: {error}") from error
     if "model" not in metadata or "config" not in metadata:
-        raise OptionError(
-            f"{option}: {file} does not name its model; expected a file that convmae pretrain "
+        raise WeightsError(
+            f"{file} does not name its model; expected a file that convmae pretrain "
             f"wrote, with 'model' and 'config' in its metadata, found {sorted(metadata) or 'none'}"
         )
     try:
         values = {key: json.loads(metadata[key]) for key in _DESCRIBED if key in metadata}
         mean, std = (tuple(map(float, values[k])) if k in values else None for k in ("mean", "std"))
+        classes = tuple(map(str, values["classes"])) if "classes" in values else None
         config = dict(values["config"])
     except (ValueError, TypeError) as error:
-        raise OptionError(
-            f"{option}: the metadata of {file} are damaged: {error}; expected JSON of "
-            f"{', '.join(_DESCRIBED)}"
+        raise WeightsError(
+            f"the metadata of {file} are damaged: {error}; expected JSON of {', '.join(_DESCRIBED)}"
         ) from error
-    return Weights(file, metadata["model"], config, state, mean, std)
+    pictures = None if mean is None or std is None else Statistics(mean, std)
+    return Weights(file, metadata["model"], config, state, pictures, classes)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> ConvMAE | ConvViT:
     """The model of a checkpoint, with its weights, in evaluation mode.
+
+    `open_weights(path)` has besides what its pictures were normalised with, and `build_model`.
 
     Args:
         path: a run's folder, a checkpoint folder or a `.safetensors` file.
         device: where to put it.
 
     Raises:
-        OptionError: no readable checkpoint, or its weights do not fit the model it names.
+        WeightsError: no readable checkpoint, or its weights do not fit the model it names.
     """
-    from convmae.models import create_model
-
-    weights = read_weights(path, "--checkpoint")
-    config = {key: tuple(v) if isinstance(v, list) else v for key, v in weights.config.items()}
-    try:
-        model = create_model(weights.model, **config)
-        model.load_state_dict(weights.state)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise OptionError(
-            f"--checkpoint: {weights.path} does not fit the model it names, "
-            f"{weights.describe()}: {error}"
-        ) from error
-    return model.to(device).eval()
+    return open_weights(path).build_model(device)
 
 
 def read_training_state(path: str | Path) -> tuple[Weights, dict[str, Any]]:
     """Weights and training state of a checkpoint to go on from, on the CPU.
 
     Raises:
-        OptionError: there is none, or a file of it is missing or damaged.
+        WeightsError: there is none, or a file of it is missing or damaged.
     """
-    folder = find_checkpoint(path, "--resume")
+    folder = find_checkpoint(path)
     file = folder / STATE
     if not file.is_file():
-        raise OptionError(
-            f"--resume: {folder} holds weights only; going on with a run also needs its {STATE}"
+        raise WeightsError(
+            f"{folder} holds weights only; going on with a run also needs its {STATE}"
         )
-    weights = read_weights(folder, "--resume")
-    state = load_tensors(file, "--resume")
+    weights = open_weights(folder)
+    state = load_tensors(file)
     if not isinstance(state, dict):
-        raise OptionError(
-            f"--resume: {file} holds a {type(state).__name__}, expected a training state"
-        )
+        raise WeightsError(f"{file} holds a {type(state).__name__}, expected a training state")
     return weights, state

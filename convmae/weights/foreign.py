@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from convmae.config import OptionError
-from convmae.weights.checkpoint import Weights, read_weights, read_weights_file
+from convmae.config import WeightsError
+from convmae.weights.checkpoint import Weights, open_weights, read_weights_file
 from convmae.weights.safe_load import PICKLE, ZIP, load_tensors
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ HEAD = ("norm.", "fc_norm.", "head.")
 
 
 @dataclass
-class Found:
+class ForeignWeights:
     """Tensors of a file by their official names.
 
     Attributes:
@@ -50,111 +50,110 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
-def read_foreign(path: str | Path, option: str, key: str | None = None) -> Found:
+def open_foreign(path: str | Path, key: str | None = None) -> ForeignWeights:
     """The weights of a run's folder, of a `.safetensors` file or of a PyTorch file.
 
     Which of them a file is, its first bytes tell, not its name.
 
     Args:
         path: the file or folder.
-        option: the flag to name in errors.
         key: the entry of a PyTorch file that holds the weights; found by itself if None.
 
     Raises:
-        OptionError: there is no such file, it is damaged or no file of weights, or it asks for code
-            to be run.
+        WeightsError: there is no such file, it is damaged or no file of weights, or it asks for
+            code to be run.
     """
     given = Path(path).expanduser()
     if not given.exists() and given.suffix:
-        raise OptionError(f"{option} {str(path)!r} does not exist")
-    kind = _kind_of(given, option) if given.is_file() else "folder"
+        raise WeightsError(f"path {str(path)!r} does not exist")
+    kind = _kind_of(given) if given.is_file() else "folder"
     if kind == "pytorch":
-        found = _read_pytorch(given, option, key)
+        found = _read_pytorch(given, key)
     elif key is not None:
-        raise OptionError(f"--key {key!r}: {given} is a {kind}, which has no entries")
+        raise WeightsError(f"--key {key!r}: {given} is a {kind}, which has no entries")
     elif kind == "folder":
-        found = _ours(read_weights(given, option), option)
+        found = _ours(open_weights(given))
     else:
-        found = _read_safetensors(given, option)
+        found = _read_safetensors(given)
     _drop_class_token(found)
     return found
 
 
-def _ours(weights: Weights, option: str) -> Found:
+def _ours(weights: Weights) -> ForeignWeights:
     what = f"weights of convmae: {weights.model}"
-    known, unexpected = _sort_out(weights.state, weights.path, option)
-    return Found(weights.path, what, known, unexpected, weights)
+    known, unexpected = _sort_out(weights.state, weights.path)
+    return ForeignWeights(weights.path, what, known, unexpected, weights)
 
 
-def _kind_of(path: Path, option: str) -> str:
+def _kind_of(path: Path) -> str:
     """`safetensors file` or `pytorch`, from the first bytes."""
     try:
         with path.open("rb") as opened:
             head = opened.read(64)
     except OSError as error:
-        raise OptionError(f"{option}: {path} cannot be read: {error.strerror}") from error
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
     if not head:
-        raise OptionError(f"{option}: {path} is empty (0 bytes)")
+        raise WeightsError(f"{path} is empty (0 bytes)")
     # Its header's length comes first: any 8 bytes, which may look like the begin of other files.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
         return "safetensors file"
     if head.startswith(b"version https://git-lfs"):
-        raise OptionError(
-            f"{option}: {path} is a pointer of Git LFS, not the weights; `git lfs pull` gets them"
+        raise WeightsError(
+            f"{path} is a pointer of Git LFS, not the weights; `git lfs pull` gets them"
         )
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         begin = head.decode("utf-8", "replace").strip().splitlines()[0][:32]
-        raise OptionError(
-            f"{option}: {path} is a web page (it begins with {begin!r}), not weights; the download "
+        raise WeightsError(
+            f"{path} is a web page (it begins with {begin!r}), not weights; the download "
             "brought a page, such as a login or a confirmation, in place of the file"
         )
     if head.startswith((ZIP, PICKLE)):
         return "pytorch"
-    raise OptionError(
-        f"{option}: {path} is neither a PyTorch file nor safetensors; it begins with {head[:12]!r}"
+    raise WeightsError(
+        f"{path} is neither a PyTorch file nor safetensors; it begins with {head[:12]!r}"
     )
 
 
-def _read_safetensors(path: Path, option: str) -> Found:
+def _read_safetensors(path: Path) -> ForeignWeights:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
             if "model" in metadata and "config" in metadata:
-                return _ours(read_weights_file(path, option), option)
+                return _ours(read_weights_file(path))
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise OptionError(f"{option}: {path} is not readable as safetensors: {error}") from error
-    known, unexpected = _sort_out(state, path, option)
-    return Found(path, f"safetensors, {len(state)} tensors", known, unexpected)
+        raise WeightsError(f"{path} is not readable as safetensors: {error}") from error
+    known, unexpected = _sort_out(state, path)
+    return ForeignWeights(path, f"safetensors, {len(state)} tensors", known, unexpected)
 
 
-def _read_pytorch(path: Path, option: str, key: str | None) -> Found:
+def _read_pytorch(path: Path, key: str | None) -> ForeignWeights:
     # argparse.Namespace, which official files hold, only has attributes set: plain data.
-    data = load_tensors(path, option, allow=[argparse.Namespace])
+    data = load_tensors(path, allow=[argparse.Namespace])
     if not isinstance(data, Mapping):
-        raise OptionError(
-            f"{option}: {path} holds a {type(data).__name__}, expected a dictionary of tensors"
+        raise WeightsError(
+            f"{path} holds a {type(data).__name__}, expected a dictionary of tensors"
         )
-    entry = _entry(data, path, option, key)
+    entry = _entry(data, path, key)
     state = data if entry is None else data[entry]
-    known, unexpected = _sort_out(state, path, option)
+    known, unexpected = _sort_out(state, path)
     others = [] if entry is None else [str(name) for name in data if name != entry]
     what = f"PyTorch file, {'tensors' if entry is None else repr(entry)}"
     if others:
         what += f" (not read: {few(others)})"
     args = data.get("args")
     options = vars(args) if isinstance(args, argparse.Namespace) else {}
-    return Found(path, what, known, unexpected, None, options)
+    return ForeignWeights(path, what, known, unexpected, None, options)
 
 
-def _entry(data: Mapping[Any, Any], path: Path, option: str, key: str | None) -> str | None:
+def _entry(data: Mapping[Any, Any], path: Path, key: str | None) -> str | None:
     """The entry with the weights; None if `data` itself is the state dict."""
     there = [name for name in data if isinstance(data[name], Mapping)]
     if key is not None:
         if key not in there:
-            raise OptionError(
+            raise WeightsError(
                 f"--key {key!r}: {path} has no such dictionary; it has {few(there) or 'none'}"
             )
         return key
@@ -163,15 +162,13 @@ def _entry(data: Mapping[Any, Any], path: Path, option: str, key: str | None) ->
             return name
     if any(isinstance(value, Tensor) for value in data.values()):
         return None
-    raise OptionError(
-        f"{option}: {path} holds no weights: expected tensors, or one of {', '.join(ENTRIES)}; "
+    raise WeightsError(
+        f"{path} holds no weights: expected tensors, or one of {', '.join(ENTRIES)}; "
         f"found {few(data) or 'an empty dictionary'}"
     )
 
 
-def _sort_out(
-    state: Mapping[Any, Any], path: Path, option: str
-) -> tuple[dict[str, Tensor], list[str]]:
+def _sort_out(state: Mapping[Any, Any], path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors with a model's names, wrappers' prefixes taken off; and the names of the rest."""
     known: dict[str, Tensor] = {}
     unexpected: list[str] = []
@@ -181,17 +178,17 @@ def _sort_out(
             unexpected.append(name)
             continue
         if name in known:
-            raise OptionError(f"{option}: {path} holds {name} twice, as {given!r} and without")
+            raise WeightsError(f"{path} holds {name} twice, as {given!r} and without")
         problem = _no_weight(value)
         if problem is not None:
-            raise OptionError(
-                f"{option}: {path}: {name} is {problem}, expected a tensor of floating numbers"
+            raise WeightsError(
+                f"{path}: {name} is {problem}, expected a tensor of floating numbers"
             )
         known[name] = value.detach()
     return known, unexpected
 
 
-def _drop_class_token(found: Found) -> None:
+def _drop_class_token(found: ForeignWeights) -> None:
     """Takes the row of a class token, which our models have not, off the position embedding."""
     position = found.state.get("pos_embed")
     if "cls_token" not in found.unexpected or position is None or position.dim() != 3:

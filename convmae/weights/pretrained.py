@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from convmae.config import OptionError
+from convmae.config import WeightsError
 from convmae.models import resample_pos_embed
 from convmae.weights.architecture import grid_of, read_encoder
-from convmae.weights.foreign import Found, few, read_foreign
+from convmae.weights.foreign import ForeignWeights, few
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class LoadReport:
         return "; ".join(parts)
 
 
-def load_pretrained(model: Trunk, path: str | Path, option: str = "--finetune") -> LoadReport:
+def load_pretrained(model: Trunk, weights: ForeignWeights) -> LoadReport:
     """Puts the encoder of a file into `model`, in place; a classifier's head too, if it fits.
 
     The position embedding is resampled to the model's grid. Only `head` and `fc_norm` may keep the
@@ -60,24 +60,22 @@ def load_pretrained(model: Trunk, path: str | Path, option: str = "--finetune") 
 
     Args:
         model: a `ConvViT`, of any `img_size`.
-        path: a run's folder, a `.safetensors` file, or a PyTorch file such as the official ones.
-        option: the flag to name in errors.
+        weights: what `open_foreign` weights.
 
     Raises:
-        OptionError: the file cannot be read, or does not fit the model.
+        WeightsError: the file does not fit the model.
     """
-    found = read_foreign(path, option)
-    encoder = read_encoder(found, option)
+    encoder = read_encoder(weights)
     own = model.state_dict()
     shapes = {key: tuple(value.shape) for key, value in own.items()}
     if encoder.in_chans != model.in_chans:
-        raise OptionError(
-            f"{option}: {found.path} is of pictures of {encoder.in_chans} channels, but the data "
+        raise WeightsError(
+            f"{weights.path} is of pictures of {encoder.in_chans} channels, but the data "
             f"and the model have {model.in_chans} (in_chans)"
         )
-    state = {key: value for key, value in found.state.items() if key in own}
+    state = {key: value for key, value in weights.state.items() if key in own}
     resampled = []
-    old = grid_of(found, option)
+    old = grid_of(weights)
     if old != model.grid and "pos_embed" in state:
         state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, model.grid)
         resampled.append(f"pos_embed: {change(old, model.grid)}")
@@ -86,46 +84,30 @@ def load_pretrained(model: Trunk, path: str | Path, option: str = "--finetune") 
             state = {k: v for k, v in state.items() if not k.startswith("head.")}
             break
     fits = f" ({encoder}; convvit_{encoder.size} fits)" if encoder.size else f" ({encoder})"
-    check_shapes(state, shapes, found, "the model", option, fits)
+    check_shapes(state, shapes, weights, "the model", fits)
     missing = [key for key in own if key not in state]
     needed = [key for key in missing if not key.startswith(("head.", "fc_norm."))]
     if needed:
-        raise OptionError(
-            f"{option}: {found.path} lacks {few(needed)}, which the model needs{fits}"
-        )
+        raise WeightsError(f"{weights.path} lacks {few(needed)}, which the model needs{fits}")
     model.load_state_dict(own | state)
     return LoadReport(
         missing=missing,
-        unexpected=found.unexpected,
+        unexpected=weights.unexpected,
         resampled=resampled,
-        left_out=[key for key in found.state if key not in state],
+        left_out=[key for key in weights.state if key not in state],
         loaded=len(state),
-        path=found.path,
+        path=weights.path,
     )
 
 
-def pretrained_model(path: str | Path, option: str = "--finetune") -> str | None:
-    """The classifier of the size of a file, such as `convvit_base`; None if it has no known size.
+def classifier_for(weights: ForeignWeights) -> str | None:
+    """The classifier of the size of an encoder, such as `convvit_base`; None if of no known size.
 
     Raises:
-        OptionError: as `load_pretrained`.
+        WeightsError: the tensors are not those of ConvMAE's encoder.
     """
-    size = read_encoder(read_foreign(path, option), option).size
+    size = read_encoder(weights).size
     return None if size is None else f"convvit_{size}"
-
-
-def pretrained_statistics(
-    path: str | Path, option: str = "--finetune"
-) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and deviation of the pictures that a file was trained on; None if it does not tell.
-
-    Raises:
-        OptionError: as `load_pretrained`.
-    """
-    ours = read_foreign(path, option).ours
-    if ours is None or ours.mean is None or ours.std is None:
-        return None
-    return ours.mean, ours.std
 
 
 def change(old: Grid, new: Grid) -> str:
@@ -145,15 +127,14 @@ def groups(names: list[str]) -> str:
 def check_shapes(
     state: dict[str, Tensor],
     shapes: dict[str, tuple[int, ...]],
-    found: Found,
+    found: ForeignWeights,
     name: str,
-    option: str,
     fits: str = "",
 ) -> None:
-    """Raises `OptionError` at the first tensor of another shape than the model's."""
+    """Raises `WeightsError` at the first tensor of another shape than the model's."""
     for key, value in state.items():
         if tuple(value.shape) != shapes[key]:
-            raise OptionError(
-                f"{option}: {found.path} has {key} of shape {list(value.shape)}, but {name} takes "
+            raise WeightsError(
+                f"{found.path} has {key} of shape {list(value.shape)}, but {name} takes "
                 f"{list(shapes[key])}{fits}"
             )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import OptionError
+from convmae.config import WeightsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ _REFUSED = re.compile(r"GLOBAL (\S+)")
 _REASON = re.compile(r"(?:WeightsUnpickler error:|Unpickler error:)\s*(.+)")
 
 
-def load_tensors(path: Path, option: str, allow: Sequence[type] = ()) -> Any:
+def load_tensors(path: Path, allow: Sequence[type] = ()) -> Any:
     """`torch.load(path, map_location="cpu", weights_only=True)`, of a whole and harmless file.
 
     PyTorch reads a file whose bytes have changed without a word; the checksums of its zip archive
@@ -31,25 +31,24 @@ def load_tensors(path: Path, option: str, allow: Sequence[type] = ()) -> Any:
 
     Args:
         path: a file that `torch.save` wrote.
-        option: the flag to name in errors.
         allow: classes that are allowed besides tensors and plain containers; they must be harmless
             however they are filled.
 
     Raises:
-        OptionError: the file is damaged, or asks for anything else to be made or called.
+        WeightsError: the file is damaged, or asks for anything else to be made or called.
     """
     try:
         with path.open("rb") as opened:
             is_zip = opened.read(2) == ZIP
         if is_zip:
-            _check_archive(path, option)
+            _check_archive(path)
         with torch.serialization.safe_globals(list(allow)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unusual pickles, which are refused or read
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OptionError:
+    except WeightsError:
         raise
     except Exception as error:  # a damaged pickle raises errors of any kind
-        raise OptionError(f"{option}: {path} {_explain(error, allow)}") from error
+        raise WeightsError(f"{path} {_explain(error, allow)}") from error
 
 
 def _explain(error: Exception, allow: Sequence[type]) -> str:
@@ -67,37 +66,37 @@ def _explain(error: Exception, allow: Sequence[type]) -> str:
     return f"is damaged or was not written by torch.save: {words[0] if words else repr(error)}"
 
 
-def _check_archive(path: Path, option: str) -> None:
+def _check_archive(path: Path) -> None:
     """The zip archive of a PyTorch file is whole, and all its members are in their place."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             for member in members:
-                _check_member(member, path, option)
+                _check_member(member, path)
             if not any(PurePosixPath(member.filename).name == "data.pkl" for member in members):
                 first = ", ".join(member.filename for member in members[:3]) or "nothing"
-                raise OptionError(
-                    f"{option}: {path} is a zip archive, but not one of torch.save: it has no "
+                raise WeightsError(
+                    f"{path} is a zip archive, but not one of torch.save: it has no "
                     f"data.pkl; it holds {first}"
                 )
             for member in members:
                 if member.CRC:  # 0 where PyTorch was told to write no checksums
                     _read_through(archive, member)
     except zipfile.BadZipFile as error:
-        raise OptionError(f"{option}: {path} is damaged or cut short: {error}") from error
+        raise WeightsError(f"{path} is damaged or cut short: {error}") from error
 
 
-def _check_member(member: zipfile.ZipInfo, path: Path, option: str) -> None:
+def _check_member(member: zipfile.ZipInfo, path: Path) -> None:
     # orig_filename: zipfile itself cuts names at a zero byte and turns backslashes round
     name = PureWindowsPath(member.orig_filename)  # knows both kinds of slashes, and drives
     if name.drive or name.root or ".." in name.parts:
-        raise OptionError(
-            f"{option}: {path} is refused: it holds {member.orig_filename!r}, a path out of the "
+        raise WeightsError(
+            f"{path} is refused: it holds {member.orig_filename!r}, a path out of the "
             "archive, which torch.save does not write"
         )
     if member.compress_type != zipfile.ZIP_STORED:
-        raise OptionError(
-            f"{option}: {path} is refused: {member.filename} in it is compressed, which torch.save "
+        raise WeightsError(
+            f"{path} is refused: {member.filename} in it is compressed, which torch.save "
             "does not do; unpack the archive that it may be in"
         )
 

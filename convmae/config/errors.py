@@ -1,0 +1,54 @@
+"""Errors that name options: as arguments in Python, as flags on the command line."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_FLAG = re.compile(r"(?<![\w-])--(?=[A-Za-z_])")
+
+
+class MessageError(Exception):
+    """An error whose message writes options as flags, `--mask_ratio`.
+
+    `str` of it names them as Python does, `mask_ratio`; the command line prints `with_flags`.
+    """
+
+    @property
+    def with_flags(self) -> str:
+        """The message as it was written."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return _FLAG.sub("", self.with_flags)
+
+
+class OptionError(MessageError, ValueError):
+    """An option has a value that cannot work; the message begins with the option."""
+
+
+class WeightsError(MessageError, ValueError):
+    """A file or folder holds no weights that can be used; the message says which and why."""
+
+
+@contextmanager
+def for_option(name: str) -> Iterator[None]:
+    """Turns a `WeightsError` into an `OptionError` that says which option named the file.
+
+    Args:
+        name: of the option, such as "checkpoint". A message that begins with another option is
+            left as it is.
+    """
+    try:
+        yield
+    except WeightsError as error:
+        message = error.with_flags
+        if message.startswith("path "):  # the argument of the function that was called
+            message = f"--{name} {message.removeprefix('path ')}"
+        elif not message.startswith("--"):
+            message = f"--{name}: {message}"
+        raise OptionError(message) from error
