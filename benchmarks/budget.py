@@ -54,7 +54,7 @@ CLASSES = {
     "add, multiply": {"add", "add_", "mul", "div", "sub"},
     "copy": {"clone", "copy_", "cat", "stack"},
     "sum": {"sum", "mean"},
-    "optimiser": {"_fused_adamw_"},
+    "optimizer": {"_fused_adamw_"},
 }
 # PyTorch's multi-tensor kernels: elements of a thread block, thread blocks of a launch, and tensors
 # of a launch by the number of lists.
@@ -144,7 +144,7 @@ class _Counter(TorchDispatchMode):
             kind = "packed"
         launches = _multi_tensor_launches(args) if name.startswith(("_foreach", "_fused")) else 1
         if name == "_fused_adamw_":
-            self.part, self.phase = "optimiser", "step"
+            self.part, self.phase = "optimizer", "step"
         flops = _flops(func, args, kwargs, out)
         return Op(self.part, self.phase, kind, name, launches, moved, flops)
 
@@ -238,7 +238,7 @@ def count_step(setting: Setting, dtype: torch.dtype, kind: str) -> Budget:
         size = (3, setting.img_size, setting.img_size)
         pixels = torch.empty(setting.batch_size, *size)
         noise = torch.empty(setting.batch_size, setting.grid[0] * setting.grid[1])
-        step(pixels, noise)  # the optimiser makes its state
+        step(pixels, noise)  # the optimizer makes its state
         counter = _Counter()
         _follow(model, counter)
         with counter:

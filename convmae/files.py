@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and the folder that is replaced as one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+CHECKPOINT = "checkpoint"  # the folder of a checkpoint, in the folder of its run
+
+
+def replaced_folder(folder: Path) -> Path:
+    """What a folder is called while a new one takes its place."""
+    return folder.with_name(f".{folder.name}.old")
 
 
 @contextmanager

@@ -47,17 +47,17 @@ def test_launches_of_multi_tensor_ops(tensors, size, launches):
     assert (op.launches, op.bytes) == (launches, 2 * 4 * tensors * size)
 
 
-def test_the_optimiser_reads_gradients_and_writes_the_rest():
+def test_the_optimizer_reads_gradients_and_writes_the_rest():
     parameters = [nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(6))]
-    optimiser = torch.optim.AdamW(parameters, fused=True)
+    optimizer = torch.optim.AdamW(parameters, fused=True)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    optimiser.step()
-    ops = [op for op in counted(optimiser.step) if op.kind == "optimiser"]
+    optimizer.step()
+    ops = [op for op in counted(optimizer.step) if op.kind == "optimizer"]
     assert [op.launches for op in ops] == [1]
     steps = 2 * 4  # a count of steps for each parameter, read
     assert ops[0].bytes == 7 * 4 * 16 + steps
-    assert ops[0].part == "optimiser"
+    assert ops[0].part == "optimizer"
 
 
 def test_a_step_is_counted_whole_and_without_numbers():
@@ -65,7 +65,7 @@ def test_a_step_is_counted_whole_and_without_numbers():
     packed, dense = counts["packed"], counts["dense"]
     assert packed.bytes < dense.bytes and packed.flops < dense.flops
     parts = {op.part for op in packed.ops}
-    assert parts == {"mask and loss", "stage 1", "stage 2", "stage 3", "decoder", "optimiser"}
+    assert parts == {"mask and loss", "stage 1", "stage 2", "stage 3", "decoder", "optimizer"}
     in_float32 = budget.count_step(TINY, torch.float32, "packed")
     assert not [op for op in in_float32.ops if op.name == "_foreach_copy_"]
     assert in_float32.flops == packed.flops

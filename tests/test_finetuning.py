@@ -107,7 +107,7 @@ def test_pretrained_weights_are_finetuned_evaluated_and_kept(
     assert json.loads(output.read_text()) == result
     model = load_model(tmp_path / "run")
     assert isinstance(model, convmae.ConvViT) and model.num_classes == 10
-    assert open_weights(tmp_path / "run" / "best").mean is not None
+    assert open_weights(tmp_path / "run" / "best").pictures is not None
 
 
 def test_accuracy_is_that_of_a_plain_count(pretrained: Path, tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_every_layer_gets_its_share_of_the_rate(
     seen: list[tuple[float, ...]] = []
     step = torch.optim.AdamW.step
 
-    def noting(optimiser: torch.optim.Optimizer, *args: Any) -> Any:
-        seen.append(tuple(sorted({g["lr"] / g["lr_scale"] for g in optimiser.param_groups})))
-        return step(optimiser, *args)
+    def noting(optimizer: torch.optim.Optimizer, *args: Any) -> Any:
+        seen.append(tuple(sorted({g["lr"] / g["lr_scale"] for g in optimizer.param_groups})))
+        return step(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noting)
     finetune(finetuning(tmp_path / "run", epochs=1, eval_every=5))
@@ -214,14 +214,14 @@ def test_lars_is_the_official_rule() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(7, 5).double()
     weight, bias = (p.detach().clone() for p in (layer.weight, layer.bias))
-    optimiser = lars([{"params": [layer.weight, layer.bias], "weight_decay": 0.0}])
+    optimizer = lars([{"params": [layer.weight, layer.bias], "weight_decay": 0.0}])
     momenta = [torch.zeros_like(weight), torch.zeros_like(bias)]
     for step in range(4):
         gradients = [torch.randn_like(weight), torch.randn_like(bias)]
         layer.weight.grad, layer.bias.grad = (g.clone() for g in gradients)
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = 1.6 * (step + 1) / 4
-        optimiser.step()
+        optimizer.step()
         rate = 1.6 * (step + 1) / 4
         adapted = gradients[0] * 0.001 * weight.norm() / gradients[0].norm()
         for value, momentum, gradient in zip(
@@ -290,9 +290,9 @@ def test_the_running_average_is_what_is_evaluated_and_kept(
     seen: list[dict[str, torch.Tensor]] = []
     step = torch.optim.AdamW.step
 
-    def noting(optimiser: torch.optim.Optimizer, *args: Any) -> Any:
-        result = step(optimiser, *args)
-        values = [p for group in optimiser.param_groups for p in group["params"]]
+    def noting(optimizer: torch.optim.Optimizer, *args: Any) -> Any:
+        result = step(optimizer, *args)
+        values = [p for group in optimizer.param_groups for p in group["params"]]
         seen.append({str(i): p.detach().cpu().clone() for i, p in enumerate(values)})
         return result
 

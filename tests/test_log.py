@@ -183,7 +183,7 @@ def test_wandb_that_is_not_installed_is_told_before_anything_is_written(
 ) -> None:
     for missing in (None, type(sys)("wandb")):  # no package; a folder of that name
         monkeypatch.setitem(sys.modules, "wandb", missing)
-        with pytest.raises(OptionError, match="^--log_wandb needs the package wandb"):
+        with pytest.raises(OptionError, match="^log_wandb needs the package wandb"):
             open_log(tmp_path, wandb_project="project")
         assert list(tmp_path.iterdir()) == []
     open_log(tmp_path).close()  # not asked for, not needed
@@ -221,7 +221,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         log.evaluation(first + 10, 1.0, {"acc1": 50.0})
         log.picture("reconstruction", np.zeros((4, 4, 3), np.uint8), first + 10)
         log.close()
-    name = (folder / trackers.RUN_ID).read_text()
+    name = (folder / "wandb_id.txt").read_text()
     files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
     assert [file.name for file in files] == [f"run-{name}.wandb"] * len(files) and files
     for file in files:

@@ -215,7 +215,7 @@ def test_derivatives_of_reductions(reduction, name):
 def test_values_of_images(name):
     mask = make_mask(name)
     values = random_tensor((mask.batch_size, 2, 3), torch.float64).requires_grad_()
-    blocks = pooling.of_images(values, mask)
+    blocks = pooling.spread_to_blocks(values, mask)
     image = mask.visible.nonzero()[:, 0]
     assert torch.equal(mask.image_index, image)
     assert torch.equal(blocks, values[image])
@@ -230,7 +230,7 @@ def test_no_images():
     x = torch.zeros(0, 16, 3)
     for function, _, _ in REDUCTIONS.values():
         assert function(x, mask).shape == (0, 3)
-    assert pooling.of_images(torch.zeros(0, 5), mask).shape == (0, 5)
+    assert pooling.spread_to_blocks(torch.zeros(0, 5), mask).shape == (0, 5)
     for pool in (ck.masked_max_pool2d, ck.masked_avg_pool2d):
         assert pool(x, mask, 2).shape == (0, 4, 3)
 
@@ -287,6 +287,6 @@ def test_reductions_reject():
         with pytest.raises(TypeError, match="mask must be a BlockMask, got NoneType"):
             function(X, None)
     with pytest.raises(ValueError, match="values is for 3 images, the mask for 2"):
-        pooling.of_images(torch.zeros(3, 5), MASK)
+        pooling.spread_to_blocks(torch.zeros(3, 5), MASK)
     with pytest.raises(ValueError, match="dilation must be a positive integer .* got 0"):
         ck.masked_max_pool2d(X, MASK, 2, dilation=0)

@@ -123,41 +123,41 @@ def test_reasons(pictures, tmp_path, changes, world, scales, reason):
 
 def graph_of(weight, capture=None):
     """Steps that learn `weight` from images, by AdamW."""
-    optimiser = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
 
     def compute(images, inputs):
         loss = (weight * images).sum() + inputs[0].sum()
         loss.backward()
         return loss.detach(), weight.grad.norm()
 
-    return StepGraph(optimiser, compute, capture or Captures()), optimiser
+    return StepGraph(optimizer, compute, capture or Captures()), optimizer
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
     weight = torch.nn.Parameter(torch.ones(3))
-    graph, optimiser = graph_of(weight)
+    graph, optimizer = graph_of(weight)
     good, nothing = torch.ones(3), (torch.zeros(2),)
     for _ in range(WARM_UP + 2):
         graph(good, nothing)
     before = weight.detach().clone()
-    state = {k: v.clone() for k, v in optimiser.state[weight].items()}
+    state = {k: v.clone() for k, v in optimizer.state[weight].items()}
     for bad in (float("nan"), float("inf")):
         loss, norm = graph(torch.tensor([1.0, bad, 1.0]), nothing)
         assert not Outcome(loss, norm, 0.1, None).finite
         assert torch.equal(weight, before)
-        assert all(torch.equal(v, optimiser.state[weight][k]) for k, v in state.items())
+        assert all(torch.equal(v, optimizer.state[weight][k]) for k, v in state.items())
     assert graph(good, nothing) == (pytest.approx(float(before.sum())), pytest.approx(3**0.5))
     assert not torch.equal(weight, before)
     graph.close()
-    assert not hasattr(optimiser, "found_inf") and optimiser.param_groups[0]["lr"] == 0.1
-    assert not optimiser.param_groups[0]["capturable"]
+    assert not hasattr(optimizer, "found_inf") and optimizer.param_groups[0]["lr"] == 0.1
+    assert not optimizer.param_groups[0]["capturable"]
 
 
 def test_batches_and_rates_reach_the_captured_step():
     weight = torch.nn.Parameter(torch.zeros(3))
-    graph, optimiser = graph_of(weight)
+    graph, optimizer = graph_of(weight)
     for step in range(WARM_UP + 3):
-        optimiser.param_groups[0]["lr"] = 0.0 if step % 2 else 0.1
+        optimizer.param_groups[0]["lr"] = 0.0 if step % 2 else 0.1
         before = weight.detach().clone()
         images = torch.full((3,), 1.0 + step)
         loss, norm = graph(images, (torch.full((2,), float(step)),))
@@ -185,8 +185,8 @@ def test_masks_of_equal_counts_are_inputs():
         loss.backward()
         return loss.detach(), weight.grad.norm()
 
-    optimiser = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    graph = StepGraph(optimiser, compute, Captures())
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    graph = StepGraph(optimizer, compute, Captures())
     masks = [ck.BlockMask.random(2, (4, 4), 0.5) for _ in range(WARM_UP + 2)]
     for mask in masks:
         graph(torch.ones(3), (mask,))

@@ -49,11 +49,11 @@ def test_base_has_105_decayed_and_206_undecayed_tensors() -> None:
     assert id(model.pos_embed) not in ids | {id(p) for p in plain["params"]}
 
 
-def test_the_optimiser_is_adamw_with_the_recipes_betas() -> None:
+def test_the_optimizer_is_adamw_with_the_recipes_betas() -> None:
     model = convmae.create_model("convmae_tiny", img_size=32)
-    optimiser = adamw(decay_groups(model, 0.05), BETAS)
-    assert isinstance(optimiser, torch.optim.AdamW)
-    assert all(group["betas"] == (0.9, 0.95) for group in optimiser.param_groups)
+    optimizer = adamw(decay_groups(model, 0.05), BETAS)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
 
 
 def official_lr(epoch: float, config: PretrainConfig) -> float:
@@ -67,12 +67,12 @@ def official_lr(epoch: float, config: PretrainConfig) -> float:
 
 def rates(config: PretrainConfig, steps_per_epoch: int, steps: list[int]) -> list[float]:
     """Learning rates of some steps of a schedule, by the scheduler that a run uses."""
-    optimiser = adamw([{"params": [torch.nn.Parameter(torch.zeros(2))]}], BETAS)
-    scheduler = make_scheduler(optimiser, config, config.peak_lr(), steps_per_epoch)
+    optimizer = adamw([{"params": [torch.nn.Parameter(torch.zeros(2))]}], BETAS)
+    scheduler = make_scheduler(optimizer, config, config.peak_lr(), steps_per_epoch)
     found = []
     for step in steps:
         scheduler.step_update(step)
-        found.append(optimiser.param_groups[0]["lr"])
+        found.append(optimizer.param_groups[0]["lr"])
     return found
 
 
@@ -162,10 +162,10 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for(
     norms: list[float] = []
     step = torch.optim.AdamW.step
 
-    def noting(optimiser: torch.optim.Optimizer, *args: Any) -> Any:
-        gradients = [p.grad for group in optimiser.param_groups for p in group["params"]]
+    def noting(optimizer: torch.optim.Optimizer, *args: Any) -> Any:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
         norms.append(float(torch.stack([g.norm() for g in gradients if g is not None]).norm()))
-        return step(optimiser, *args)
+        return step(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noting)
     pretrain(options(pictures, tmp_path / "free", epochs=1, save_every=100))

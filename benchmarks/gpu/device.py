@@ -136,7 +136,7 @@ class Device:
         return sorted(launches, key=lambda launch: -launch.us)
 
     def profiler_start(self) -> None:
-        """From here on a profiler that was told to wait looks at what is launched."""
+        """From here on a profiler that waited looks at what is launched."""
         torch.cuda.profiler.start()
 
     def profiler_stop(self) -> None:

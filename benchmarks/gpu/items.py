@@ -152,17 +152,17 @@ class Supervisor:
                     sys.stdout.write(line if line.strip() else "")
                     sys.stdout.flush()
                     continue
-                told = json.loads(line[len(MARK) :])
-                if "items" in told:
-                    self.facts, self.item_seconds = told["facts"], told["seconds"]
-                    self.rest = told["items"] if self.rest is None else self.rest
+                message = json.loads(line[len(MARK) :])
+                if "items" in message:
+                    self.facts, self.item_seconds = message["facts"], message["seconds"]
+                    self.rest = message["items"] if self.rest is None else self.rest
                     process.stdin.write(json.dumps(self.rest) + "\n")
                     process.stdin.flush()
-                elif "begin" in told:
-                    current, begun = told["begin"], True
+                elif "begin" in message:
+                    current, begun = message["begin"], True
                     limit = time.monotonic() + self.item_seconds
                 else:
-                    self._done(told["end"], told["result"])
+                    self._done(message["end"], message["result"])
                     current, limit = None, time.monotonic() + START_SECONDS
             return True
         except BrokenPipeError:

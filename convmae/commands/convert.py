@@ -16,6 +16,7 @@ from convmae.files import replacing
 from convmae.models import ConvMAE, ConvViT, resample_pos_embed
 from convmae.models.layers import sincos_pos_embed
 from convmae.models.registry import ALIASES, create_model
+from convmae.records.folder import RunFolder
 from convmae.weights.architecture import (
     PATCH,
     Encoder,
@@ -27,7 +28,7 @@ from convmae.weights.architecture import (
     shape_of,
     sincos_grid,
 )
-from convmae.weights.checkpoint import FOLDER, STATE, WEIGHTS, save_tensors, write_weights
+from convmae.weights.checkpoint import STATE, WEIGHTS, save_tensors, write_weights
 from convmae.weights.foreign import DECODER, ENCODER, ForeignWeights, few, open_foreign
 from convmae.weights.pretrained import Grid, change, check_shapes, groups
 
@@ -148,7 +149,7 @@ def _target(config: ConvertConfig) -> Path:
             raise OptionError(f"--output {config.output!r} is a folder, and named like a file")
     elif output.is_dir() or not output.suffix:
         target = output / WEIGHTS
-        run = [name for name in (FOLDER, STATE, "log.txt") if (output / name).exists()]
+        run = [*RunFolder.of(output).traces(), *(n for n in (STATE,) if (output / n).exists())]
         if run:
             raise OptionError(
                 f"--output {config.output!r} is the folder of a run (it holds {run[0]}); its "
@@ -219,11 +220,11 @@ def _arguments(
         classes = shape_of(found, "head.weight", 2)[0] if has_head else 0
         return arguments | {"num_classes": classes, "global_pool": pooled}
     usual = blank(name).config
-    told = None if found.ours is None else found.ours.config.get("norm_pix_loss")
-    told = found.options.get("norm_pix_loss") if told is None else told
+    stored = None if found.ours is None else found.ours.config.get("norm_pix_loss")
+    stored = found.options.get("norm_pix_loss") if stored is None else stored
     given = config.norm_pix_loss
     arguments |= read_decoder(found, usual, config.decoder_num_heads)
-    return arguments | {"norm_pix_loss": bool(told) if given is None else given}
+    return arguments | {"norm_pix_loss": bool(stored) if given is None else given}
 
 
 def _fit(
@@ -308,9 +309,9 @@ def _remarks(
     bad = [key for key, value in state.items() if not bool(torch.isfinite(value).all())]
     if bad:
         notes.append(f"NaN or infinity in {few(bad)}")
-    told = found.ours is not None or "norm_pix_loss" in found.options
-    told = told or config.output.endswith(OFFICIAL_SUFFIXES)  # which do not tell it either
-    if kind == "convmae" and config.norm_pix_loss is None and not told:
+    known = found.ours is not None or "norm_pix_loss" in found.options
+    known = known or config.output.endswith(OFFICIAL_SUFFIXES)  # which do not say it either
+    if kind == "convmae" and config.norm_pix_loss is None and not known:
         notes.append("norm_pix_loss is taken as False: the file does not tell (--norm_pix_loss)")
     if kind == "convvit" and config.kind == "auto" and "head.weight" not in found.state:
         lacking = [p for p in (*DECODER, "head.") if not any(k.startswith(p) for k in found.state)]

@@ -15,7 +15,15 @@ from convmae.config.pretrain import PretrainConfig
 from convmae.config.run import RunConfig
 from convmae.config.tools import InfoConfig, ReconstructConfig, StatsConfig
 
+# By the names that runs note: what each kind of training can be asked.
+TRAINING_OPTIONS: dict[str, type[RunConfig]] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "linprobe": LinprobeConfig,
+}
+
 __all__ = [
+    "TRAINING_OPTIONS",
     "ConvertConfig",
     "EvaluateConfig",
     "FinetuneConfig",

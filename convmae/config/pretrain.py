@@ -27,7 +27,7 @@ class PretrainConfig(RunConfig):
     norm_pix_loss: bool = False
     """Predict patches normalised by their own mean and deviation: better features, as published."""
     cuda_graph: bool = False
-    """Capture the whole step, optimiser included, as a CUDA graph, and replay it: for batches so
+    """Capture the whole step, optimizer included, as a CUDA graph, and replay it: for batches so
     small that a GPU waits for launches. A run that cannot says why and goes on without."""
     epochs: int = 400
     """Passes over the pictures; an epoch of the demo is 64 crops of each of its 8 photographs."""

@@ -103,7 +103,7 @@ class RunConfig:
         return as_pair(self.input_size)
 
     def effective_batch(self, processes: int = 1) -> int:
-        """Pictures that one optimiser step sees: `batch_size * accum_iter * processes`."""
+        """Pictures that one optimizer step sees: `batch_size * accum_iter * processes`."""
         return self.batch_size * self.accum_iter * processes
 
     def peak_lr(self, processes: int = 1) -> float:

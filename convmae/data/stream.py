@@ -148,7 +148,7 @@ def read_shard(
                 done = index + 1
             if stop == size and done == stop and next(samples, None) is not None:
                 raise DataError(
-                    f"{name} holds more than {size} samples, which sizes.json or its headers told"
+                    f"{name} holds more than {size} samples, which sizes.json or its headers say"
                 )
     except DataError:
         raise

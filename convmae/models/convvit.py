@@ -325,7 +325,7 @@ class ConvViT(Trunk):
     # -- training ---------------------------------------------------------------------------------
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that an optimiser should not decay, besides one-dimensional ones."""
+        """Names of parameters that an optimizer should not decay, besides one-dimensional ones."""
         return {"pos_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

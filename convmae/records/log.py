@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convmae.files import replacing
+from convmae.records.folder import RunFolder
 from convmae.records.trackers import Guarded, TensorBoard, WandB, import_wandb
 
 if TYPE_CHECKING:
@@ -20,12 +21,10 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-LOG = "log.txt"
 
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
+def read_log(folder: str | Path | RunFolder) -> list[dict[str, Any]]:
     """The lines of `folder/log.txt`; a last line cut short by a crash is left out."""
-    path = folder / LOG
+    path = RunFolder.of(folder).log
     if not path.is_file():
         return []
     entries = []
@@ -90,7 +89,7 @@ class RunLog:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path | RunFolder,
         first_step: int,
         total_steps: int,
         images_per_step: int,
@@ -101,7 +100,8 @@ class RunLog:
     ) -> None:
         from tqdm import tqdm
 
-        self.enabled, self.path = enabled, folder / LOG
+        self.enabled, self.folder = enabled, RunFolder.of(folder)
+        self.path = self.folder.log
         self.first_step, self.total_steps = first_step, total_steps
         self.images_per_step = images_per_step
         self._file: FileIO | None = None
@@ -112,7 +112,7 @@ class RunLog:
             self._file = self._open()
             if 0 < first_step < total_steps:
                 self.write({"event": "resumed", "step": first_step})
-            self._trackers = _trackers(folder, first_step, wandb_project, config)
+            self._trackers = _trackers(self.folder, first_step, wandb_project, config)
         self._live = enabled and sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps,
@@ -127,11 +127,10 @@ class RunLog:
 
     def _open(self) -> FileIO:
         """Drops what lies beyond the first step; the rest is replaced whole or not at all."""
-        kept = [entry for entry in read_log(self.path.parent) if _step(entry) <= self.first_step]
-        new = self.path.with_name(f".{LOG}.new")
-        with _told_of(self.path):
-            new.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
-            os.replace(new, self.path)
+        kept = [entry for entry in read_log(self.folder) if _step(entry) <= self.first_step]
+        with _naming(self.path):
+            with replacing(self.path) as new:
+                new.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
             return self.path.open("ab", buffering=0)
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -143,7 +142,7 @@ class RunLog:
         if self._file is None:
             return
         left = _line(entry).encode()
-        with _told_of(self.path):
+        with _naming(self.path):
             while left:
                 left = left[self._file.write(left) :]
 
@@ -215,8 +214,8 @@ class RunLog:
         """
         entry = {"event": "evaluation", "step": step, "epoch": round(epoch, 4), **values}
         self.write(entry)
-        told = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.say(f"evaluation after step {step}, epoch {epoch:.2f}:  {told}")
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.say(f"evaluation after step {step}, epoch {epoch:.2f}:  {figures}")
         self._track("eval", values, step)
         return entry
 
@@ -244,7 +243,7 @@ class RunLog:
 
 
 def _trackers(
-    folder: Path, first_step: int, wandb_project: str | None, config: dict[str, Any] | None
+    folder: RunFolder, first_step: int, wandb_project: str | None, config: dict[str, Any] | None
 ) -> list[Guarded]:
     """TensorBoard, and Weights & Biases if asked for; one that fails says so and is off."""
     trackers = [Guarded("TensorBoard", lambda: TensorBoard(folder, first_step))]
@@ -269,7 +268,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _told_of(path: Path) -> Iterator[None]:
+def _naming(path: Path) -> Iterator[None]:
     """Puts the path into an error of the system: a full disk does not say which file it meant."""
     try:
         yield

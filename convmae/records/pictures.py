@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from convmae.data import IMAGENET_MEAN, IMAGENET_STD, normalise
+from convmae.files import replacing
 from convmae.records.curves import smooth
 from convmae.seeds import Stream, mask_noise
 
@@ -87,8 +87,8 @@ def _bands_to_draw(
     if bands is None and channels < 3:
         return [0, 0, 0], [f"channel 0 of {channels}"] if channels > 1 else []
     chosen = list(bands or (0, 1, 2))
-    told = ", ".join(str(band) for band in chosen)
-    return chosen, [f"false colour: red, green, blue are channels {told} of {channels} (from 0)"]
+    numbers = ", ".join(str(band) for band in chosen)
+    return chosen, [f"false colour: red, green, blue are channels {numbers} of {channels} (from 0)"]
 
 
 def _stretch(columns: list[Tensor]) -> list[Tensor]:
@@ -149,9 +149,8 @@ def _to_uint8(images: Tensor) -> np.ndarray:
 def save_picture(picture: PILImage.Image, path: Path) -> None:
     """Writes a picture in place of the old one, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".new.{path.name}")
-    picture.save(new)
-    os.replace(new, path)
+    with replacing(path) as new:
+        picture.save(new)
 
 
 def loss_picture(entries: list[dict[str, Any]], path: Path) -> None:
@@ -169,6 +168,5 @@ def loss_picture(entries: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (mean squared error of hidden patches)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    new = path.with_name(f".new.{path.name}")
-    figure.savefig(new, format="png")
-    os.replace(new, path)
+    with replacing(path) as new:
+        figure.savefig(new, format="png")

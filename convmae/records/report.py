@@ -6,23 +6,25 @@ import base64
 import dataclasses
 import io
 import json
-import os
 import re
 import time
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import convmae.config as configurations
+from convmae.config import TRAINING_OPTIONS
+from convmae.files import replacing
 from convmae.records.curves import smooth, thin
-from convmae.records.log import LOG, read_log
+from convmae.records.folder import RunFolder
+from convmae.records.log import read_log
 from convmae.records.wording import clock, is_number, mebibytes, number, plain
 
-REPORT = "report.html"
+if TYPE_CHECKING:
+    from pathlib import Path
+
 MAX_POINTS = 2000  # of a curve
 MAX_PICTURES = 24
 MAX_WIDTH = 1200  # pixels of a picture
@@ -34,10 +36,10 @@ PICTURE_NAME = re.compile(r"step-(\d+)\.png")
 
 
 @dataclass
-class RunFolder:
+class RunRecord:
     """What a run's folder holds; whatever is missing is empty."""
 
-    path: Path
+    folder: RunFolder
     options: dict[str, Any]
     environment: dict[str, str]
     entries: list[dict[str, Any]]
@@ -64,7 +66,7 @@ class RunFolder:
         return self.losses[-1] if self.losses else {}
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: str | Path | RunFolder) -> Path:
     """Writes `folder/report.html`, in place of the old one, whole or not at all.
 
     The page is one file that opens from disk and needs nothing else: summary, curves,
@@ -77,40 +79,27 @@ def write_report(folder: Path) -> Path:
         FileNotFoundError: there is no such folder.
         OSError: the page could not be written.
     """
-    run = read_run(Path(folder))
-    path = run.path / REPORT
-    new = path.with_name(f".new.{REPORT}")
-    new.write_text(render(run), encoding="utf-8")
-    os.replace(new, path)
-    return path
+    run = read_run(folder)
+    with replacing(run.folder.report) as new:
+        new.write_text(render(run), encoding="utf-8")
+    return run.folder.report
 
 
-def read_run(folder: Path) -> RunFolder:
+def read_run(folder: str | Path | RunFolder) -> RunRecord:
     """Reads the texts of a run's folder; a file that cannot be read counts as missing."""
-    if not folder.is_dir():
+    folder = RunFolder.of(folder)
+    if not folder.path.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r} to report on")
-    import yaml
-
-    options = _mapping(folder / "args.yaml", yaml.safe_load, yaml.YAMLError)
-    environment = _mapping(folder / "environment.json", json.loads, ValueError)
-    log = folder / LOG
+    log = folder.log
     age = max(0.0, time.time() - log.stat().st_mtime) if log.is_file() else float("inf")
-    texts = {str(name): str(value) for name, value in environment.items()}
-    return RunFolder(folder, options, texts, read_log(folder), age)
+    entries = read_log(folder)
+    return RunRecord(folder, folder.read_options(), folder.read_environment(), entries, age)
 
 
-def _mapping(path: Path, parse: Any, error: type[Exception]) -> dict[str, Any]:
-    try:
-        values = parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, error):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def render(run: RunFolder) -> str:
+def render(run: RunRecord) -> str:
     """The page, as text."""
     command = run.environment.get("command", "")
-    model = str(run.options.get("model", run.path.resolve().name))
+    model = str(run.options.get("model", run.folder.path.resolve().name))
     status, done = status_of(run)
     pictures = embedded_pictures(run)
     data = {"charts": charts(run), "pictures": pictures, "marks": marks(run), "epochs": epochs(run)}
@@ -123,7 +112,7 @@ def render(run: RunFolder) -> str:
         "kind": status.split()[0],
         "done": f"{100 * done:.1f}",
         "cards": "\n".join(cards(run)),
-        "configuration": configuration(run.options),
+        "configuration": configuration(run.options, command),
         "environment": rows(run.environment),
         "events": event_rows(run.events),
         "event_count": f"{len(run.events):,}",
@@ -152,7 +141,7 @@ def _embeddable(data: Any) -> str:
 # -- what happened --------------------------------------------------------------------------------
 
 
-def status_of(run: RunFolder) -> tuple[str, float]:
+def status_of(run: RunRecord) -> tuple[str, float]:
     """`finished`, `running` or `interrupted at step ...`, and the share that is done.
 
     Finished: the last line is of the last epoch. Otherwise an event `interrupted` or `failed` after
@@ -186,7 +175,7 @@ def duration(losses: list[dict[str, Any]]) -> float:
     return total + before
 
 
-def about(run: RunFolder) -> str:
+def about(run: RunRecord) -> str:
     """The run in half a line."""
     options = run.options
     size = options.get("input_size")
@@ -203,7 +192,7 @@ def about(run: RunFolder) -> str:
 # -- cards ----------------------------------------------------------------------------------------
 
 
-def cards(run: RunFolder) -> list[str]:
+def cards(run: RunRecord) -> list[str]:
     """The summary, one box a fact; boxes without data are left out."""
     if not run.losses:
         return [card("Steps", "0", "nothing was logged yet")]
@@ -217,19 +206,19 @@ def cards(run: RunFolder) -> list[str]:
     return [text for text in made if text]
 
 
-def _steps_card(run: RunFolder) -> str:
+def _steps_card(run: RunRecord) -> str:
     step, epoch, total = run.last["step"], run.last.get("epoch", 0.0), run.options.get("epochs")
     of = f" of {total:,}" if is_number(total) else ""
     return card("Steps", f"{step:,}", f"{epoch:.4g}{of} epochs")
 
 
-def _loss_card(run: RunFolder) -> str:
+def _loss_card(run: RunRecord) -> str:
     first, last = run.losses[0]["loss"], run.last["loss"]
     change = f" ({100 * (last / first - 1):+.0f} %)".replace("-", "−") if first > 0 else ""
     return card("Loss", number(last), f"from {number(first)}{change}")
 
 
-def _accuracy_card(run: RunFolder) -> str:
+def _accuracy_card(run: RunRecord) -> str:
     scored = [entry for entry in run.evaluations if is_number(entry.get("acc1"))]
     if not scored:
         return ""
@@ -238,7 +227,7 @@ def _accuracy_card(run: RunFolder) -> str:
     return card("Best accuracy", f"{best['acc1']:.2f} %", f"{five}epoch {best.get('epoch', 0):.4g}")
 
 
-def _speed_card(run: RunFolder) -> str:
+def _speed_card(run: RunRecord) -> str:
     """Throughput; and what of model and input pipeline limits it, where the log tells."""
     whole, model, pictures = (
         middle(run.losses, name)
@@ -279,7 +268,7 @@ def middle(entries: list[dict[str, Any]], name: str) -> float | None:
 # -- curves ---------------------------------------------------------------------------------------
 
 
-def charts(run: RunFolder) -> list[dict[str, Any]]:
+def charts(run: RunRecord) -> list[dict[str, Any]]:
     """The charts of the page: title, unit, and series of `name`, `x` (steps) and `y`."""
     made = [_loss_chart(run)]
     rates = {"images_per_s": "whole", "model_images_per_s": "model", "input_images_per_s": "input"}
@@ -296,7 +285,7 @@ def charts(run: RunFolder) -> list[dict[str, Any]]:
     return [chart for chart in made if chart["series"]]
 
 
-def _loss_chart(run: RunFolder) -> dict[str, Any]:
+def _loss_chart(run: RunRecord) -> dict[str, Any]:
     raw = series("as logged", run.losses, "loss")
     lines = [raw | {"faint": True}] if raw else []
     if len(run.losses) > 20:
@@ -323,12 +312,12 @@ def series(label: str, entries: list[dict[str, Any]], name: str) -> dict[str, An
     return {"name": label, "x": x, "y": [float(f"{points[index][1]:.6g}") for index in kept]}
 
 
-def epochs(run: RunFolder) -> dict[str, Any]:
+def epochs(run: RunRecord) -> dict[str, Any]:
     """The epoch of steps, for the page to interpolate."""
     return series("epoch", [*run.losses, *run.evaluations], "epoch")
 
 
-def marks(run: RunFolder) -> list[dict[str, Any]]:
+def marks(run: RunRecord) -> list[dict[str, Any]]:
     """Steps that the curves mark: where the run was resumed, and losses that are no number."""
     labels = {"resumed": "resumed", "nonfinite": "not finite"}
     found = [
@@ -342,15 +331,15 @@ def marks(run: RunFolder) -> list[dict[str, Any]]:
 # -- pictures -------------------------------------------------------------------------------------
 
 
-def embedded_pictures(run: RunFolder) -> list[dict[str, Any]]:
+def embedded_pictures(run: RunRecord) -> list[dict[str, Any]]:
     """Up to `MAX_PICTURES` reconstructions, evenly chosen, first and last always, as data URLs."""
     found = []
-    for path in sorted((run.path / "reconstructions").glob("step-*.png")):
+    for path in run.folder.step_pictures():
         match = PICTURE_NAME.fullmatch(path.name)
         if match:
             found.append((int(match[1]), path))
     found.sort()
-    newest = run.path / "reconstruction.png"
+    newest = run.folder.picture
     if not found and newest.is_file():
         found = [(run.last.get("step", 0), newest)]
     chosen = np.linspace(0, len(found) - 1, min(len(found), MAX_PICTURES)).round().astype(int)
@@ -382,9 +371,9 @@ def data_url(path: Path) -> str:
 # -- tables ---------------------------------------------------------------------------------------
 
 
-def configuration(options: dict[str, Any]) -> str:
-    """Rows of options; those that differ from their defaults are marked, with the default."""
-    defaults = _defaults(options)
+def configuration(options: dict[str, Any], command: str) -> str:
+    """Rows of options; those that differ from the command's defaults are marked, with those."""
+    defaults = _defaults(command)
     made = []
     for name, value in options.items():
         shown = f"<code>{escape(plain(value))}</code>"
@@ -396,15 +385,12 @@ def configuration(options: dict[str, Any]) -> str:
     return "\n".join(made)
 
 
-def _defaults(options: dict[str, Any]) -> dict[str, Any]:
-    """The defaults of the command whose options these are; empty if there is no such command."""
-    for kind in vars(configurations).values():
-        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-            continue
-        fields = {field.name: field.default for field in dataclasses.fields(kind)}
-        if options and fields.keys() == options.keys():
-            return {k: v for k, v in fields.items() if v is not dataclasses.MISSING}
-    return {}
+def _defaults(command: str) -> dict[str, Any]:
+    """The defaults of a command's options; empty where the run did not say which it was."""
+    if command not in TRAINING_OPTIONS:
+        return {}
+    fields = dataclasses.fields(TRAINING_OPTIONS[command])
+    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
 
 def rows(texts: dict[str, str]) -> str:
@@ -419,11 +405,11 @@ def event_rows(events: list[dict[str, Any]]) -> str:
     made = []
     for event in events[:MAX_EVENTS]:
         details = {k: v for k, v in event.items() if k not in ("event", "step")}
-        told = ", ".join(f"{name} {plain(value)}" for name, value in details.items())
+        details_text = ", ".join(f"{name} {plain(value)}" for name, value in details.items())
         step = event.get("step", "")
-        cells = (f"{step:,}" if is_number(step) else "", str(event["event"]), told)
+        cells = (f"{step:,}" if is_number(step) else "", str(event["event"]), details_text)
         made.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     if len(events) > MAX_EVENTS:
         rest = len(events) - MAX_EVENTS
-        made.append(f'<tr><td></td><td colspan="2">and {rest:,} more, in {LOG}</td></tr>')
+        made.append(f'<tr><td></td><td colspan="2">and {rest:,} more, in log.txt</td></tr>')
     return "\n".join(made)

@@ -10,11 +10,11 @@ from convmae.config import OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     import numpy as np
 
-RUN_ID = "wandb_id.txt"  # so that a resumed run goes on in the same run of Weights & Biases
+    from convmae.records.folder import RunFolder
+
 FINISH_SECONDS = 60.0  # that the end of a run waits for the network
 
 
@@ -78,11 +78,11 @@ class TensorBoard:
         first_step: what was written of later steps, by a run that crashed, is hidden.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: RunFolder, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         purged = first_step + 1 if first_step else None  # that step and all later ones
-        self._writer = SummaryWriter(folder / "tensorboard", purge_step=purged)
+        self._writer = SummaryWriter(folder.tensorboard, purge_step=purged)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """One curve a name."""
@@ -109,19 +109,19 @@ class WandB:
         config: options of the run.
     """
 
-    def __init__(self, folder: Path, project: str, config: dict[str, Any] | None) -> None:
+    def __init__(self, folder: RunFolder, project: str, config: dict[str, Any] | None) -> None:
         self._wandb = import_wandb()
         settings: dict[str, Any] = {"console": "off"}
         if "finish_timeout" in self._wandb.Settings.model_fields:  # not in older versions
             settings["finish_timeout"] = FINISH_SECONDS
-        name = folder / RUN_ID
+        name = folder.wandb_id
         if not name.is_file():
             name.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
         self._run = self._wandb.init(
             project=project,
-            dir=folder,
+            dir=folder.path,
             id=name.read_text(encoding="utf-8").strip(),
-            name=folder.resolve().name,
+            name=folder.path.resolve().name,
             config=config,
             resume="allow",
             settings=self._wandb.Settings(**settings),

@@ -25,7 +25,7 @@ class UnreadableTally:
         self._tell(self.source.failures, log, step)
 
     def add(self, failures: list[Failure], log: RunLog, step: int) -> None:
-        """Notes failures; each picture is told once.
+        """Notes failures; each picture is reported once.
 
         Raises:
             DataError: there are more than the share `limit` of all pictures now.

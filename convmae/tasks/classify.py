@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from convmae.data import Batch, Source, Statistics
     from convmae.records.log import RunLog
 
-BEST = "best"
-
 
 class Classification(Task):
     """What finetuning and probing share: the classifier, its evaluation and its best weights."""
@@ -60,16 +58,16 @@ class Classification(Task):
         name = config.model or fitting or "convvit_base"
         model = self._create(name, config, source.channels)
         check_channels(self.val, model, config.data_path)
-        told = [f"{self.nb_classes} classes; {self.val.description} (val)"]
+        notes = [f"{self.nb_classes} classes; {self.val.description} (val)"]
         if initial is None:
-            told.append("starting from random weights (no --finetune)")
+            notes.append("starting from random weights (no --finetune)")
         else:
             with for_option("finetune"):
-                told.append(str(load_pretrained(model, initial)))
+                notes.append(str(load_pretrained(model, initial)))
             self.initial_statistics = None if initial.ours is None else initial.ours.pictures
         if source.classes is not None and len(source.classes) == self.nb_classes:
             self.classes = tuple(source.classes)
-        return model, full_name(name), told
+        return model, full_name(name), notes
 
     def _create(self, name: str, config: ClassifyConfig, channels: int) -> Any:
         try:
@@ -131,7 +129,7 @@ class Classification(Task):
         if run.world.main:
             try:
                 save_weights(
-                    run.folder / BEST,
+                    run.folder.best,
                     run.model,
                     run.model_name,
                     weights,

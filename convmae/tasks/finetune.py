@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convmae.data import FinetuneTransform
+from convmae.records.folder import RunFolder
 from convmae.tasks.classify import Classification, linear_of_head
 from convmae.training.optim import Groups, adamw, layer_decay_groups
 from convmae.training.run import RunSummary, run_task
+from convmae.weights.checkpoint import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +42,9 @@ def finetune(config: FinetuneConfig) -> RunSummary:
 
 def main(config: FinetuneConfig) -> int:
     """The command: `finetune`, and what to see of it; returns the exit status."""
-    return finetune(config).report(("best/model.safetensors", "report.html"))
+    summary = finetune(config)
+    folder = RunFolder.of(summary.output_dir)
+    return summary.report(folder.best / WEIGHTS, folder.report)
 
 
 class Finetuning(Classification):
@@ -62,15 +66,15 @@ class Finetuning(Classification):
         return {"drop_path_rate": config.drop_path}
 
     def build(self, config: Any, source: Source) -> tuple[nn.Module, str, list[str]]:
-        model, name, told = super().build(config, source)
+        model, name, notes = super().build(config, source)
         if config.finetune is not None:
             torch.nn.init.trunc_normal_(linear_of_head(model).weight, std=HEAD_STD)
-        return model, name, told
+        return model, name, notes
 
     def groups(self, model: nn.Module, config: FinetuneConfig) -> Groups:
         return layer_decay_groups(model, config.weight_decay, config.layer_decay)
 
-    def optimiser(self, groups: Groups, config: FinetuneConfig) -> torch.optim.Optimizer:
+    def optimizer(self, groups: Groups, config: FinetuneConfig) -> torch.optim.Optimizer:
         return adamw(groups, BETAS)
 
     def begin(self, run: Run) -> None:

@@ -10,6 +10,7 @@ from convmae.config import OptionError, suggest
 from convmae.data import PretrainTransform
 from convmae.models import ConvMAE, FastConvMAE, create_model, full_name, list_models
 from convmae.models.fastconvmae import complementary_masks
+from convmae.records.folder import RunFolder
 from convmae.records.pictures import reconstruction_picture
 from convmae.seeds import mask_noise
 from convmae.training.optim import Groups, adamw, decay_groups
@@ -50,7 +51,9 @@ def pretrain(config: PretrainConfig) -> RunSummary:
 
 def main(config: PretrainConfig) -> int:
     """The command: `pretrain`, and what to see of it; returns the exit status."""
-    return pretrain(config).report(("reconstruction.png", "report.html"))
+    summary = pretrain(config)
+    folder = RunFolder.of(summary.output_dir)
+    return summary.report(folder.picture, folder.report)
 
 
 class Pretraining(Task):
@@ -90,7 +93,7 @@ class Pretraining(Task):
     def groups(self, model: nn.Module, config: PretrainConfig) -> Groups:
         return decay_groups(model, config.weight_decay)
 
-    def optimiser(self, groups: Groups, config: PretrainConfig) -> torch.optim.Optimizer:
+    def optimizer(self, groups: Groups, config: PretrainConfig) -> torch.optim.Optimizer:
         return adamw(groups, BETAS)
 
     def loss(self, run: Run, batch: Batch, images: Tensor) -> Tensor:

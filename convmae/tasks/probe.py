@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convmae.data import LinprobeTransform
+from convmae.records.folder import RunFolder
 from convmae.tasks.classify import Classification, linear_of_head
 from convmae.training.optim import Groups, decay_groups, lars
 from convmae.training.run import RunSummary, run_task
+from convmae.weights.checkpoint import WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,7 +30,9 @@ def linprobe(config: LinprobeConfig) -> RunSummary:
 
 def main(config: LinprobeConfig) -> int:
     """The command: `linprobe`, and what to see of it; returns the exit status."""
-    return linprobe(config).report(("best/model.safetensors", "report.html"))
+    summary = linprobe(config)
+    folder = RunFolder.of(summary.output_dir)
+    return summary.report(folder.best / WEIGHTS, folder.report)
 
 
 class Probing(Classification):
@@ -43,17 +47,17 @@ class Probing(Classification):
         return {"head_norm": True}
 
     def build(self, config: Any, source: Source) -> tuple[nn.Module, str, list[str]]:
-        model, name, told = super().build(config, source)
+        model, name, notes = super().build(config, source)
         head = linear_of_head(model)
         torch.nn.init.trunc_normal_(head.weight, std=HEAD_STD)
         model.requires_grad_(False)
         head.requires_grad_(True)
-        return model, name, told
+        return model, name, notes
 
     def groups(self, model: nn.Module, config: LinprobeConfig) -> Groups:
         return decay_groups(model, config.weight_decay)
 
-    def optimiser(self, groups: Groups, config: LinprobeConfig) -> torch.optim.Optimizer:
+    def optimizer(self, groups: Groups, config: LinprobeConfig) -> torch.optim.Optimizer:
         return lars(groups)
 
     def loss(self, run: Run, batch: Batch, images: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 
 from convmae.data import normalise
 from convmae.training.distributed import whole_model
-from convmae.weights.checkpoint import FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,5 +75,5 @@ def not_finite(weights: dict[str, Tensor]) -> list[str]:
 
 def what_is_left(run: Run) -> str:
     """What a run that has to stop leaves to go on from, in words."""
-    folder = run.folder / FOLDER
+    folder = run.folder.checkpoint
     return f"the checkpoint before is intact in {folder}" if folder.exists() else "none was saved"

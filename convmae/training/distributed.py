@@ -47,11 +47,11 @@ class World:
 
     def mean(self, *values: float | Tensor) -> list[float]:
         """The mean of each number over all processes, read on the host in one go."""
-        told = torch.stack([torch.as_tensor(v, device=self.device).double() for v in values])
+        shared = torch.stack([torch.as_tensor(v, device=self.device).double() for v in values])
         if self.parallel:
-            dist.all_reduce(told)
-            told /= self.size
-        return told.tolist()
+            dist.all_reduce(shared)
+            shared /= self.size
+        return shared.tolist()
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in any process."""
@@ -163,25 +163,25 @@ def whole_model(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def whole_optimiser(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's whole state by parameter names, on the CPU, in the main process.
+def whole_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's whole state by parameter names, on the CPU, in the main process.
 
     It does not depend on how many processes there are, nor on how the model is spread over them.
     """
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    return get_optimizer_state_dict(model, optimiser, options=_whole())
+    return get_optimizer_state_dict(model, optimizer, options=_whole())
 
 
 def load_whole(
     model: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     weights: dict[str, Any],
     state: dict[str, Any],
 ) -> None:
-    """Gives a spread model and its optimiser the whole states, which every process has read.
+    """Gives a spread model and its optimizer the whole states, which every process has read.
 
-    The optimiser's own learning rates, decays and other settings stay.
+    The optimizer's own learning rates, decays and other settings stay.
     """
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -189,9 +189,9 @@ def load_whole(
         set_optimizer_state_dict,
     )
 
-    own = [{k: v for k, v in g.items() if k != "params"} for g in optimiser.param_groups]
+    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(model, optimiser, state, options=options)
+    set_optimizer_state_dict(model, optimizer, state, options=options)
     set_model_state_dict(model, weights, options=options)
-    for group, settings in zip(optimiser.param_groups, own, strict=True):
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)

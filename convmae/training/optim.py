@@ -1,4 +1,4 @@
-"""Optimisers and the learning-rate schedule of the official recipes, by timm and PyTorch."""
+"""Optimizers and the learning-rate schedule of the official recipes, by timm and PyTorch."""
 
 from __future__ import annotations
 
@@ -64,16 +64,16 @@ def lars(groups: Groups) -> torch.optim.Optimizer:
 
 
 def make_scheduler(
-    optimiser: torch.optim.Optimizer, config: RunConfig, peak: float, steps_per_epoch: int
+    optimizer: torch.optim.Optimizer, config: RunConfig, peak: float, steps_per_epoch: int
 ) -> Any:
     """Linear warm-up from 0 to `peak`, then a half-cosine (or line) down to `min_lr`, every step.
 
-    The optimiser's own learning rate must be `peak`. `scheduler.step_update(step)` sets the rates
-    of optimiser step `step`, counted from 0.
+    The optimizer's own learning rate must be `peak`. `scheduler.step_update(step)` sets the rates
+    of optimizer step `step`, counted from 0.
     """
     from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = peak
     warmup = config.warmup_epochs * steps_per_epoch
     length: Any = max(config.epochs * steps_per_epoch - warmup, 1)  # a fraction, where warmup is
@@ -84,7 +84,7 @@ def make_scheduler(
         "t_in_epochs": False,
     }
     if config.sched == "constant":
-        return StepLRScheduler(optimiser, decay_t=length, decay_rate=1.0, **common)
+        return StepLRScheduler(optimizer, decay_t=length, decay_rate=1.0, **common)
     if config.sched == "linear":
-        return PolyLRScheduler(optimiser, length, power=1.0, lr_min=config.min_lr, **common)
-    return CosineLRScheduler(optimiser, length, lr_min=config.min_lr, **common)
+        return PolyLRScheduler(optimizer, length, power=1.0, lr_min=config.min_lr, **common)
+    return CosineLRScheduler(optimizer, length, lr_min=config.min_lr, **common)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from contextlib import contextmanager, suppress
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from convmae.config import config_to_mapping
 from convmae.data import DataError
-from convmae.files import replacing
 from convmae.records.log import RunLog, read_log
 from convmae.records.pictures import loss_picture
 from convmae.records.report import write_report
@@ -21,18 +19,16 @@ from convmae.training.distributed import join
 from convmae.training.interrupts import Interrupts
 from convmae.training.loop import train
 from convmae.training.machine import machine_info
-from convmae.training.setup import prepare, write_options
+from convmae.training.setup import prepare
 from convmae.training.state import Run, TrainingError
-from convmae.weights.checkpoint import FOLDER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
     from convmae.config import RunConfig
     from convmae.training.task import Task
 
-ENVIRONMENT = "environment.json"
 INTERRUPTED = 130  # exit status of a run that Ctrl-C ended
 
 
@@ -85,18 +81,18 @@ class RunSummary:
             lines.append(f"{self.skipped} steps were skipped: not finite (in log.txt)")
         return "\n".join(lines)
 
-    def report(self, results: Sequence[str]) -> int:
+    def report(self, *results: Path) -> int:
         """Prints what the run came to, in the main process; returns the exit status.
 
         Args:
-            results: files in the run's folder that its user will want to see.
+            results: files of the run that its user will want to see.
         """
         if int(os.environ.get("RANK", "0")) == 0:
             print(self)
             if self.interrupted:
                 print(f"interrupted; go on with --output_dir {self.output_dir} --resume auto")
             else:
-                print("see " + " and ".join(str(self.output_dir / name) for name in results))
+                print("see " + " and ".join(map(str, results)))
         return INTERRUPTED if self.signal == signal.SIGINT else 0
 
 
@@ -107,8 +103,8 @@ def run_task(config: RunConfig, task: Task) -> RunSummary:
         run, notes = prepare(config, task, world)
         world.share(None)  # nobody writes before everybody has checked
         if world.main:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            write_options(config, run.folder)
+            run.folder.path.mkdir(parents=True, exist_ok=True)
+            run.folder.write_options(config_to_mapping(config))
             _write_environment(run, task.command)
         log = RunLog(
             run.folder,
@@ -125,7 +121,7 @@ def run_task(config: RunConfig, task: Task) -> RunSummary:
             tally = UnreadableTally(run.source, config.max_unreadable)
             tally.report(log, run.step)
             began_at = run.step
-            with Interrupts() as interrupts, _told(run, log):
+            with Interrupts() as interrupts, _failure_noted(run, log):
                 ended_by = train(run, task, log, tally, interrupts)
             if ended_by is not None:
                 log.write({"event": "interrupted", "step": run.step})
@@ -135,7 +131,7 @@ def run_task(config: RunConfig, task: Task) -> RunSummary:
 
 
 @contextmanager
-def _told(run: Run, log: RunLog) -> Iterator[None]:
+def _failure_noted(run: Run, log: RunLog) -> Iterator[None]:
     """Notes in log and report why a run failed; a log that cannot be written is a TrainingError."""
     try:
         yield
@@ -161,8 +157,7 @@ def _write_environment(run: Run, command: str) -> None:
             "arithmetic": str(run.dtype).removeprefix("torch."),
         }
     )
-    with replacing(run.folder / ENVIRONMENT) as new:
-        new.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    run.folder.write_environment(entries)
 
 
 def _finish(
@@ -171,13 +166,13 @@ def _finish(
     entries = read_log(run.folder) if run.world.main else []
     losses = [entry for entry in entries if "loss" in entry and "event" not in entry]
     if losses:
-        loss_picture(losses, run.folder / "loss.png")
+        loss_picture(losses, run.folder.loss_picture)
     if run.world.main:
         write_report(run.folder)
     evaluations: list[dict[str, Any]] = [e for e in entries if e.get("event") == "evaluation"]
     return RunSummary(
-        output_dir=run.folder,
-        checkpoint=run.folder / FOLDER,
+        output_dir=run.folder.path,
+        checkpoint=run.folder.checkpoint,
         steps=run.step,
         epochs=run.epoch,
         first_loss=losses[0]["loss"] if losses else float("nan"),

@@ -8,7 +8,7 @@ from convmae.config import config_to_mapping
 from convmae.records.report import write_report
 from convmae.seeds import SCHEME
 from convmae.training.diagnosis import REMEDIES, not_finite, what_is_left
-from convmae.training.distributed import whole_model, whole_optimiser
+from convmae.training.distributed import whole_model, whole_optimizer
 from convmae.training.state import Run, TrainingError
 from convmae.weights.checkpoint import save_checkpoint
 
@@ -38,7 +38,7 @@ def save(run: Run, task: Task, log: RunLog) -> None:
         "losses": list(run.losses),
         "nonfinite": run.nonfinite,
         "skipped": run.skipped,
-        "optimizer": whole_optimiser(run.model, run.optimiser),
+        "optimizer": whole_optimizer(run.model, run.optimizer),
         "scaler": run.scaler.state_dict(),
         "options": config_to_mapping(run.config),
         "task": task.state(run),
@@ -63,7 +63,7 @@ def _write(
         )
     try:
         save_checkpoint(
-            run.folder, run.model, run.model_name, state, weights, run.statistics, classes
+            run.folder.path, run.model, run.model_name, state, weights, run.statistics, classes
         )
     except OSError as error:
         return (
@@ -79,8 +79,8 @@ def _show(run: Run, log: RunLog, picture: PILImage.Image | None) -> None:
     try:
         if picture is not None:
             log.picture("reconstruction", _as_array(picture), run.step)
-            save_picture(picture, run.folder / "reconstructions" / f"step-{run.step:08}.png")
-            save_picture(picture, run.folder / "reconstruction.png")
+            save_picture(picture, run.folder.step_picture(run.step))
+            save_picture(picture, run.folder.picture)
         write_report(run.folder)
     except OSError as error:
         log.say(f"warning: pictures and report of step {run.step} were not written: {error}")

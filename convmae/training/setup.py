@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from convmae.config import OptionError, config_to_mapping, for_option
 from convmae.data import IMAGENET_MEAN, IMAGENET_STD, Statistics, channel_statistics, open_source
-from convmae.files import replacing
-from convmae.records.log import LOG
+from convmae.records.folder import RunFolder
 from convmae.records.trackers import import_wandb
 from convmae.seeds import SCHEME
 from convmae.training.distributed import load_whole, spread
@@ -20,9 +17,11 @@ from convmae.training.optim import make_scheduler
 from convmae.training.state import Run
 from convmae.training.step import clip, differentiate
 from convmae.training.step_graph import WARM_UP, StepGraph, cuda_capture, why_not
-from convmae.weights.checkpoint import FOLDER, describe, find_checkpoint, plain, read_training_state
+from convmae.weights.checkpoint import describe, find_checkpoint, plain, read_training_state
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from convmae.config import RunConfig
@@ -30,14 +29,13 @@ if TYPE_CHECKING:
     from convmae.training.distributed import World
     from convmae.training.task import Task
 
-OPTIONS = "args.yaml"
 BLOCKS = "blocks"  # a mode of --torchcompile
 MEASURED = 1000  # pictures whose mean and deviation stand for all
 
 
 def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]]:
     """Checks everything and builds the run; writes nothing. Also what to tell about it."""
-    folder = Path(config.output_dir).expanduser()
+    folder = RunFolder.of(config.output_dir)
     with for_option("resume"):
         resume = what_to_resume(config, folder)
     config.check_rates(world.size)
@@ -54,11 +52,11 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     steps_per_epoch = _steps_per_epoch(config, source, world)
     torch.manual_seed(config.seed)
     task.transform(config).check(source.channels, source.dtype)
-    model, name, told = task.build(config, source)
+    model, name, model_notes = task.build(config, source)
     statistics, origin = _statistics(config, task, source)
     _prepare_model(model, config, world)
     step_model = spread(model, world)
-    optimiser = task.optimiser(task.groups(model, config), config)
+    optimizer = task.optimizer(task.groups(model, config), config)
     run = Run(
         config=config,
         folder=folder,
@@ -69,13 +67,13 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
         model=model,
         model_name=name,
         step_model=step_model,
-        optimiser=optimiser,
-        scheduler=make_scheduler(optimiser, config, config.peak_lr(world.size), steps_per_epoch),
+        optimizer=optimizer,
+        scheduler=make_scheduler(optimizer, config, config.peak_lr(world.size), steps_per_epoch),
         scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
         steps_per_epoch=steps_per_epoch,
         workers=source.workers if config.num_workers is None else config.num_workers,
     )
-    notes = [source.description, *told, *_notes(run, why), origin]
+    notes = [source.description, *model_notes, *_notes(run, why), origin]
     if resume is not None:
         notes += _resume(run, task, resume)
     notes += _use_graph(run, task)
@@ -151,7 +149,7 @@ def _use_graph(run: Run, task: Task) -> list[str]:
         loss = differentiate(run, lambda: task.captured_loss(run, images, inputs))
         return loss, clip(run)
 
-    run.graph = StepGraph(run.optimiser, compute, cuda_capture)
+    run.graph = StepGraph(run.optimizer, compute, cuda_capture)
     return [f"--cuda_graph: steps are captured after the first {WARM_UP}"]
 
 
@@ -183,53 +181,32 @@ def _notes(run: Run, why: str) -> list[str]:
 # -- the run's folder -----------------------------------------------------------------------------
 
 
-def what_to_resume(config: RunConfig, folder: Path) -> Path | None:
+def what_to_resume(config: RunConfig, folder: RunFolder) -> Path | None:
     """The checkpoint folder to go on from; refuses to write over another run."""
-    if folder.exists() and not folder.is_dir():
-        raise OptionError(f"--output_dir {config.output_dir!r} is a file, not a folder")
-    _check_writable(config.output_dir, folder)
-    traces = [name for name in (LOG, FOLDER, f".{FOLDER}.old", OPTIONS) if (folder / name).exists()]
-    has_checkpoint = any(name.endswith((FOLDER, f"{FOLDER}.old")) for name in traces)
+    folder.check_writable()
     if config.resume == "auto":
-        return find_checkpoint(folder) if has_checkpoint else None
+        return find_checkpoint(folder.path) if folder.has_checkpoint else None
     if config.resume:
         resume = find_checkpoint(config.resume)
-        if has_checkpoint and resume.resolve().parent != folder.resolve():
+        if folder.has_checkpoint and resume.resolve().parent != folder.path.resolve():
             raise OptionError(
                 f"--output_dir {config.output_dir!r} holds another run than --resume "
                 f"{config.resume!r}; give a new folder, to keep both"
             )
         return resume
-    if has_checkpoint or LOG in traces:
+    if folder.has_checkpoint or folder.log.exists():
         raise OptionError(
-            f"--output_dir {config.output_dir!r} already holds a run ({', '.join(traces)}); "
-            "go on with it by --resume auto, or give a new folder"
+            f"--output_dir {config.output_dir!r} already holds a run "
+            f"({', '.join(folder.traces())}); go on with it by --resume auto, or give a new folder"
         )
     return None
-
-
-def _check_writable(option: str, folder: Path) -> None:
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OptionError(f"--output_dir {option!r} cannot be written: no permission in {parent}")
-
-
-def write_options(config: RunConfig, folder: Path) -> None:
-    """Writes `args.yaml`, the options of the run, which `--config` takes."""
-    import yaml
-
-    text = yaml.safe_dump(config_to_mapping(config), sort_keys=False)
-    with replacing(folder / OPTIONS) as new:
-        new.write_text(text, encoding="utf-8")
 
 
 # -- going on -------------------------------------------------------------------------------------
 
 
 def _resume(run: Run, task: Task, folder: Path) -> list[str]:
-    """Loads weights, optimiser and progress into `run`; returns what to tell about it."""
+    """Loads weights, optimizer and progress into `run`; returns what to tell about it."""
     with for_option("resume"):
         weights, state = read_training_state(folder)
     config = run.config
@@ -240,7 +217,7 @@ def _resume(run: Run, task: Task, folder: Path) -> list[str]:
             f"{describe(run.model_name, mine)}"
         )
     try:
-        load_whole(run.model, run.optimiser, weights.state, state["optimizer"])
+        load_whole(run.model, run.optimizer, weights.state, state["optimizer"])
         done = state["step"] / state["steps_per_epoch"]  # in epochs, as batches may differ now
         run.losses = list(state["losses"])
         run.nonfinite, run.skipped = state["nonfinite"], state["skipped"]
@@ -255,9 +232,9 @@ def _resume(run: Run, task: Task, folder: Path) -> list[str]:
             f"--epochs {config.epochs}: {folder} has been trained for {done:g} epochs already; "
             "give more to go on"
         )
-    told = [f"going on from {folder}, epoch {done:.2f} (step {run.step})"]
+    notes = [f"going on from {folder}, epoch {done:.2f} (step {run.step})"]
     if state.get("seeds") != SCHEME:
-        told.append(
+        notes.append(
             f"note: {folder} was written by another version, whose random numbers were others: the "
             "order, crops and masks from here on are not those that it would have gone on with"
         )
@@ -267,4 +244,4 @@ def _resume(run: Run, task: Task, folder: Path) -> list[str]:
         for name in now
         if name in before and before[name] != now[name] and name not in ("resume", "output_dir")
     ]
-    return told + ([f"note: options differ from before: {', '.join(changed)}"] if changed else [])
+    return notes + ([f"note: options differ from before: {', '.join(changed)}"] if changed else [])

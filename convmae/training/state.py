@@ -10,11 +10,10 @@ import torch
 from convmae.config import MessageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
     from convmae.data import Source, Statistics
+    from convmae.records.folder import RunFolder
     from convmae.training.distributed import World
     from convmae.training.step_graph import StepGraph
 
@@ -28,7 +27,7 @@ class Run:
     """Everything the loop needs, checked, and how far it has come."""
 
     config: Any  # a RunConfig, of the task's own kind
-    folder: Path
+    folder: RunFolder
     world: World
     dtype: torch.dtype
     source: Source
@@ -36,13 +35,13 @@ class Run:
     model: Any  # a ConvMAE or ConvViT, with its own parameter names
     model_name: str
     step_model: nn.Module  # what a step calls: the model, or its data-parallel wrapper
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     scheduler: Any  # of timm
     scaler: torch.amp.GradScaler
     steps_per_epoch: int
     workers: int
     graph: StepGraph | None = None  # runs whole steps, where that was asked for and can be
-    step: int = 0  # optimiser steps done, skipped ones included
+    step: int = 0  # optimizer steps done, skipped ones included
     losses: list[float] = field(default_factory=list)  # since the last line of the log
     nonfinite: int = 0  # steps skipped in a row
     skipped: int = 0  # steps skipped in all

@@ -46,33 +46,33 @@ def take_step(
     batches: Iterator[Batch],
     meter: Meter,
     log: RunLog,
-    told: Callable[[list], None],
+    report_failures: Callable[[list], None],
 ) -> Outcome:
-    """One optimiser step; it is skipped where loss or gradient is not finite."""
+    """One optimizer step; it is skipped where loss or gradient is not finite."""
     accum, world = run.config.accum_iter, run.world
     total = torch.zeros((), device=world.device)
     run.scheduler.step_update(run.step)
-    rate = max(group["lr"] for group in run.optimiser.param_groups)
+    rate = max(group["lr"] for group in run.optimizer.param_groups)
     for part in range(accum):
         began = time.perf_counter()
         batch = next(batches)
         meter.batch(len(batch.images), batch.seconds, time.perf_counter() - began)
-        told(batch.failures)
+        report_failures(batch.failures)
         if run.graph is not None:
             figures = _replay(run, task, batch, log)
             if figures is not None:
                 return Outcome(*figures, rate, batch)
         total += backward(run, task, batch, run.step * accum + part, part == accum - 1)
-    run.scaler.unscale_(run.optimiser)
+    run.scaler.unscale_(run.optimizer)
     norm = float(clip(run))
     (loss,) = world.mean(total)
     outcome = Outcome(loss, norm, rate, batch)
     if run.scaler.is_enabled():
-        run.scaler.step(run.optimiser)  # skips by itself where a gradient is not finite
+        run.scaler.step(run.optimizer)  # skips by itself where a gradient is not finite
         run.scaler.update()
     elif outcome.finite:
-        run.optimiser.step()
-    run.optimiser.zero_grad(set_to_none=True)
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
     return outcome
 
 
@@ -114,7 +114,7 @@ def differentiate(run: Run, loss: Callable[[], Tensor], exchange: bool = True) -
 
 def clip(run: Run) -> Tensor:
     """The norm of all gradients together; they are scaled down to `clip_grad` if it is given."""
-    parameters = [p for group in run.optimiser.param_groups for p in group["params"]]
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
     if run.config.clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, run.config.clip_grad, norm)

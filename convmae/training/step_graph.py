@@ -1,4 +1,4 @@
-"""A whole optimiser step as one CUDA graph: captured once, then replayed for every batch.
+"""A whole optimizer step as one CUDA graph: captured once, then replayed for every batch.
 
 Replaying a graph is one launch in place of about a thousand, which is what small batches wait for.
 The numbers are those of the loop without it: the first steps run eagerly, a step whose loss or
@@ -52,7 +52,7 @@ class StepGraph:
     """Runs steps of a run, eagerly at first and then as a graph.
 
     Args:
-        optimiser: a fused one with `capturable` groups: AdamW.
+        optimizer: a fused one with `capturable` groups: AdamW.
         compute: given images and inputs as below, leaves gradients in the parameters and returns
             loss and norm, two scalars; all of it on the device.
         capture: gives a function that repeats what another does on the device; on a GPU it is
@@ -61,18 +61,18 @@ class StepGraph:
 
     def __init__(
         self,
-        optimiser: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer,
         compute: Callable[[Tensor, Any], tuple[Tensor, Tensor]],
         capture: Capture,
     ) -> None:
-        self._optimiser, self._compute, self._capture = optimiser, compute, capture
+        self._optimizer, self._compute, self._capture = optimizer, compute, capture
         self._steps = 0
         self._replay: Callable[[], None] | None = None
         self._kept: list[Tensor] = []
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["capturable"] = True
-        device = optimiser.param_groups[0]["params"][0].device
-        self._rates = [torch.zeros((), device=device) for _ in optimiser.param_groups]
+        device = optimizer.param_groups[0]["params"][0].device
+        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._told = torch.zeros(2, device=device)
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
 
@@ -87,7 +87,7 @@ class StepGraph:
             GraphError: the step cannot be captured; nothing of it was done.
         """
         self._keep(images, inputs)
-        for rate, group in zip(self._rates, self._optimiser.param_groups, strict=True):
+        for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         if self._replay is None and self._steps < WARM_UP:
             self._aside(self._step)
@@ -104,12 +104,12 @@ class StepGraph:
         return loss, norm
 
     def close(self) -> None:
-        """Leaves the optimiser as it was found."""
+        """Leaves the optimizer as it was found."""
         for name in ("found_inf", "grad_scale"):
-            if hasattr(self._optimiser, name):
-                delattr(self._optimiser, name)
-        self._optimiser.zero_grad(set_to_none=True)
-        for group in self._optimiser.param_groups:
+            if hasattr(self._optimizer, name):
+                delattr(self._optimizer, name)
+        self._optimizer.zero_grad(set_to_none=True)
+        for group in self._optimizer.param_groups:
             group["capturable"] = False
 
     def _keep(self, images: Tensor, inputs: Any) -> None:
@@ -135,20 +135,20 @@ class StepGraph:
 
     def _step(self) -> None:
         """The step itself, all of it on the device; a gradient that is not finite is left out."""
-        optimiser = self._optimiser
-        optimiser.zero_grad(set_to_none=True)
+        optimizer = self._optimizer
+        optimizer.zero_grad(set_to_none=True)
         images, inputs = tree_unflatten(self._kept, self._form)
         loss, norm = self._compute(images, inputs)
         self._told.copy_(torch.stack([loss.float(), norm.float()]))
-        optimiser.grad_scale = None  # type: ignore[attr-defined]
-        optimiser.found_inf = (~self._told.isfinite().all()).float()  # type: ignore[attr-defined]
-        rates = [group["lr"] for group in optimiser.param_groups]
-        for group, rate in zip(optimiser.param_groups, self._rates, strict=True):
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = (~self._told.isfinite().all()).float()  # type: ignore[attr-defined]
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
         try:
-            optimiser.step()
+            optimizer.step()
         finally:
-            for group, number in zip(optimiser.param_groups, rates, strict=True):
+            for group, number in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = number
 
     def _aside(self, step: Callable[[], None]) -> None:

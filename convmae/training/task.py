@@ -34,8 +34,8 @@ class Task(ABC):
         """Parameter groups with their decays, and `lr_scale` where a group learns more slowly."""
 
     @abstractmethod
-    def optimiser(self, groups: list[dict[str, Any]], config: Any) -> torch.optim.Optimizer:
-        """The optimiser of these groups; its learning rate is set in every step."""
+    def optimizer(self, groups: list[dict[str, Any]], config: Any) -> torch.optim.Optimizer:
+        """The optimizer of these groups; its learning rate is set in every step."""
 
     @abstractmethod
     def loss(self, run: Run, batch: Batch, images: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Task(ABC):
         return
 
     def after_step(self, run: Run) -> None:
-        """Called after every optimiser step that was not skipped."""
+        """Called after every optimizer step that was not skipped."""
         return
 
     def evaluate(self, run: Run, log: RunLog) -> None:
@@ -73,7 +73,7 @@ class Task(ABC):
         return None
 
     def state(self, run: Run) -> dict[str, Any]:
-        """What a checkpoint has to hold besides model and optimiser: tensors and plain values."""
+        """What a checkpoint has to hold besides model and optimizer: tensors and plain values."""
         return {}
 
     def load_state(self, run: Run, state: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from convmae.config import WeightsError
 from convmae.data import IMAGENET, IMAGENET_MEAN, Statistics
-from convmae.files import flush, replacing
+from convmae.files import CHECKPOINT, flush, replaced_folder, replacing
 from convmae.weights.safe_load import load_tensors
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from convmae.models import ConvMAE, ConvViT
 
-FOLDER = "checkpoint"
 WEIGHTS = "model.safetensors"
 STATE = "training_state.pt"
 # In the metadata of a model.safetensors, as JSON; the last three where they are known.
@@ -127,7 +126,8 @@ def save_checkpoint(
     Raises:
         OSError: the disk refused; the previous checkpoint is still there.
     """
-    final, fresh, old = run / FOLDER, run / f".{FOLDER}.new", run / f".{FOLDER}.old"
+    final, fresh = run / CHECKPOINT, run / f".{CHECKPOINT}.new"
+    old = replaced_folder(final)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
@@ -230,8 +230,9 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     given = Path(path).expanduser()
     folder = given.parent if given.is_file() else given
-    replaced = folder.parent / f".{FOLDER}.old" if folder.name == FOLDER else folder
-    for candidate in (folder, folder / FOLDER, folder / f".{FOLDER}.old", replaced):
+    inside = folder / CHECKPOINT
+    replaced = replaced_folder(folder) if folder.name == CHECKPOINT else folder
+    for candidate in (folder, inside, replaced_folder(inside), replaced):
         if (candidate / WEIGHTS).is_file():
             return candidate
     what = "holds no checkpoint" if given.exists() else "does not exist"

@@ -80,7 +80,7 @@ def _check_archive(path: Path) -> None:
                     f"data.pkl; it holds {first}"
                 )
             for member in members:
-                if member.CRC:  # 0 where PyTorch was told to write no checksums
+                if member.CRC:  # 0 where the file was written without checksums
                     _read_through(archive, member)
     except zipfile.BadZipFile as error:
         raise WeightsError(f"{path} is damaged or cut short: {error}") from error

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convmae_kernels.functional.pooling import image_counts, image_sum, of_images
+from convmae_kernels.functional.pooling import image_counts, image_sum, spread_to_blocks
 from convmae_kernels.ops.support.checks import check_packed
 from convmae_kernels.ops.support.dtypes import accumulation_dtype
 
@@ -136,7 +136,7 @@ def masked_group_norm(
         """Over each group: [T, s*s, C] -> [T, 1, C]."""
         sums = image_sum(values, mask).unflatten(1, (num_groups, -1))  # [B, groups, C / groups]
         means = (sums.sum(2, keepdim=True) / number).expand_as(sums).flatten(1)
-        return of_images(means, mask).unsqueeze(1)
+        return spread_to_blocks(means, mask).unsqueeze(1)
 
     centred = wide - mean_of(wide)
     y = centred * (mean_of(centred.square()) + eps).rsqrt()
@@ -171,7 +171,7 @@ def masked_grn(
     _check_affine(x.shape[2], weight, bias)
     norms = image_norm(x, mask)
     n = norms / (norms.mean(1, keepdim=True) + eps)
-    return (x + weight * (x * of_images(n, mask).unsqueeze(1)) + bias).to(x.dtype)
+    return (x + weight * (x * spread_to_blocks(n, mask).unsqueeze(1)) + bias).to(x.dtype)
 
 
 def image_norm(x: Tensor, mask: BlockMask) -> Tensor:

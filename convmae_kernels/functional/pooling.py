@@ -80,7 +80,7 @@ def _windows(x, mask, kernel_size, stride, padding, dilation, fill):
 # -- all positions of an image --------------------------------------------------------------------
 
 
-def of_images(values: Tensor, mask: BlockMask) -> Tensor:
+def spread_to_blocks(values: Tensor, mask: BlockMask) -> Tensor:
     """`[B, ...] -> [T, ...]`: to every visible block the values of its image.
 
     Raises:

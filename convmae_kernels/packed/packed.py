@@ -160,7 +160,7 @@ def broadcast(value: Any, to: Packed) -> Any:
     fits = shaped.shape[0] in (1, batch) and (shaped.shape[1] in (1, channels) or channels == 1)
     if fits and shaped.shape[2:] == (1, 1):
         rows = shaped.flatten(1).unsqueeze(1)  # [B or 1, 1, C or 1]
-        return rows if len(rows) == 1 else pooling.of_images(rows, to.mask)
+        return rows if len(rows) == 1 else pooling.spread_to_blocks(rows, to.mask)
     if fits and shaped.shape[2:] == (height, width):
         return ops.gather_visible(shaped.expand(batch, -1, -1, -1), to.mask)
     raise ValueError(f"{list(value.shape)} does not broadcast with {tuple(to.shape)}")

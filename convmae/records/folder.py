@@ -1,0 +1,140 @@
+"""The folder of a run: where everything lies that the run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convmae.config import OptionError
+from convmae.files import CHECKPOINT, replaced_folder, replacing
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run, each named here and nowhere else; what is in `checkpoint` is weights'."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, path: str | Path | RunFolder) -> RunFolder:
+        """The folder of that path, in which `~` may stand for the user's."""
+        return path if isinstance(path, RunFolder) else cls(Path(path).expanduser())
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def log(self) -> Path:
+        """A JSON object a line: losses, evaluations, events."""
+        return self.path / "log.txt"
+
+    @property
+    def options(self) -> Path:
+        """The options, as `--config` takes them."""
+        return self.path / "args.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Command, versions, devices and processes, as JSON."""
+        return self.path / "environment.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the last checkpoint."""
+        return self.path / CHECKPOINT
+
+    @property
+    def best(self) -> Path:
+        """The folder of the best weights."""
+        return self.path / "best"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def wandb_id(self) -> Path:
+        """The run's name at Weights & Biases, so that a resumed run goes on in the same one."""
+        return self.path / "wandb_id.txt"
+
+    @property
+    def report(self) -> Path:
+        """A page with all that people want to see."""
+        return self.path / "report.html"
+
+    @property
+    def loss_picture(self) -> Path:
+        """The curve of the loss."""
+        return self.path / "loss.png"
+
+    @property
+    def picture(self) -> Path:
+        """The last picture of what the model does."""
+        return self.path / "reconstruction.png"
+
+    def step_picture(self, step: int) -> Path:
+        """The picture after a step."""
+        return self.path / "reconstructions" / f"step-{step:08}.png"
+
+    def step_pictures(self) -> list[Path]:
+        """All pictures after steps, the first step's first."""
+        return sorted((self.path / "reconstructions").glob("step-*.png"))
+
+    # -- what is in it ----------------------------------------------------------------------------
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint, or one that was being replaced."""
+        return self.checkpoint.exists() or replaced_folder(self.checkpoint).exists()
+
+    def traces(self) -> list[str]:
+        """Names of what a run has left here already."""
+        kept = (self.log, self.checkpoint, replaced_folder(self.checkpoint), self.options)
+        return [path.name for path in kept if path.exists()]
+
+    def check_writable(self) -> None:
+        """Raises `OptionError` where the folder is a file, or cannot be made or written."""
+        if self.path.exists() and not self.path.is_dir():
+            raise OptionError(f"--output_dir {str(self)!r} is a file, not a folder")
+        parent = self.path
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise OptionError(
+                f"--output_dir {str(self)!r} cannot be written: no permission in {parent}"
+            )
+
+    def write_options(self, values: dict[str, Any]) -> None:
+        """Writes the options of the run."""
+        import yaml
+
+        with replacing(self.options) as new:
+            new.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+    def write_environment(self, entries: dict[str, str]) -> None:
+        """Writes where and how the run was made."""
+        with replacing(self.environment) as new:
+            new.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+    def read_options(self) -> dict[str, Any]:
+        """The options of the run; empty where they cannot be read."""
+        import yaml
+
+        return _read_mapping(self.options, yaml.safe_load, yaml.YAMLError)
+
+    def read_environment(self) -> dict[str, str]:
+        """Where and how the run was made; empty where that cannot be read."""
+        entries = _read_mapping(self.environment, json.loads, ValueError)
+        return {str(name): str(value) for name, value in entries.items()}
+
+
+def _read_mapping(path: Path, parse: Any, error: type[Exception]) -> dict[str, Any]:
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, error):
+        return {}
+    return values if isinstance(values, dict) else {}
