@@ -42,7 +42,7 @@ coverage: build
 
 # make compat TORCH=2.11.0 PYTHON=python3.12: the tests under another torch, see docs/compatibility.md
 compat:
-	@$(PYTHON) tests/compat.py "$(TORCH)" --workers $(or $(WORKERS),2)
+	@$(PYTHON) tests/support/compat.py "$(TORCH)" --workers $(or $(WORKERS),2)
 
 lint: build
 	$(BIN)/ruff check .

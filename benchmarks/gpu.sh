@@ -135,7 +135,7 @@ for stage in "${stages[@]}"; do
     tests)
       report=$out/${stand_in:+stand-in-}tests.xml
       rm -f "$report"
-      options=(-v -m gpu tests/test_gpu.py --junitxml "$report")
+      options=(-v -m gpu tests/gpu/test_gpu.py --junitxml "$report")
       [ -z "$stand_in" ] && has xdist && options+=(-n $((($(nproc) * 3 + 3) / 4)))
       has pytest_timeout && options+=(--timeout 120)
       [ -n "$stand_in" ] && options+=(-k dilations) # a few, which are skipped
@@ -148,13 +148,13 @@ for stage in "${stages[@]}"; do
         run training 5 echo "left out: tyro, torchvision or webdataset is not installed"
         continue
       fi
-      files=(tests/test_{cli,finetuning,step_graph}.py tests/test_training{,_crashes,_data,_failures}.py)
+      files=(tests/convmae/test_cli.py tests/convmae/tasks tests/convmae/training)
       options=(-v --junitxml "$report")
       [ -z "$stand_in" ] && has xdist && options+=(-n $((($(nproc) * 3 + 3) / 4)))
       [ -n "$stand_in" ] && options+=(-k test_info) where=cpu || where=cuda
       CONVMAE_TEST_DEVICE=$where signal=INT run training 300 "$python" -m pytest "${options[@]}" "${files[@]}"
       ;;
-    sanitizer) run sanitizer 110 "$python" -m pytest -v -rs -m gpu tests/test_gpu_sanitizer.py ;;
+    sanitizer) run sanitizer 110 "$python" -m pytest -v -rs -m gpu tests/gpu/test_gpu_sanitizer.py ;;
     memory) measure memory 150 --case memory ;;
     graph) contender graph 60 '*graph*' ;;
     blocks) contender blocks 120 '*blocks*' --compile-blocks ;;

@@ -7,8 +7,8 @@ import torch
 
 from convmae_kernels.ops.support.library import TRITON_INTERPRETS
 
-# Run by tests/test_triton_kernels.py, in a process in which Triton interprets its kernels.
-collect_ignore = [] if TRITON_INTERPRETS else ["triton_interpreted"]
+# Run by `test_triton_kernels.py`, in a process in which Triton interprets its kernels.
+collect_ignore = [] if TRITON_INTERPRETS else ["convmae_kernels/triton/interpreted"]
 
 WARNINGS_OF_OTHERS = (
     r"ignore:There is a performance drop because we have not yet implemented the batching rule",
@@ -58,6 +58,6 @@ def threads():
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """A folder of twelve random pictures."""
-    from tests.training_runs import folder_of
+    from tests.support.training_runs import folder_of
 
     return folder_of(tmp_path_factory.mktemp("pictures") / "data", 12)

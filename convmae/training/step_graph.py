@@ -120,7 +120,7 @@ class StepGraph:
         )
         if ragged:
             raise GraphError(
-                "the masks have different numbers of visible blocks, which the host has to read; "
+                "the masks have different numbers of visible blocks, which change the sizes of a step; "
                 "give masks with the same number in every image"
             )
         if not self._kept:

@@ -1,0 +1,580 @@
+"""The benchmarks count, compare and report rightly. No test looks at how long anything takes."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import __main__ as command
+from benchmarks import cases, limits, models, registry, report, runner, work
+from benchmarks.gpu import kernel_table
+from benchmarks.setting import Setting
+from convmae_kernels import BlockMask
+from tests.support.paths import ROOT
+
+TINY = Setting(model="convmae_tiny", batch_size=2, img_size=64, compile=False)
+RATES = limits.Rates(copy=1e9, gemm={torch.float32: 1e10, torch.bfloat16: 1e10})
+
+
+def one_visible(batch_size: int = 2) -> BlockMask:
+    visible = torch.zeros(batch_size, 2, 2, dtype=torch.bool)
+    visible[:, 0, 1] = True
+    return BlockMask.from_visible(visible)
+
+
+# -- counts ---------------------------------------------------------------------------------------
+
+
+def test_bytes_of_operators_by_hand():
+    mask = one_visible()
+    packed = 2 * 16 * 8 * 4  # 2 blocks, 4x4 positions, 8 channels, 4 bytes
+    assert work.gather_work(mask, 4, 8, torch.float32) == work.Work(2 * packed)
+    assert work.scatter_work(mask, 4, 8, torch.float32) == work.Work(packed + 4 * packed)
+    forward = work.depthwise_work(mask, 4, 8, torch.float32, backward=False)
+    both = work.depthwise_work(mask, 4, 8, torch.float32, backward=True)
+    # In a row of 4 positions 4 + 2 * 3 + 2 * 2 = 14 pairs are at most 2 apart.
+    assert forward == work.Work(2 * packed, 2 * 2 * 14**2 * 8)
+    assert both == work.Work(5 * packed, 3 * forward.flops)
+    assert work.gather_work(mask, 4, 8, torch.bfloat16).bytes == packed
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_visible_taps_one_by_one(side):
+    mask = BlockMask.random(2, (3, 4), 0.6)
+    dense = mask.to_dense(side)[:, 0].tolist()
+    count = 0
+    for image in dense:
+        at = [(i, j) for i, row in enumerate(image) for j, seen in enumerate(row) if seen]
+        count += sum(abs(a - c) <= 2 and abs(b - d) <= 2 for a, b in at for c, d in at)
+    assert work.visible_taps(mask, side) == count
+
+
+def test_limit_is_the_longer_of_moving_and_computing():
+    assert work.Work(2 * 10**9).limit_seconds(RATES, torch.float32) == 2.0
+    assert work.Work(10**9, 10**12).limit_seconds(RATES, torch.float32) == 1.0
+    assert work.Work(10**9, 10**12, 10**11).limit_seconds(RATES, torch.float32) == 10.0
+
+
+def base_macs(**options):
+    shapes = {name: p.shape for name, p in models.parameters("convmae_base").items()}
+    mask = BlockMask.random(1, (14, 14), 0.75, torch.Generator().manual_seed(0))
+    return work.forward_macs(shapes, mask, **options)
+
+
+def test_macs_of_the_official_dense_model():
+    macs = base_macs(skip_hidden=False, loss_only=False)
+    assert macs.total() == 17_218_220_544
+    assert macs["blocks1"] + macs["blocks1.depthwise"] == 4_150_558_720
+    assert macs["blocks2"] + macs["blocks2.depthwise"] == 2_327_162_880
+    assert macs["blocks3"] == 3_855_548_928
+
+
+def test_macs_of_visible_work():
+    macs = base_macs(loss_only=False)
+    useful1, useful2 = macs.pop("blocks1.depthwise"), macs.pop("blocks2.depthwise")
+    every1, every2 = 2 * 784 * 25 * 256, 2 * 196 * 25 * 384  # hidden taps of visible positions too
+    assert macs.total() + every1 + every2 == 11_203_874_304
+    assert macs == {
+        "patch_embed1": 9_633_792,
+        "blocks1": 1_037_639_680 - every1,
+        "stage1_output_decode": 154_140_672,
+        "patch_embed2": 77_070_336,
+        "blocks2": 581_790_720 - every2,
+        "stage2_output_decode": 57_802_752,
+        "patch_embed3": 57_802_752,
+        "patch_embed4": 28_901_376,
+        "blocks3": 3_855_548_928,
+        "decoder_embed": 19_267_584,
+        "decoder_blocks": 5_247_205_376,
+        "decoder_pred": 77_070_336,
+    }
+    assert every1 // 2 < useful1 < every1 and every2 // 4 < useful2 < every2
+
+
+def test_macs_of_tokens_that_are_the_same_in_all_images():
+    shapes = {name: p.shape for name, p in models.parameters("convmae_base").items()}
+    mask = BlockMask.random(8, (14, 14), 0.75, torch.Generator().manual_seed(0))
+    every, needed = (work.forward_macs(shapes, mask, loss_only=flag) for flag in (False, True))
+    one, alone = base_macs(loss_only=False), base_macs()
+    last = 8 * (one["decoder_blocks"] - alone["decoder_blocks"])  # see below
+    shared = (8 - 1) * 147 * 3 * 512**2 - 49 * 3 * 512**2
+    assert every["decoder_blocks"] - needed["decoder_blocks"] == last + shared
+
+
+def test_macs_that_the_loss_needs():
+    every, needed = base_macs(loss_only=False), base_macs()
+    visible, width = 49, 512  # of the last block: queries, projection, MLP and attention
+    saved = visible * (1 + 1 + 8) * width**2 + 2 * visible * 196 * width
+    assert every["decoder_blocks"] - needed["decoder_blocks"] == saved
+    assert needed["decoder_pred"] == 57_802_752
+    assert every.total() - needed.total() == saved + 77_070_336 - 57_802_752
+
+
+def test_matmul_flops_are_those_that_the_model_executes():
+    model = models.build(TINY, "packed")
+    known = models.parameters(TINY.model)
+    counted = work.training_work(known, TINY.block_mask(), 0, optimizer=True)
+    with FlopCounterMode(display=False) as counter:  # bfloat16 attention is plain products
+        with models.autocast(TINY, torch.bfloat16):
+            loss = model(models.images(TINY), noise=TINY.noise()).loss
+        loss.backward()
+    width = known["mask_token"].shape[2]
+    sums = 2 * TINY.block_mask().num_blocks * 4 * width  # of gradients of rows that tokens share
+    assert counted.matmul_flops + sums == counter.get_total_flops()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counted.bytes == 4 * 10 * trainable
+
+
+# -- the runner -----------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A contender whose measures are given, and that writes down when it runs."""
+
+    def __init__(self, name, measures, log, value=1.0):
+        self.name, self.measures, self.log, self.value = name, list(measures), log, value
+
+    def run(self):
+        self.log.append(self.name)
+        return self.measures.pop(0)
+
+    def contender(self):
+        return runner.Contender(self.name, self.run, lambda _: [torch.tensor([self.value])])
+
+
+def scripted(packed, dense, value=1.0, **options):
+    log = []
+    contenders = [
+        Scripted("packed", packed, log, value).contender(),
+        Scripted("dense", dense, log).contender(),
+    ]
+
+    def clock(run):
+        measured = run()
+        return measured, measured
+
+    return runner.Comparison(contenders, work.Work(10**6, 7), clock, **options), log
+
+
+def test_rounds_are_interleaved_and_the_first_is_not_counted():
+    comparison, log = scripted([99, 1, 2, 3, 4], [99, 10, 30, 20, 40])
+    times = runner.measure(comparison, torch.float32, repeats=4, budget=1e9)
+    assert log == ["packed", "dense"] * 5
+    assert times == {"packed": [1, 2, 3, 4], "dense": [10, 30, 20, 40]}
+    packed, dense = runner.make_rows("a/case", comparison, times, RATES, torch.float32)
+    assert (packed.median, dense.median) == (2.5, 25)
+    assert (packed.ratio, dense.ratio) == (10, 1)
+    assert packed.round_ratio == 10 and packed.rounds == 4  # of 10, 15, 20 / 3 and 10
+    assert packed.spread == 1.5 / 2.5  # quartiles 1.75 and 3.25
+    assert packed.limit == 1.0  # ms: 1 MB at 1 GB/s
+    assert packed.fraction == 1.0 / 2.5
+    assert (packed.case, packed.dtype, packed.bytes, packed.flops) == (
+        "a/case",
+        "float32",
+        10**6,
+        7,
+    )
+
+
+def test_budget_ends_the_rounds_but_not_before_three(monkeypatch):
+    seconds = iter(range(100))
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: next(seconds))
+    for budget, rounds in ((0, 3), (3.5, 6)):  # the clock is read from the fourth round on
+        comparison, _ = scripted([1] * 50, [1] * 50)
+        times = runner.measure(comparison, torch.float32, repeats=40, budget=budget)
+        assert len(times["dense"]) == rounds
+
+
+def test_one_round_without_warm_up():
+    comparison, _ = scripted([5], [6], unit="MiB", max_rounds=1, warm_up=False)
+    times = runner.measure(comparison, torch.float32, repeats=9, budget=0)
+    assert times == {"packed": [5], "dense": [6]}
+    row = runner.make_rows("memory", comparison, times, RATES, torch.float32)[0]
+    assert (row.spread, row.rounds, row.limit) == (0.0, 1, 10**6 / 2**20)
+
+
+@pytest.mark.parametrize("value", [1.001, math.nan])
+def test_different_work_is_not_compared(value):
+    comparison, _ = scripted([1] * 9, [1] * 9, value=value)
+    with pytest.raises(runner.DisagreementError, match="'packed' has a relative error of"):
+        runner.measure(comparison, torch.float32, repeats=1, budget=0)
+
+
+def test_other_shapes_are_not_compared():
+    one, two = [torch.zeros(1)], [torch.zeros(2)]
+    with pytest.raises(runner.DisagreementError, match=r"is \[2\], of 'dense' \[1\]"):
+        runner.check_agreement({"packed": two, "dense": one}, 1.0)
+    with pytest.raises(runner.DisagreementError, match="gives 2 tensors, 'dense' 1"):
+        runner.check_agreement({"packed": one * 2, "dense": one}, 1.0)
+
+
+# -- every case -----------------------------------------------------------------------------------
+
+LIKE_ANOTHER = ("network/convnext_tiny/memory",)  # and takes long
+COUNTED = ("budget/launches", "budget/bytes", "budget/flops")  # in tests/benchmarks/test_budget.py
+IN_BFLOAT16 = ("gather/images", "depthwise/stage1/forward_backward", "stages12", "step")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in registry.CASES if name not in LIKE_ANOTHER + COUNTED]
+    + [(name, torch.bfloat16) for name in IN_BFLOAT16],
+)
+def test_case_compares_the_same_work(name, dtype):
+    """`measure` itself checks that packed and dense results agree."""
+    comparison = registry.CASES[name].build(TINY, dtype)
+    times = runner.measure(comparison, dtype, repeats=1, budget=0)
+    rows = runner.make_rows(name, comparison, times, RATES, dtype)
+    assert [row.contender for row in rows] == ["packed", "MAE ViT-B" if name == "mae" else "dense"]
+    assert rows[1].ratio == 1
+    for row in rows:
+        numbers = [v for v in vars(row).values() if not isinstance(v, str)]
+        assert all(math.isfinite(v) for v in numbers)
+        assert row.median > 0 and row.ratio > 0 and row.limit > 0 and row.bytes > 0
+
+
+def test_mae_is_the_published_one():
+    model = models.MAE(224)
+    trainable = sum(p.numel() for p in model.parameters())
+    assert trainable == 111_655_680  # of ViT-B and the decoder, without positional embeddings
+    noise = Setting(img_size=224, batch_size=1).noise()
+    images = models.images(Setting(img_size=224, batch_size=1))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        loss, mask, _ = model(images, mask_ratio=0.75, noise=noise)
+    assert mask.shape == (1, 196) and mask.sum() == 147
+    assert loss.isfinite() and loss > 0
+    counted = counter.get_flop_counts()["Global"]
+    encoder, decoder = 12 * 12 * 768**2 * 50, 8 * 12 * 512**2 * 197
+    outside = 196 * 768 * 768 + 50 * 768 * 512 + 197 * 512 * 768
+    layers = (torch.ops.aten.convolution, torch.ops.aten.addmm)  # all but attention
+    assert sum(counted[layer] for layer in layers) == 2 * (encoder + decoder + outside)
+
+
+@pytest.mark.skipif(
+    cases.why_no_compile(torch.device("cpu")) is not None, reason="no C++ compiler for compile"
+)
+def test_compiled_opponent():
+    setting = replace(TINY, compile=True)
+    comparison = registry.CASES["depthwise/stage2/forward"].build(setting, torch.float32)
+    times = runner.measure(comparison, torch.float32, repeats=1, budget=0)
+    assert list(times) == ["packed", "dense", "dense compiled"]
+
+
+def test_no_compiler_is_said(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    comparison = registry.CASES["scatter/stage2"].build(replace(TINY, compile=True), torch.float32)
+    assert [c.name for c in comparison.contenders] == ["packed", "dense"]
+    assert "needs a C++ compiler" in comparison.notes[0]
+
+
+def test_cases_are_chosen_by_name_part_or_glob():
+    def names(*patterns):
+        return [case.name for case in registry.select(patterns)]
+
+    assert names("step") == ["step"]
+    assert names("gather") == ["gather/images", "gather/stage1", "gather/stage2"]
+    assert names("*/stage1/*", "step") == [
+        "depthwise/stage1/forward",
+        "depthwise/stage1/forward_backward",
+        "step",
+    ]
+    assert names() == list(registry.CASES)
+    with pytest.raises(ValueError, match="no case matches 'stepp'; there are budget/bytes, "):
+        registry.select(["stepp"])
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="two cases of the name 'step'"):
+        registry.register("step")(lambda setting, dtype: None)
+
+
+# -- limits and environment -----------------------------------------------------------------------
+
+
+def test_rates_and_environment():
+    device = torch.device("cpu")
+    assert limits.copy_bandwidth(device, 4096) > 0
+    assert limits.gemm_rate(device, torch.bfloat16, [(4, 4, 4), (8, 4, 2)]) > 0
+    facts = limits.environment(device)
+    assert facts["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
+    assert facts["cpu"] and facts["cores"] >= 1 and facts["date"].endswith("UTC")
+    json.dumps(facts)
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_rates(monkeypatch):
+    monkeypatch.setattr(command, "measure_rates", lambda device, dtypes: RATES)
+
+
+TINY_FLAGS = ["--model", "convmae_tiny", "--img_size", "64", "--batch-size", "2", "--no-compile"]
+
+
+def test_command_json_summary_and_markdown(quick_rates, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    flags = ["--case", "step", "gather/stage2", "--dtype", "float32", "--repeats", "1"]
+    command.main([*TINY_FLAGS, *flags, "--summary", "--json", str(path)])
+    printed = capsys.readouterr().out
+    assert "one training step of convmae_tiny on 2 images of 64 x 64 pixels, 75% hidden" in printed
+    assert "note: compiled models: left out, ask for them with --compile-models" in printed
+
+    results = report.load(path)
+    assert [(row.case, row.contender) for row in results.rows] == [
+        (case, contender) for case in ("gather/stage2", "step") for contender in ("packed", "dense")
+    ]
+    assert report.table(results) in printed
+    again = tmp_path / "again.json"
+    report.save(results, again)
+    assert report.load(again) == results
+
+    report.main([str(path)])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"<!-- Written by `python -m benchmarks.report {path}`;")
+    lines = printed[printed.index("| case") :].splitlines()
+    assert lines[0].startswith("| case | dtype | packed |")
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| gather/stage2", "| step"]
+    assert all(line.count("|") == lines[0].count("|") for line in lines[:4])
+
+
+def contender(name, median, ratio):
+    base = results_of(100.0, 200.0).rows[0]
+    return replace(base, contender=name, median=median, ratio=ratio)
+
+
+def test_a_contender_stands_beside_the_dense_one_of_its_own_run():
+    """Rows of several runs in one file: the dense one in it is the last that was measured."""
+    rows = [contender("packed", 60.0, 1.2), contender("packed graph", 36.0, 2.0)]
+    rows += [contender("dense", 70.0, 1.0), contender("dense compiled", 50.0, 1.4)]
+    environment = {"threads": 1, "cpu": "c", "cores": 1, "capability": "", "torch": "t"}
+    environment |= {"kernels": "yes", "date": "today"}
+    text = report.markdown(replace(results_of(1.0, 1.0), rows=rows, environment=environment))
+    assert "| step | float32 | 60 ms | 72 | 50 | **1.20x** | " in text
+    assert "| step | float32 | packed graph | 36 ms | 0.0% | 72 | **2.00x** | " in text
+    assert "packed compiled" not in text and text.count("| step |") == 2
+
+
+def kernel_row(**changes):
+    row = {"kernel": "forward", "shape": "side4/8/5x5", "batch": 2, "dtype": "float32"}
+    row |= {"copy_rate": 2e12, "in_cache": False, "implementation": "cuda", "us": 10.0}
+    return row | {"of_copy": 0.5} | changes
+
+
+def test_a_table_of_kernels():
+    rows = [
+        kernel_row(),
+        kernel_row(implementation="pytorch", us=25.0),
+        kernel_row(implementation="triton", us=30.0),
+        kernel_row(batch=4, us=20.0, of_copy=0.6),
+        kernel_row(kernel="table", shape="radius1", in_cache=True, batch=4, us=4.0),
+    ]
+    environment = {"device": "a card", "torch": "2.0", "date": "today"}
+    found = {"a": {"rows": rows}, "b": {"failed": "it hangs"}}
+    lines = kernel_table.markdown({"environment": environment, "kernels": found}).splitlines()
+    assert lines[2:4] == [
+        "| `forward side4/8/5x5` | float32 | 10.0 | 50% | 25.0 | **2.50x** "
+        "| 20.0 | 60% | – | – | 30.0 |",
+        "| `table radius1*` | float32 | – | – | – | – | 4.0 | 50% | – | – | – |",
+    ]
+    assert {line.count("|") for line in lines[:4]} == {12}
+    assert "a card, torch 2.0, today; copy rate measured in that run: 2.00 TB/s." in lines
+    with pytest.raises(ValueError, match="no kernel that was measured"):
+        kernel_table.markdown({"environment": environment, "kernels": {"b": found["b"]}})
+
+
+# -- what is written of what was measured ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "generated").glob("benchmarks-*.md")))
+def test_pages_are_what_the_command_in_their_first_line_prints(page, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    command = re.search("`python -m benchmarks.report (.*)`", page.read_text().splitlines()[0])
+    report.main(command[1].split())
+    assert capsys.readouterr().out == page.read_text()
+
+
+def test_the_readme_says_what_was_measured():
+    """Its summary, cell by cell, against the files of results."""
+    results = ROOT / "benchmarks" / "results"
+    cpu, h200 = (report.load(results / f"{name}.json").rows for name in ("cpu", "h200-steps"))
+    kernels = json.loads((results / "h200-kernels.json").read_text())["kernels"]
+
+    def ratio(rows, case, dtype, contender="packed"):
+        key = case, dtype, contender
+        (row,) = (row for row in rows if (row.case, row.dtype, row.contender) == key)
+        return row.ratio
+
+    def stage1(*ops):
+        names = [f"cuda:{op}/side4/256/5x5/128/bfloat16" for op in ops]
+        rows = [row for name in names for row in kernels[name]["rows"]]
+        pytorch, ours = (
+            sum(row["us"] for row in rows if row["implementation"] == implementation)
+            for implementation in ("pytorch", "cuda")
+        )
+        return pytorch / ours
+
+    def case(name):
+        return [ratio(cpu, name, dtype) for dtype in ("float32", "bfloat16")]
+
+    depthwise = "depthwise 5x5, stage 1, forward"
+    gradients = "input_gradient", "weight_gradient"
+    expected = {
+        depthwise: [*case("depthwise/stage1/forward"), stage1("forward")],
+        f"{depthwise} + backward": [
+            *case("depthwise/stage1/forward_backward"),
+            stage1("forward", *gradients),
+        ],
+        "stages 1 and 2, forward + backward": [
+            *case("stages12"),
+            ratio(h200, "stages12", "bfloat16"),
+        ],
+        "whole training step": [*case("step"), ratio(h200, "step", "bfloat16")],
+        "whole training step, `--cuda_graph`": [
+            *(None, None),
+            ratio(h200, "step", "bfloat16", "packed graph"),
+        ],
+        "peak memory of training, dense / packed": [
+            *case("memory"),
+            ratio(h200, "memory", "bfloat16"),
+        ],
+    }
+    text = (ROOT / "README.md").read_text().partition("## How fast")[2]
+    table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [cells[0] for cells in table[1:]] == list(expected)
+    for name, *cells in table[1:]:
+        for cell, value in zip(cells, expected[name], strict=True):
+            if value is None:
+                assert cell == "–", name
+            else:
+                digits = len(cell.rstrip("x").partition(".")[2])
+                assert cell == f"{value:.{digits}f}x", name
+
+
+def test_what_a_cpu_emulates_is_left_out(quick_rates, monkeypatch, capsys):
+    monkeypatch.setattr(command, "SLOW_ON_CPU", frozenset([torch.bfloat16]))
+    flags = ["--case", "drop_in/quarter", "mask", "--dtype", "bfloat16", "--repeats", "1"]
+    command.main([*TINY_FLAGS, *flags])
+    printed = capsys.readouterr().out
+    assert "note: networks and layers in bfloat16: left out, the CPU emulates it" in printed
+    assert "\nmask " in printed and "\ndrop_in" not in printed
+
+
+def results_of(packed, dense):
+    comparison, _ = scripted([], [])
+    times = {"packed": [packed], "dense": [dense]}
+    rows = runner.make_rows("step", comparison, times, RATES, torch.float32)
+    setting = {"model": "m", "batch_size": 8, "img_size": 64, "mask_ratio": 0.75, "device": "cpu"}
+    return report.Results({"threads": 1}, setting, 1e9, {"float32": 1e10}, rows)
+
+
+def test_rows_of_other_cases_are_kept(quick_rates, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    flags = [*TINY_FLAGS, "--dtype", "float32", "--repeats", "1", "--keep"]
+    command.main([*flags, "--case", "gather/stage1", "gather/stage2", "--json", str(path)])
+    old = report.load(path).rows
+    command.main([*flags, "--case", "gather/stage2", "scatter/stage2", "--json", str(path)])
+    new = report.load(path).rows
+    assert new[:2] == [row for row in old if row.case == "gather/stage1"]
+    assert [row.case for row in new[2:]] == ["gather/stage2"] * 2 + ["scatter/stage2"] * 2
+    assert new[2:4] != old[2:]  # measured again
+
+    before = path.read_bytes()
+    for wrong, message in (
+        ([], "--keep needs --json"),
+        (["--batch_size", "3", "--json", str(path)], "results of another setting or device"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main([*flags, "--case", "gather/stage2", *wrong])
+        assert message in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_a_run_that_stops_keeps_what_it_measured(quick_rates, tmp_path, monkeypatch):
+    def stop(setting, dtype):
+        raise KeyboardInterrupt
+
+    broken = replace(registry.CASES["scatter/stage2"], build=stop)
+    monkeypatch.setitem(registry.CASES, "scatter/stage2", broken)
+    path = tmp_path / "results.json"
+    flags = ["--case", "gather/stage2", "scatter/stage2", "--dtype", "float32", "--no-compile"]
+    with pytest.raises(KeyboardInterrupt):
+        command.main([*TINY_FLAGS, *flags, "--json", str(path)])
+    assert {row.case for row in report.load(path).rows} == {"gather/stage2"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_summary_says_which_way_it_went():
+    faster = report.summary(results_of(100.0, 200.0))
+    assert "(1 thread)" in faster and "2.00 times as fast, 50% of the time saved" in faster
+    assert "takes 200 ms (40.0 images/s)" in faster and "100 ms (80.0 images/s)" in faster
+    assert "0.50 times as fast: skipping does not pay" in report.summary(results_of(200.0, 100.0))
+    with pytest.raises(ValueError, match="needs the case 'step'"):
+        report.summary(replace(results_of(1.0, 1.0), rows=[]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtypes"),
+    [
+        ([], [torch.float32, torch.bfloat16]),
+        (["--summary"], [torch.float32]),
+        (["--summary", "--dtype", "bfloat16"], [torch.bfloat16]),
+    ],
+)
+def test_dtypes_that_are_measured(flags, dtypes, monkeypatch):
+    asked = []
+
+    def run(chosen, setting, dtypes, **options):
+        asked.extend(dtypes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        command.main([*TINY_FLAGS, *flags])
+    assert asked == dtypes
+
+
+def test_list_prints_every_case(capsys):
+    command.main(["--list"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(
+        registry.CASES
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--case", "conv"], "no case matches 'conv'"),
+        (["--model", "convmae_tyni"], "no model 'convmae_tyni'"),
+        (["--model", "convvit_tiny"], "needs a model to pretrain: convmae_base"),
+        (["--img_size", "100"], "img_size must be a multiple of 16, got 100"),
+        (["--mask_ratio", "0"], "mask_ratio must leave some"),
+        (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--repeats", "0"], "repeats must be at least 1, got 0"),
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--budget", "-1"], "budget must not be negative, got -1"),
+        (["--case", "gather", "--summary"], "--summary needs the case 'step'"),
+        (["--dtype", "float16"], "invalid choice: 'float16'"),
+        (["--json", "no/such/folder.json"], "json must be a file in a folder that exists, got no/"),
+    ],
+)
+def test_bad_choices_are_named(flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        command.main(flags)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["not JSON", "[]", '{"format": 0}', '{"format": 1, "rows": []}'])
+def test_files_that_hold_no_results(text, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="results.json"):
+        report.load(path)
+    with pytest.raises(SystemExit):
+        report.main([str(path)])
+    assert "results.json" in capsys.readouterr().err

@@ -1,0 +1,445 @@
+"""`report.html`: what it says, that it is one file, and that a browser runs it."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+from html.parser import HTMLParser
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from convmae import PretrainConfig
+from convmae.config import config_to_mapping
+from convmae.records.curves import smooth, thin
+from convmae.records.report import MAX_PICTURES, MAX_POINTS, write_report
+from convmae.records.wording import clock, mebibytes, number, plain
+from tests.support.paths import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Image = pytest.importorskip("PIL.Image")
+yaml = pytest.importorskip("yaml")
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+EVIL = "</script><script>document.title = 'taken'</script><img src=x onerror=alert(1)>&amp;"
+VOID = {"meta", "img", "input", "link", "br", "hr"}
+
+
+# -- folders to report on -------------------------------------------------------------------------
+
+
+def loss_lines(count: int, steps_per_epoch: int = 100) -> list[dict[str, Any]]:
+    """A run whose loss falls, with one spike; logged every 10 steps."""
+    lines: list[dict[str, Any]] = []
+    for index in range(1, count + 1):
+        line = {
+            "step": 10 * index,
+            "epoch": 10 * index / steps_per_epoch,
+            "loss": 1 / index + 0.5,
+            "lr": 1e-3 / index,
+            "grad_norm": 2.0 / index,
+            "images_per_s": 100.0,
+            "model_images_per_s": 400.0,
+            "input_images_per_s": 110.0,
+            "bottleneck": "input",
+            "memory_mib": 2048.0,
+            "seconds": 2.0 * index,
+        }
+        lines.append(line)
+    if count > 20:
+        lines[count // 3]["loss"] = 77.0
+    return lines
+
+
+def run_folder(path: Path, lines: list[dict[str, Any]], pictures: int = 0, **options: Any) -> Path:
+    """A run's folder as `convmae pretrain` leaves it, without weights."""
+    path.mkdir(parents=True)
+    config = config_to_mapping(PretrainConfig(**{"model": "convmae_tiny", "epochs": 3, **options}))
+    (path / "args.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    environment = {"command": "pretrain", "device": "cpu", "torch": "2.11.0"}
+    (path / "environment.json").write_text(json.dumps(environment))
+    (path / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "reconstructions").mkdir()
+    for index in range(1, pictures + 1):
+        colour = (index, 100, 200)
+        file = path / "reconstructions" / f"step-{10 * index:08}.png"
+        Image.new("RGB", (60, 40), colour).save(file)
+    return path
+
+
+def old(folder: Path) -> Path:
+    """The folder, as if nothing had been logged for days."""
+    os.utime(folder / "log.txt", (0, 0))
+    return folder
+
+
+class Page(HTMLParser):
+    """A page taken apart; fails where tags do not close in order."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.html = write_report(folder).read_text(encoding="utf-8")
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []  # of the innermost tag
+        self.feed(self.html)
+        self.close()
+        assert self.open == [], f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self.open[-1] if self.open else "", data))
+
+    def text(self) -> str:
+        """All that is read on the page, spaces as one."""
+        seen = " ".join(text for tag, text in self.texts if tag not in ("script", "style"))
+        return " ".join(seen.split())
+
+    def data(self) -> dict[str, Any]:
+        (text,) = (text for tag, text in self.texts if tag == "script" and text.startswith("{"))
+        return json.loads(text)
+
+    def cards(self) -> dict[str, str]:
+        found = re.findall(r'<div class="card"><h3>(.*?)</h3>(.*?)</div>\n', self.html + "\n")
+        return {name: " ".join(re.sub(r"<[^>]+>", " ", rest).split()) for name, rest in found}
+
+
+# -- what it says ---------------------------------------------------------------------------------
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    lines = loss_lines(30)
+    lines.insert(20, {"event": "evaluation", "step": 200, "epoch": 2.0, "acc1": 71.5, "acc5": 90.0})
+    lines.append({"event": "evaluation", "step": 300, "epoch": 3.0, "acc1": 70.0, "acc5": 91.0})
+    page = Page(run_folder(tmp_path / "run", lines, pictures=3))
+    assert page.cards() == {
+        "Steps": "300 3 of 3 epochs",
+        "Loss": "0.5333 from 1.5 (−64 %)",
+        "Best accuracy": "71.50 % top 5: 90.0 %, epoch 2",
+        "Throughput": "100 images/s model 400/s input 110/s the input pipeline is the bottleneck",
+        "Memory": "2 GiB peak",
+        "Time": "1 min 0 s 200 ms a step",
+    }
+    text = page.text()
+    assert text.startswith("convmae_tiny: finished convmae pretrain convmae_tiny finished")
+    assert "224 × 224 pixels" in text and "75 % hidden" in text
+    data = page.data()
+    assert [chart["title"] for chart in data["charts"]] == [
+        *("Loss", "Accuracy", "Learning rate", "Gradient norm", "Throughput", "Memory")
+    ]
+    loss, smoothed = data["charts"][0]["series"]
+    assert loss["x"] == list(range(10, 301, 10))
+    assert loss["y"] == [float(f"{e['loss']:.6g}") for e in loss_lines(30)]
+    assert smoothed["y"] == pytest.approx(smooth(np.array(loss["y"])).tolist(), rel=1e-4)
+    assert data["charts"][1]["series"][0] == {"name": "top 1", "x": [200, 300], "y": [71.5, 70.0]}
+    assert [picture["step"] for picture in data["pictures"]] == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("count", "where", "event", "status"),
+    [
+        (20, 20, None, "stopped at step 200"),
+        (20, 20, {"event": "interrupted", "step": 1203}, "interrupted at step 1,203"),
+        (20, 20, {"event": "failed", "step": 204}, "failed at step 204"),
+        (20, 9, {"event": "interrupted", "step": 95}, "stopped at step 200"),
+        (30, 9, {"event": "interrupted", "step": 95}, "finished"),
+        (0, 0, None, "not trained"),
+    ],
+)
+def test_status_of_a_run_that_no_longer_logs(
+    tmp_path: Path, count: int, where: int, event: dict[str, Any] | None, status: str
+) -> None:
+    lines = loss_lines(count)
+    lines[where:where] = [event] if event else []
+    page = Page(old(run_folder(tmp_path / "run", lines)))
+    assert ("title", f"convmae_tiny: {status}") in page.texts
+
+
+def test_a_run_that_logs_is_running(tmp_path: Path) -> None:
+    page = Page(run_folder(tmp_path / "run", loss_lines(20)))
+    assert ("title", "convmae_tiny: running") in page.texts
+    assert "width:66.7%" in page.html
+
+
+def test_time_adds_up_over_resumes(tmp_path: Path) -> None:
+    lines = loss_lines(10) + [line | {"step": line["step"] + 100} for line in loss_lines(10)]
+    lines.insert(10, {"event": "resumed", "step": 100})
+    page = Page(run_folder(tmp_path / "run", lines))
+    assert page.cards()["Time"].startswith("40 s")
+    assert page.data()["marks"] == [{"step": 100, "label": "resumed"}]
+
+
+def test_options_that_differ_from_their_defaults_are_marked(tmp_path: Path) -> None:
+    page = Page(run_folder(tmp_path / "run", [], input_size=(64, 32), warmup_epochs=40.0))
+    marked = re.findall(r'<div class="changed"><dt>(.*?)</dt><dd>(.*?)</dd>', page.html)
+    assert {name: re.sub(r"<[^>]+>", "", shown) for name, shown in marked} == {
+        "model": "convmae_tiny default convmae_base",
+        "epochs": "3 default 400",
+        "input_size": "64 x 32 default 224",
+    }
+
+
+def test_events_are_told_and_not_endlessly(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {"event": "unreadable", "step": n, "path": f"{n}.jpg", "reason": "truncated"}
+        for n in range(1000)
+    ]
+    lines.append({"event": "nonfinite", "step": 5000, "loss": None})
+    text = Page(run_folder(tmp_path / "run", lines)).text()
+    assert "Events 1,001" in text and "and 801 more, in log.txt" in text
+    assert "path 199.jpg, reason truncated" in text and "200.jpg" not in text
+
+
+def test_non_finite_losses_are_marked_and_not_drawn(tmp_path: Path) -> None:
+    lines = loss_lines(10)
+    lines[4]["loss"] = None
+    lines.insert(5, {"event": "nonfinite", "step": 50})
+    data = Page(run_folder(tmp_path / "run", lines)).data()
+    assert 50 not in data["charts"][0]["series"][0]["x"]
+    assert data["marks"] == [{"step": 50, "label": "not finite"}]
+
+
+@pytest.mark.parametrize("missing", ["nothing", "log.txt", "args.yaml", "environment.json", "all"])
+def test_folders_that_lack_something(tmp_path: Path, missing: str) -> None:
+    folder = run_folder(tmp_path / "run", [] if missing == "nothing" else loss_lines(3))
+    if missing == "all":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif missing != "nothing":
+        (folder / missing).write_bytes(b"\xff\x00: [")  # damaged
+    page = Page(folder)
+    has_log = missing not in ("nothing", "log.txt", "all")
+    assert bool(page.data()["charts"]) == has_log
+    assert page.cards()["Steps"].startswith("30 " if has_log else "0 nothing was logged yet")
+    hidden = [("hidden" in attrs) for tag, attrs in page.tags if tag == "section"]
+    assert hidden == [
+        *(False, not has_log, True, missing in ("args.yaml", "all")),
+        *(missing in ("environment.json", "all"), True),
+    ]
+
+
+def test_no_folder_no_report(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_a_failed_write_leaves_the_old_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_folder(tmp_path / "run", loss_lines(3))
+    before = write_report(folder).read_bytes()
+
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(folder)
+    assert (folder / "report.html").read_bytes() == before
+
+
+# -- one file, and nothing in it that acts ---------------------------------------------------------
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    page = Page(run_folder(tmp_path / "run", loss_lines(30), pictures=2))
+    for tag, attrs in page.tags:
+        for name in ("src", "href", "srcset", "action", "data", "style"):
+            value = attrs.get(name) or ""
+            assert "//" not in value and "url(" not in value, (tag, name, value)
+    assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "base"}
+    (policy,) = (a["content"] for t, a in page.tags if a.get("http-equiv"))
+    assert policy and policy.startswith(
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    )
+    for picture in page.data()["pictures"]:
+        kind, _, content = picture["src"].partition(";base64,")
+        assert kind in ("data:image/webp", "data:image/png")
+        assert Image.open(io.BytesIO(base64.b64decode(content))).size == (60, 40)
+
+
+def test_texts_of_the_run_are_no_markup(tmp_path: Path) -> None:
+    lines = loss_lines(3) + [{"event": EVIL, "step": 30, EVIL: EVIL}]
+    folder = run_folder(tmp_path / "run", lines, data_path=EVIL, model=EVIL)
+    (folder / "environment.json").write_text(json.dumps({EVIL: EVIL, "command": EVIL}))
+    page = Page(folder)
+    assert [tag for tag, _ in page.tags].count("script") == 2
+    assert all("onerror" not in attrs for _, attrs in page.tags)
+    assert page.text().count("onerror=alert(1)>&amp;") >= 9  # told as they are
+
+
+def test_embedded_data_closes_no_script(tmp_path: Path) -> None:
+    from convmae.records import report
+
+    text = report._embeddable({"a": "</script><!--&"})
+    assert not set(text) & set("<>&")
+    assert json.loads(text) == {"a": "</script><!--&"}
+
+
+def test_pictures_are_chosen_evenly(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", loss_lines(3), pictures=100)
+    (folder / "reconstructions" / "step-other.png").write_bytes(b"")
+    steps = [picture["step"] for picture in Page(folder).data()["pictures"]]
+    assert len(steps) == MAX_PICTURES
+    assert steps[0] == 10 and steps[-1] == 1000 and len(set(np.diff(steps))) == 2
+
+
+def test_damaged_pictures_are_left_out(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", loss_lines(3), pictures=3)
+    (folder / "reconstructions" / "step-00000020.png").write_bytes(b"damaged")
+    assert [picture["step"] for picture in Page(folder).data()["pictures"]] == [10, 30]
+
+
+def test_the_newest_picture_stands_in_for_a_series(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", loss_lines(3))
+    Image.new("RGB", (2400, 100)).save(folder / "reconstruction.png")
+    (picture,) = Page(folder).data()["pictures"]
+    assert picture["step"] == 30
+    content = base64.b64decode(picture["src"].partition(",")[2])
+    assert Image.open(io.BytesIO(content)).size == (1200, 50)
+
+
+# -- curves and numbers ---------------------------------------------------------------------------
+
+
+def test_a_long_log_is_thinned_with_its_extremes(tmp_path: Path) -> None:
+    lines = loss_lines(30_000, steps_per_epoch=100_000)
+    chart = Page(run_folder(tmp_path / "run", lines)).data()["charts"][0]
+    assert all(0.9 * MAX_POINTS < len(series["x"]) <= MAX_POINTS for series in chart["series"])
+    loss = chart["series"][0]
+    assert max(loss["y"]) == 77.0 and loss["x"][loss["y"].index(77.0)] == 10 * (30_000 // 3 + 1)
+    assert (loss["x"][0], loss["x"][-1]) == (10, 300_000)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 50, 1001])
+def test_thin_keeps_ends_extremes_and_order(count: int) -> None:
+    values = np.random.default_rng(count).normal(size=count)
+    kept = thin(values, 8)
+    assert len(kept) <= 8 and (np.diff(kept) > 0).all()
+    assert kept[0] == 0 and kept[-1] == count - 1
+    assert {values.argmin(), values.argmax()} <= set(kept)
+    if count <= 8:
+        assert len(kept) == count
+
+
+def test_numbers_as_one_reads_them() -> None:
+    assert [number(x) for x in (0.76178, 166.34, 12340.2, 3.21e-5, 0, 2.5e9)] == [
+        *("0.7618", "166.3", "12,340", "3.21e-05", "0", "2.5e+09")
+    ]
+    assert [clock(x) for x in (0.0854, 7.49, 724, 12_000, 187_300)] == [
+        *("85.4 ms", "7.49 s", "12 min 4 s", "3 h 20 min", "2 d 4 h")
+    ]
+    assert [mebibytes(x) for x in (512.2, 12_595)] == ["512 MiB", "12.3 GiB"]
+    assert [plain(x) for x in (None, True, 1e-3, [64, 32], "a")] == [
+        *("none", "true", "0.001", "64 x 32", "a")
+    ]
+
+
+# -- in a browser ---------------------------------------------------------------------------------
+
+in_a_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+
+
+def browse(page: Path, profile: Path, *flags: str) -> tuple[str, list[str]]:
+    """The page's elements once its scripts ran, and what was written to the browser's console."""
+    result = subprocess.run(
+        [
+            *(str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync"),
+            *("--disable-background-networking", "--disable-component-update"),
+            *("--enable-logging=stderr", "--virtual-time-budget=3000", "--window-size=1200,1600"),
+            *(f"--user-data-dir={profile}", *flags, "--dump-dom", page.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+
+
+@in_a_browser
+def test_a_browser_draws_the_curves_and_shows_the_pictures(tmp_path: Path) -> None:
+    lines = [*loss_lines(30), {"event": "unreadable", "step": 300, "path": EVIL}]
+    folder = run_folder(tmp_path / "run", lines, pictures=3, data_path=EVIL)
+    dom, console = browse(write_report(folder), tmp_path / "profile")
+    assert console == []
+    assert "<title>convmae_tiny: finished</title>" in dom
+    curves = re.findall(r'<path class="curve[^"]*"[^>]*? d="(M[^"]*)"', dom)
+    assert len(curves) == 2 + 1 + 1 + 3 + 1  # loss twice, lr, norm, three rates, memory
+    for curve in curves:
+        points = np.array(re.findall(r"[ML](\S+) ([^ML]+)", curve), dtype=float)
+        assert len(points) == 30 and np.isfinite(points).all()
+        assert (np.diff(points[:, 0]) > 0).all()
+        assert points.min() > 0 and points[:, 1].max() < 280
+    assert re.search(r'<img id="picture"[^>]* src="data:image/', dom)
+    assert "step 30 · epoch 0.30" in dom
+
+
+@in_a_browser
+def test_a_browser_opens_an_empty_report(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    dom, console = browse(write_report(tmp_path / "run"), tmp_path / "profile")
+    assert console == [] and "nothing was logged yet" in dom
+
+
+@in_a_browser
+def test_the_page_forbids_the_network(tmp_path: Path) -> None:
+    """A page that was made to ask a server for something does not, and says so."""
+    asked: list[str] = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None: ...
+
+    page = write_report(run_folder(tmp_path / "run", loss_lines(3)))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        html = page.read_text().replace(
+            "</main>", f'<img src="{url}/image"></main><script>fetch("{url}/fetch")</script>'
+        )
+        page.write_text(html)
+        _, refused = browse(page, tmp_path / "profile")
+        page.write_text(html.replace("Content-Security-Policy", "none"))
+        browse(page, tmp_path / "profile")
+        server.shutdown()
+    assert sum("Content Security Policy" in line for line in refused) >= 2
+    assert sorted(asked) == ["/fetch", "/image"]  # of the page without the policy alone
+
+
+@in_a_browser
+def test_the_screenshot_of_the_documentation(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    script = shutil.copy(ROOT / "docs" / "report_screenshot.sh", tmp_path / "docs")
+    folder = run_folder(tmp_path / "run", loss_lines(30))
+    missing = subprocess.run([script, folder], capture_output=True, text=True)
+    assert missing.returncode == 1 and "report.html" in missing.stderr
+    write_report(folder)
+    environment = os.environ | {"CHROMIUM": str(BROWSER), "HEIGHT": "700"}
+    subprocess.run([script, folder], env=environment, check=True, capture_output=True)
+    with Image.open(tmp_path / "docs" / "report.png") as picture:
+        assert picture.size == (1200, 700)
+        assert np.asarray(picture.convert("L")).std() > 5

@@ -1,0 +1,241 @@
+"""The command line: names of flags, precedence, errors in one line, and no torch for `--help`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from convmae import PretrainConfig, ReconstructConfig, cli
+from tests.support.paths import FASHION, RECIPES
+from tests.support.training_runs import DEVICE
+
+pytest.importorskip("tyro")
+
+TINY = ["--model", "convmae_tiny", "--input_size", "32", "--num_workers", "0", "--device", DEVICE]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "convmae", *arguments], capture_output=True, text=True, timeout=300
+    )
+
+
+def parsed(*arguments: str) -> PretrainConfig:
+    config = cli._parse([cli._canonical(a, "pretrain") for a in ("pretrain", *arguments)])
+    assert isinstance(config, PretrainConfig)
+    return config
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])
+def test_help_does_not_import_torch(command: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from convmae.cli import main\n"
+        "try:\n"
+        f"    main({[*command, '--help']!r})\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0\n"
+        "heavy = {'torch', 'torchvision', 'numpy', 'PIL', 'matplotlib', 'skimage', 'timm'}\n"
+        "sys.exit(f'imported {heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "convmae" in done.stdout
+
+
+def test_help_names_every_option_and_its_default() -> None:
+    text = run("pretrain", "--help").stdout
+    for name in ("--mask_ratio", "--norm_pix_loss", "--blr", "--warmup_epochs", "--accum_iter"):
+        assert name in text
+    assert "0.75" in text and "hidden" in text
+
+
+def test_underscores_hyphens_and_other_names_are_the_same() -> None:
+    config = parsed("--mask_ratio", "0.6", "--data", "d", "-b", "8", "-j", "3", "--norm_pix_loss")
+    same = parsed(
+        "--mask-ratio=0.6", "--data-path=d", "--batch-size=8", "--workers=3", "--norm-pix-loss"
+    )
+    assert config == same
+    assert (config.mask_ratio, config.data_path, config.batch_size) == (0.6, "d", 8)
+    assert (config.num_workers, config.norm_pix_loss) == (3, True)
+
+
+def test_sizes_are_one_number_or_two() -> None:
+    assert parsed("--input_size", "96").size == (96, 96)
+    assert parsed("--input-size", "96", "128").size == (96, 128)
+    assert parsed("--img_size", "64", "--no_pin_mem").pin_mem is False
+
+
+def test_reconstruct_takes_several_images() -> None:
+    config = cli._parse(["reconstruct", "--checkpoint", "c", "--images", "a", "b", "--seed", "3"])
+    assert config == ReconstructConfig("c", ("a", "b"), seed=3)
+
+
+def test_a_flag_beats_the_file_and_the_file_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "args.yaml"
+    file.write_text("model: convmae_tiny\nblr: 2e-4\ninput_size: [32, 64]\nnorm-pix-loss: true\n")
+    config = parsed("--config", str(file), "--blr", "3e-4")
+    assert (config.model, config.blr, config.size) == ("convmae_tiny", 3e-4, (32, 64))
+    assert config.norm_pix_loss and config.epochs == PretrainConfig().epochs
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_recipes_are_read_by_their_command(file: Path) -> None:
+    named = [name for name in cli.COMMANDS if f"_{name}" in file.stem]
+    command = named[0] if named else "pretrain"
+    config = cli._parse([command, "--config", str(file), "--output_dir", "elsewhere"])
+    config.validate()
+    assert config.output_dir == "elsewhere"
+    assert f"convmae {command} --config" in file.read_text().partition("\nmodel")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modl: convmae_tiny", "unknown option 'modl' in --config; did you mean model?"),
+        ("blr: fast", "--blr must be a number, got 'fast' in --config"),
+        ("norm_pix_loss: 3", "--norm_pix_loss must be true or false, got 3 in --config"),
+        ("- a list", "must hold options and values, found a list"),
+        ("a: [", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_bad_files_of_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "args.yaml").write_text(text)
+    assert cli.main(["pretrain", "--config", str(tmp_path / "args.yaml")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mask_ratio", "1.5"], "--mask_ratio must be in [0, 1), got 1.5"),
+        (["--input_size", "100"], "--input_size must be multiples of 16"),
+        (["--data", "nowhere"], "--data_path 'nowhere' does not exist"),
+        (["--model", "convmae_tinny"], "did you mean convmae_tiny"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    output = ["--output_dir", str(tmp_path / "run")]
+    assert cli.main(["pretrain", *TINY, *output, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("convmae: error: ") and message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_flags_and_commands_are_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["pretrain", "--mask_ration", "0.5"], ["pretrian"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        assert end.value.code == 2
+
+
+def test_a_fault_in_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*args: object) -> int:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(cli.Command, "run", fault)
+    with pytest.raises(ValueError, match="a fault"):
+        cli.main(["pretrain"])
+
+
+def test_pretrain_and_reconstruct_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    flags = ["--data", "demo", "--output-dir", str(output), "-b", "256", "--epochs", "1"]
+    done = run("pretrain", *TINY, *flags, "--warmup_epochs", "0", "--amp", "float32")
+    assert done.returncode == 0, done.stderr
+    assert "effective batch 256 = 256 x 1, blr 0.001, lr 1.000e-03" in done.stdout
+    assert "reconstruction.png" in done.stdout
+    picture = tmp_path / "out.png"
+    flags = ["--checkpoint", str(output), "--images", "demo", "--output", str(picture)]
+    assert cli.main(["reconstruct", *flags]) == 0
+    assert picture.is_file()
+    assert cli.main(["pretrain", *TINY, "--output_dir", str(output)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    flags = ["--output_dir", str(output), "-b", "16", "--epochs", "1000", "--log_every", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "convmae", "pretrain", *TINY, *flags, "--save_every", "1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (
+        (output / "log.txt").is_file() and os.path.getsize(output / "log.txt")
+    ):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert "--resume auto" in out
+    assert (output / "checkpoint" / "training_state.pt").is_file()
+
+
+def test_info_tells_the_machine_and_the_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    for word in ("torch", "threads", "bfloat16", "reference", "cpu", "convmae_tiny"):
+        assert word in text
+    assert "115.04 M" in text  # convmae_base
+
+
+def test_a_reader_that_stops_is_no_traceback() -> None:
+    code = "import sys; from convmae.cli import main; sys.exit(main(['info']))"
+    command = [sys.executable, "-c", code]
+    reader = subprocess.Popen([sys.executable, "-c", "pass"], stdin=subprocess.PIPE)
+    reader.wait()
+    done = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr == ""
+
+
+def test_every_command_on_real_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From pictures to an accuracy, to the official format and back, by the command line alone."""
+    data = str(FASHION)
+    small = ["--data_path", data, "--input_size", "32", "--num_workers", "0", "--device", DEVICE]
+    steps = ["--max-samples", "60", "-b", "20", "--epochs", "1", "--warmup_epochs", "0.5"]
+    few = [*small, *steps, "--amp", "float32"]
+    folders = {name: str(tmp_path / name) for name in ("mae", "tuned", "probe", "back")}
+    statistics, official = str(tmp_path / "stats.yaml"), str(tmp_path / "official.pth")
+
+    def says(*arguments: str) -> str:
+        assert cli.main(arguments) == 0
+        return capsys.readouterr().out
+
+    assert "mean: [0.287" in says("stats", "--data_path", data, "--output", statistics)
+    mae = ["--model", "convmae_tiny", "--config", statistics, "--output_dir", folders["mae"]]
+    assert "(as given)" in says("pretrain", *few, *mae)
+    wrote = says("reconstruct", "--checkpoint", folders["mae"], "--images", data, "--output",
+                 str(tmp_path / "painted.png"))  # fmt: skip
+    assert "painted.png" in wrote and (tmp_path / "painted.png").is_file()
+    says("convert", "--checkpoint", folders["mae"], "--output", official)
+    back = ["--output", folders["back"], "--mean", "0.3", "--std", "0.36"]
+    says("convert", "--checkpoint", official, *back)
+    for command, folder, source in (
+        ("finetune", folders["tuned"], folders["mae"]),
+        ("linprobe", folders["probe"], official),
+    ):
+        weights = ["--initial-checkpoint", source, "--model", "convvit_tiny", "--output", folder]
+        text = says(command, *few, *weights)
+        accuracy = text.rpartition("accuracy ")[2].split(" ")[0]
+        again = says("evaluate", "--checkpoint", folder, "--data_path", data, "--amp", "float32")
+        assert f"accuracy {accuracy} %" in again and "200 pictures" in again
+        assert (Path(folder) / "report.html").is_file()

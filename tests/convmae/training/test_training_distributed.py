@@ -1,0 +1,114 @@
+"""One process or two: the same global batch gives the same losses, and checkpoints fit both."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from convmae.records import log as logs
+from tests.support.paths import FASHION
+from tests.support.training_processes import finish, flags, losses, start
+from tests.support.training_runs import DEVICE, folder_of, tensors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Options = dict[str, Any]
+
+pytest.importorskip("torchvision")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="two processes need two GPUs"
+)
+
+
+@pytest.fixture(scope="module")
+def run_options(tmp_path_factory: pytest.TempPathFactory) -> Options:
+    """5 steps of 8 pictures, in two parts each."""
+    return {
+        "model": "convmae_tiny",
+        "data_path": folder_of(tmp_path_factory.mktemp("distributed") / "data", 40),
+        "input_size": 32,
+        "epochs": 1,
+        "warmup_epochs": 1,
+        "lr": 1e-3,
+        "clip_grad": 1,
+        "log_every": 1,
+        "accum_iter": 2,
+        "num_workers": 0,
+        "amp": "float32",
+        "device": DEVICE,
+    }
+
+
+@pytest.fixture(scope="module")
+def single(run_options: Options, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs in one process."""
+    folder = tmp_path_factory.mktemp("single") / "run"
+    options = run_options | {"batch_size": 4, "epochs": 2, "output_dir": folder}
+    finish(start(["pretrain", *flags(**options)]))
+    return folder
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one_and_one_goes_on_from_two(
+    run_options: Options, single: Path, tmp_path: Path, strategy: str
+) -> None:
+    two, one = tmp_path / "two", tmp_path / "one"
+    parallel = run_options | {"batch_size": 2, "strategy": strategy}
+    finish(start(["pretrain", *flags(**parallel, output_dir=two)], processes=2))
+    alone = run_options | {"batch_size": 4, "epochs": 2, "output_dir": one}
+    finish(start(["pretrain", *flags(**alone, resume=two)]))
+    wanted = losses(single)
+    found = losses(two) + losses(one)
+    assert len(found) == 10 and len(losses(two)) == 5
+    assert [point[:2] for point in found] == [point[:2] for point in wanted]
+    assert [point[2] for point in found] == pytest.approx([point[2] for point in wanted], rel=1e-6)
+    assert [point[4] for point in found] == pytest.approx([point[4] for point in wanted], rel=1e-4)
+    assert tensors(one).keys() == tensors(single).keys()
+    assert (two / "report.html").exists()
+    output = finish(
+        start(["pretrain", *flags(**parallel | {"epochs": 3}, resume=one, output_dir=one)], 2)
+    )
+    assert "going on from" in output and len(losses(one)) == 10
+    for tensor in tensors(one).values():
+        assert bool(tensor.isfinite().all())
+
+
+@pytest.mark.parametrize(("command", "strategy"), [("finetune", "fsdp2"), ("linprobe", "ddp")])
+def test_two_processes_classify_as_one(
+    run_options: Options, tmp_path: Path, command: str, strategy: str
+) -> None:
+    """Without what draws or pairs within a process; evaluation has an odd number of pictures."""
+    options = run_options | {"model": "convvit_tiny", "data_path": FASHION, "max_samples": 40}
+    options |= {"lr": 1e-4 if command == "finetune" else 0.5, "eval_batch_size": 27}
+    if command == "finetune":
+        options |= {"mixup": 0, "cutmix": 0, "aa": "none", "reprob": 0, "drop_path": 0}
+    del options["clip_grad"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(start([command, *flags(**options, batch_size=4, output_dir=one)]))
+    parallel = options | {"batch_size": 2, "strategy": strategy}
+    finish(start([command, *flags(**parallel, output_dir=two)], processes=2))
+    wanted, found = losses(one), losses(two)
+    assert len(found) == 5
+    if command == "finetune":  # the BatchNorm of a probe sees the pictures of its own process
+        assert [p[2] for p in found] == pytest.approx([p[2] for p in wanted], rel=1e-6)
+    figures = [
+        [e for e in logs.read_log(folder) if e.get("event") == "evaluation"][-1]
+        for folder in (one, two)
+    ]
+    assert all(0 <= e["acc1"] <= 100 for e in figures)
+    if command == "finetune":
+        assert figures[1]["loss"] == pytest.approx(figures[0]["loss"], rel=1e-5)
+        assert figures[1]["acc1"] == pytest.approx(figures[0]["acc1"])
+    assert tensors(two / "best").keys() == tensors(one / "best").keys()
+
+
+def test_what_does_not_suit_several_processes_is_refused(
+    run_options: Options, tmp_path: Path
+) -> None:
+    options = run_options | {"batch_size": 21, "accum_iter": 1, "output_dir": tmp_path / "run"}
+    output = finish(start(["pretrain", *flags(**options)], processes=2), status=1)
+    assert "in 2 processes needs 42 pictures a step" in output
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,323 @@
+"""The convolution's CUDA kernels on the emulator of `tests/simt`, against the reference in float64.
+
+The barriers of all kernels are tested here too.
+"""
+
+import math
+
+import pytest
+import torch
+from simt.emulator import ROOT, EmulatorError, Removed, why_not
+
+import convmae_kernels as ck
+from convmae_kernels.ops import reference
+from convmae_kernels.testing import (
+    MASKS,
+    assert_within_budget,
+    make_mask,
+    random_tensor,
+)
+from convmae_kernels.zorder import BLOCK_SIZES
+from tests.support.simt_emulation import (
+    CODES,
+    INF,
+    NAN,
+    SEEDS,
+    all_dtypes,
+    array,
+    emulate,
+    gather,
+    images_for,
+    same,
+    scatter,
+)
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
+
+
+# -- the convolution ----------------------------------------------------------------------------
+
+
+def reach(side, kernel, dilation):
+    return max(-(-d * (k // 2) // side) for k, d in zip(kernel, dilation, strict=True))
+
+
+def runs_on_tiles(dtype, side, channels, kernel, dilation, offset):
+    words = channels * dtype.itemsize % 4 == 0 and offset * dtype.itemsize % 4 == 0
+    square = kernel in ((3, 3), (5, 5), (7, 7)) and dilation == (1, 1)
+    return dtype != torch.float64 and words and square and side > 1
+
+
+def forward(x, weight, bias, mask, dilation=(1, 1), offset=0, runs=0, warps=1716, **options):
+    """`y`, and the side of the tiles that the kernel works on."""
+    side = math.isqrt(x.shape[1])
+    table = mask.neighbours(reach(side, weight.shape[2:], dilation))
+    return emulate(
+        "masked_conv2d", CODES[x.dtype], array(x), array(weight),
+        None if bias is None else array(bias), table.numpy(), [*dilation], offset, warps, runs,
+        like=x, **options,
+    )  # fmt: skip
+
+
+def weight_grad(grad, x, mask, kernel, dilation=(1, 1), offset=0, runs=0, **options):
+    """Gradients of weight and bias, and the side of the tiles."""
+    table = mask.neighbours(reach(math.isqrt(x.shape[1]), kernel, dilation))
+    return emulate(
+        "masked_conv2d_weight_grad", CODES[x.dtype], array(grad), array(x), table.numpy(),
+        [*kernel], [*dilation], offset, runs, like=x, **options,
+    )  # fmt: skip
+
+
+def problem(mask, side, channels, kernel, dtype, dilation, offset):
+    """x, weight, bias, gradient; the neighbour table; whether kernels on tiles can do it."""
+    packed = (mask.num_visible, side * side, channels)
+    shapes = (packed, (channels, 1, *kernel), (channels,), packed)
+    table = mask.neighbours(reach(side, kernel, dilation))
+    on_tiles = runs_on_tiles(dtype, side, channels, kernel, dilation, offset)
+    return [random_tensor(shape, dtype) for shape in shapes], table, on_tiles
+
+
+def within_budget(name, actual, function, *inputs):
+    wide = [t if t is None else t.double() for t in inputs]
+    terms = function(*(t if t is None else t.abs() for t in wide))
+    assert_within_budget(actual, function(*wide), function(*inputs), terms, name)
+
+
+def check_forward(
+    mask, side=4, channels=8, kernel=(5, 5), dtype=torch.float32, dilation=(1, 1), offset=0,
+    with_bias=True, **options,
+):  # fmt: skip
+    inputs, table, on_tiles = problem(mask, side, channels, kernel, dtype, dilation, offset)
+    x, weight, bias = *inputs[:2], inputs[2] if with_bias else None
+    y, tile_side = forward(x, weight, bias, mask, dilation, offset, **options)
+    assert (tile_side > 0) == on_tiles
+
+    def convolve(x, weight, bias):
+        return reference.masked_conv2d(x, weight, bias, table, list(dilation))
+
+    within_budget("output", y, convolve, x, weight, bias)
+
+
+def check_weight_grad(
+    mask, side=4, channels=8, kernel=(5, 5), dtype=torch.float32, dilation=(1, 1), offset=0,
+    **options,
+):  # fmt: skip
+    (x, _, _, grad), table, on_tiles = problem(
+        mask, side, channels, kernel, dtype, dilation, offset
+    )
+    *found, tile_side = weight_grad(grad, x, mask, kernel, dilation, offset, **options)
+    assert (tile_side > 0) == on_tiles
+    for i, name in enumerate(("weight", "bias")):
+
+        def reduce(grad, x, i=i):
+            both = reference.masked_conv2d_weight_grad(grad, x, table, list(kernel), list(dilation))
+            return both[i]
+
+        within_budget(f"gradient of {name}", found[i], reduce, grad, x)
+
+
+def check(*arguments, **options):
+    """Forward and weight gradient against the reference, and which kernel was chosen."""
+    check_forward(*arguments, **options)
+    check_weight_grad(*arguments, **options)
+
+
+@all_dtypes
+@pytest.mark.parametrize("side", [2, 4, 8])
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7)], ids=str)
+def test_specialised_kernels(kernel, side, dtype):
+    check(make_mask("equal" if side == 8 else "ragged"), side, 24, kernel, dtype, runs=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask(name, dtype):
+    check(make_mask(name), 2, dtype=dtype)
+    check(make_mask(name), 1, dtype=dtype)
+
+
+@all_dtypes
+@pytest.mark.parametrize("channels", [1, 2, 7, 8, 66, 255, 256])
+def test_channels(channels, dtype):
+    check(make_mask("column"), 2, channels, (3, 3), dtype)
+
+
+@pytest.mark.parametrize("side", BLOCK_SIZES)
+@pytest.mark.parametrize("kernel", [(3, 3), (7, 7)], ids=str)
+def test_every_block_side(kernel, side):
+    check(make_mask("corner"), side, 4, kernel, seeds=SEEDS[2:] if side > 8 else SEEDS)
+
+
+GENERAL = [
+    ((1, 1), (1, 1)),
+    ((9, 9), (1, 1)),
+    ((15, 15), (1, 1)),
+    ((3, 5), (1, 1)),
+    ((15, 1), (1, 1)),
+    ((3, 3), (2, 2)),
+    ((5, 3), (1, 3)),
+    ((7, 7), (1, 2)),
+]
+
+
+@all_dtypes
+@pytest.mark.parametrize(("kernel", "dilation"), GENERAL, ids=str)
+def test_general_kernels(kernel, dilation, dtype):
+    check(make_mask("row"), 2, 5, kernel, dtype, dilation)
+
+
+@pytest.mark.parametrize("side", [1, 4, 8])
+@pytest.mark.parametrize(("kernel", "dilation"), GENERAL, ids=str)
+def test_general_kernels_on_block_sides(kernel, dilation, side):
+    check(make_mask("corner"), side, 3, kernel, dilation=dilation, seeds=SEEDS[2:])
+
+
+def test_long_sums_are_cut():
+    """A weight gradient over 3,072 positions: one chain of additions errs beyond the budget."""
+    check_weight_grad(make_mask("corner"), 32, 128, (9, 9), seeds=SEEDS[2:])
+
+
+@all_dtypes
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_addresses_that_are_not_multiples_of_16_bytes(offset, dtype):
+    check(make_mask("row"), 4, 16, (5, 5), dtype, offset=offset)
+
+
+@pytest.mark.parametrize("runs", [1, 2, 7, 1000])
+@pytest.mark.parametrize("side", [2, 4, 8])
+def test_runs(side, runs):
+    check(make_mask("equal"), side, 40, (5, 5), torch.bfloat16, runs=runs, seeds=SEEDS[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gpus_that_hold_few_or_many_warps_give_the_same_bits(dtype):
+    """Runs of all tiles, of some with a shorter last one, of one; fewer warps than slices."""
+    mask = ck.BlockMask.random(2, (5, 5), 0.25, generator=torch.Generator().manual_seed(0))
+    (x, weight, bias, _), *_ = problem(mask, 4, 136, (5, 5), dtype, (1, 1), 0)
+    check_forward(mask, 4, 136, (5, 5), dtype, warps=40, seeds=(2,))
+    first, _ = forward(x, weight, bias, mask, warps=0, seeds=(0,))
+    for warps in (1, 13, 40, 2000):
+        same(forward(x, weight, bias, mask, warps=warps, seeds=(0,))[0], first)
+
+
+@all_dtypes
+def test_without_bias(dtype):
+    for side in (1, 4):
+        check_forward(make_mask("row"), side, 8, (3, 3), dtype, with_bias=False)
+
+
+# -- hidden means hidden ------------------------------------------------------------------------
+
+
+@all_dtypes
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("kernel", [(5, 5), (3, 7)], ids=str)
+def test_hidden_pixels_change_no_bit(kernel, value, dtype):
+    mask, side, channels = make_mask("ragged"), 4, 6
+    visible = mask.to_dense(side)
+    images, grads = (images_for(mask, side, channels, dtype) for _ in range(2))
+    weight = random_tensor((channels, 1, *kernel), dtype)
+
+    def through(hidden):
+        x, grad = (gather(torch.where(visible, t, hidden), mask) for t in (images, grads))
+        y, _ = forward(x, weight, None, mask)
+        return [scatter(y, mask), *weight_grad(grad, x, mask, kernel)[:2]]
+
+    for clean, dirty in zip(through(0.0), through(value), strict=True):
+        assert clean.isfinite().all()
+        same(clean, dirty)
+
+
+@all_dtypes
+@pytest.mark.parametrize("side", [2, 4])
+@pytest.mark.parametrize("kernel", [(3, 3), (7, 7), (3, 5)], ids=str)
+def test_values_reach_their_window_only(kernel, side, dtype):
+    mask, channels = make_mask("ragged"), 4
+    x = random_tensor((mask.num_visible, side * side, channels), dtype)
+    weight = random_tensor((channels, 1, *kernel), dtype)
+    clean = forward(x, weight, None, mask, runs=2, seeds=(3,))[0]
+    for block, position in ((0, 0), (5, 3), (mask.num_visible - 1, 2)):
+        spot = torch.zeros(mask.num_visible, side * side, 1)
+        spot[block, position] = 1
+        window = reference.masked_conv2d(
+            spot,
+            torch.ones(1, 1, *kernel),
+            None,
+            mask.neighbours(reach(side, kernel, (1, 1))),
+            [1, 1],
+        )
+        dirty = forward(torch.where(spot > 0, NAN, x), weight, None, mask, runs=2, seeds=(3,))[0]
+        inside = (window > 0).expand_as(dirty)
+        assert dirty[inside].isnan().all()
+        assert torch.equal(dirty[~inside], clean[~inside])
+
+
+# -- races, and barriers that are missing -------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("side", [1, 2, 4, 8])
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7)], ids=str)
+def test_no_races(kernel, side, dtype):
+    check(make_mask("row"), side, 40, kernel, dtype, runs=2, checker="races", seeds=(0, 3))
+
+
+def move(**options):
+    mask = make_mask("row")
+    for layout in ("contiguous", "channels_last"):
+        images = images_for(mask, 4, 40, layout=layout)
+        same(
+            gather(images, mask, **options),
+            reference.gather_visible(images, mask.block_index, *mask.grid),
+        )
+    x = random_tensor((mask.num_visible, 16, 40))
+    same(
+        scatter(x, mask, **options),
+        reference.scatter_visible(x, mask.block_index, mask.batch_size, *mask.grid, 0.0),
+    )
+
+
+def reduce_on_tiles(**options):
+    """Two warps with one tile each, so that their sums go to where that tile was."""
+    mask = ck.BlockMask.full(1, (1, 2))
+    check_weight_grad(mask, 4, 80, dtype=torch.float16, runs=1, **options)
+
+
+def convolve_on_tiles(**options):
+    check_forward(make_mask("row"), 4, 40, runs=2, **options)
+
+
+# What runs the statements of synchronisation of each file, and the source that compiles them.
+USES = {
+    "gather_visible.cuh": ("moves.cpp", move),
+    "rows.cuh": ("moves.cpp", move),
+    "tiles.cuh": ("masked_conv2d.cpp", convolve_on_tiles),
+    "masked_conv2d.cuh": ("masked_conv2d.cpp", convolve_on_tiles),
+    "masked_conv2d_weight_grad.cuh": ("masked_conv2d_weight_grad.cpp", reduce_on_tiles),
+}
+SYNCHRONISATION = [
+    (path.name, statement, occurrence)
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))
+    for statement in ("__syncthreads();", "__syncwarp();", "copies_wait();")
+    for occurrence in range(path.read_text().count(statement))
+]
+
+
+@pytest.mark.parametrize(("file", "statement", "occurrence"), SYNCHRONISATION)
+def test_every_synchronisation_is_needed(file, statement, occurrence):
+    """Without it there is a race, or a copy that is read before it is there."""
+    unit, use = USES[file]
+    use(checker="races")
+    removed = Removed(unit, file, statement, occurrence)
+    with pytest.raises(
+        (EmulatorError, AssertionError), match="shared memory that thread|errs by nan"
+    ):
+        use(checker="races", removed=removed)
+
+
+@pytest.mark.parametrize("file", ["gather_visible.cuh", "rows.cuh"])
+def test_a_removed_barrier_gives_wrong_results(file):
+    unit, use = USES[file]
+    use()
+    with pytest.raises(AssertionError):
+        use(removed=Removed(unit, file, "__syncthreads();", 0))
