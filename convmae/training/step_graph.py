@@ -120,7 +120,8 @@ class StepGraph:
         )
         if ragged:
             raise GraphError(
-                "the masks have different numbers of visible blocks, which change the sizes of a step; "
+                "the masks have different numbers of visible blocks, which change the sizes of a "
+                "step; "
                 "give masks with the same number in every image"
             )
         if not self._kept:
