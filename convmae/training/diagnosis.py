@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from convmae.training.state import Run
-    from convmae.training.step import Outcome
+    from convmae.training.step import StepResult
     from convmae.training.task import Task
 
 REMEDIES = "Try a lower --blr, more --warmup_epochs, --clip_grad 1 or --amp float32"
 
 
-def diagnose(run: Run, task: Task, outcome: Outcome) -> str:
+def diagnose(run: Run, task: Task, outcome: StepResult) -> str:
     """Where infinity or NaN first appears when the last batch is computed once more."""
     found: list[str] = []
 

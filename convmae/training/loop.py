@@ -12,7 +12,7 @@ from convmae.training.diagnosis import diagnose
 from convmae.training.meter import Meter
 from convmae.training.saving import save
 from convmae.training.state import Run, TrainingError
-from convmae.training.step import Outcome, take_step
+from convmae.training.step import StepResult, take_step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,7 +77,7 @@ def _batches(run: Run, task: Task) -> Iterator[Batch]:
     )
 
 
-def _after(run: Run, task: Task, log: RunLog, outcome: Outcome) -> None:
+def _after(run: Run, task: Task, log: RunLog, outcome: StepResult) -> None:
     """Keeps the loss of a step, or counts it as skipped; stops after too many."""
     if outcome.finite:
         run.losses.append(outcome.loss)
@@ -102,7 +102,7 @@ def _after(run: Run, task: Task, log: RunLog, outcome: Outcome) -> None:
         raise TrainingError(diagnose(run, task, outcome))
 
 
-def _log(run: Run, log: RunLog, meter: Meter, outcome: Outcome) -> None:
+def _log(run: Run, log: RunLog, meter: Meter, outcome: StepResult) -> None:
     if run.losses:
         mean = math.fsum(run.losses) / len(run.losses)
         values = {

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Outcome:
+class StepResult:
     """What a step came to, the same in every process."""
 
     loss: float
@@ -47,7 +47,7 @@ def take_step(
     meter: Meter,
     log: RunLog,
     report_failures: Callable[[list], None],
-) -> Outcome:
+) -> StepResult:
     """One optimizer step; it is skipped where loss or gradient is not finite."""
     accum, world = run.config.accum_iter, run.world
     total = torch.zeros((), device=world.device)
@@ -61,12 +61,12 @@ def take_step(
         if run.graph is not None:
             figures = _replay(run, task, batch, log)
             if figures is not None:
-                return Outcome(*figures, rate, batch)
+                return StepResult(*figures, rate, batch)
         total += backward(run, task, batch, run.step * accum + part, part == accum - 1)
     run.scaler.unscale_(run.optimizer)
     norm = float(clip(run))
     (loss,) = world.mean(total)
-    outcome = Outcome(loss, norm, rate, batch)
+    outcome = StepResult(loss, norm, rate, batch)
     if run.scaler.is_enabled():
         run.scaler.step(run.optimizer)  # skips by itself where a gradient is not finite
         run.scaler.update()

@@ -142,6 +142,32 @@ def test_unknown_flags_and_commands_are_status_2(capsys: pytest.CaptureFixture[s
         assert end.value.code == 2
 
 
+def test_a_new_command_is_one_file_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "greet.py").write_text(
+        "from dataclasses import dataclass\n\n"
+        "@dataclass\n"
+        "class GreetConfig:\n"
+        '    """Say hello."""\n\n'
+        '    name: str = "nobody"\n'
+        '    """Whom to greet."""\n\n'
+        "def main(config: GreetConfig) -> int:\n"
+        '    print(f"hello {config.name}")\n'
+        "    return 7\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from greet import GreetConfig  # type: ignore[import-not-found]
+
+    monkeypatch.setitem(cli.COMMANDS, "greet", cli.Command(GreetConfig, "greet:main"))
+    (tmp_path / "options.yaml").write_text("name: reader\n")
+    assert cli.main(["greet", "--config", str(tmp_path / "options.yaml")]) == 7
+    assert capsys.readouterr().out == "hello reader\n"
+    with pytest.raises(SystemExit):
+        cli.main(["greet", "--help"])
+    assert "Whom to greet" in capsys.readouterr().out
+
+
 def test_a_fault_in_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(*args: object) -> int:
         raise ValueError("a fault")

@@ -4,8 +4,8 @@
 
 Runs the Triton tests of tests/gpu/test_gpu.py on the CPU. Nothing is launched: each launch is
 written down as Triton would specialise it (dtypes, pointers and integers that 16 divides, integers
-that are 1, constants, warps), and the reference gives the results. What a GPU tunes is launched in every
-configuration. Tests that need a GPU's streams or graphs fail here, after their launches.
+that are 1, constants, warps), and the reference gives the results. What a GPU tunes is launched in
+every configuration. Tests that need a GPU's streams or graphs fail here, after their launches.
 """
 
 from __future__ import annotations

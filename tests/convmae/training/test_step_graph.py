@@ -11,7 +11,7 @@ import torch
 import convmae_kernels as ck
 from convmae import pretrain
 from convmae.training import setup
-from convmae.training.loop import Outcome
+from convmae.training.loop import StepResult
 from convmae.training.step_graph import WARM_UP, GraphError, StepGraph, why_not
 from tests.support.training_runs import curve, interrupt_after, options, same, tensors
 
@@ -143,7 +143,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
     state = {k: v.clone() for k, v in optimizer.state[weight].items()}
     for bad in (float("nan"), float("inf")):
         loss, norm = graph(torch.tensor([1.0, bad, 1.0]), nothing)
-        assert not Outcome(loss, norm, 0.1, None).finite
+        assert not StepResult(loss, norm, 0.1, None).finite
         assert torch.equal(weight, before)
         assert all(torch.equal(v, optimizer.state[weight][k]) for k, v in state.items())
     assert graph(good, nothing) == (pytest.approx(float(before.sum())), pytest.approx(3**0.5))
