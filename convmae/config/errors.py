@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_FLAG = re.compile(r"(?<![\w-])--(?=[A-Za-z_])")
+# A command to type, between backticks, stays as it is; so does `--` inside a word.
+_FLAG = re.compile(r"(`[^`]*`)|(?<![\w-])--(?=[A-Za-z_])")
 
 
 class MessageError(Exception):
     """An error whose message writes options as flags, `--mask_ratio`.
 
     `str` of it names them as Python does, `mask_ratio`; the command line prints `with_flags`.
+
+    Attributes:
+        keep_flags: whether `str` leaves the flags; for a process that hands its errors to another
+            as text, as PyTorch's loading processes do.
     """
+
+    keep_flags: ClassVar[bool] = False
 
     @property
     def with_flags(self) -> str:
@@ -24,7 +31,9 @@ class MessageError(Exception):
         return super().__str__()
 
     def __str__(self) -> str:
-        return _FLAG.sub("", self.with_flags)
+        if MessageError.keep_flags:
+            return self.with_flags
+        return _FLAG.sub(lambda found: found[1] or "", self.with_flags)
 
 
 class OptionError(MessageError, ValueError):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from convmae.config import MessageError
 from convmae.data.errors import DataError, Failure, UnreadableError
 from convmae.data.picture import NO_LABEL, ChosenPicture
 from convmae.seeds import Stream, derive_seed, generator_for, seeded
@@ -221,7 +222,7 @@ def run_batches(
         num_workers=workers,
         pin_memory=pin,
         collate_fn=_unchanged,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_begin_worker,
     )
     reason = ""
     try:
@@ -233,7 +234,8 @@ def run_batches(
         traceback.clear_frames(error.__traceback__)
         if not isinstance(error, DataError):
             raise
-        reason = str(error).rpartition("DataError: ")[2].strip()
+        text = error.with_flags if isinstance(error, MessageError) else str(error)
+        reason = text.rpartition("DataError: ")[2].strip()
     raise DataError(reason)
 
 
@@ -242,7 +244,12 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
-def _ignore_signals(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
+    MessageError.keep_flags = True  # PyTorch hands over the text of an error
+    _ignore_signals()
+
+
+def _ignore_signals() -> None:
     """Leaves signals, which reach the whole process group, to the main process.
 
     SIGTERM from the main process itself is obeyed: Python sends it when it exits, and waits.

@@ -160,9 +160,26 @@ def test_the_library_speaks_of_arguments_and_the_command_line_of_flags(
 
 
 def test_hyphens_that_are_no_flags_stay() -> None:
-    error = OptionError("--a_b: 2--3, x-- y, well--known, (--c), --d=1 and -- e")
-    assert str(error) == "a_b: 2--3, x-- y, well--known, (c), d=1 and -- e"
+    error = OptionError("--a_b: 2--3, x-- y, well--known, (--c), --d=1, -- e; type `x --f 1`")
+    assert str(error) == "a_b: 2--3, x-- y, well--known, (c), d=1, -- e; type `x --f 1`"
     assert error.with_flags.startswith("--a_b: 2--3") and isinstance(error, ValueError)
+
+
+class Refused(torch.utils.data.Dataset):
+    def __getitems__(self, keys: list[int]) -> None:
+        raise convmae.DataError("--data_path is refused")
+
+    def __len__(self) -> int:
+        return 2
+
+
+def test_errors_of_loading_processes_keep_their_flags() -> None:
+    from convmae.data.loader import run_batches
+
+    with pytest.raises(convmae.DataError) as error:
+        list(run_batches(Refused(), [[0]], workers=1, pin=False))
+    assert error.value.with_flags == "--data_path is refused"
+    assert str(error.value) == "data_path is refused"
 
 
 @pytest.mark.parametrize("classes", ["3", '[["a"]', "{"])
