@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
 import convmae
-from convmae.records.pictures import reconstruction_picture
+from convmae.records.pictures import loss_picture, reconstruction_picture, save_picture
 
-pytest.importorskip("PIL.Image")
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Image = pytest.importorskip("PIL.Image")
 
 SIZE, SCALE, HEADER, GAP = 32, 6, 26, 6  # a picture of 32 pixels is enlarged to 192
 
@@ -128,3 +132,31 @@ def test_notes_add_up_and_missing_values_are_black() -> None:
 def test_bands_that_are_not_there(bands: Any) -> None:
     with pytest.raises(ValueError, match=r"bands must be three of the channels 0 to 3, got \("):
         draw(torch.rand(1, 4, SIZE, SIZE), bands=bands)
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+@pytest.mark.parametrize("kind", ["reconstruction", "loss"])
+def test_a_disk_that_refuses_leaves_the_old_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, kind: str
+) -> None:
+    path = tmp_path / "pictures" / "picture.png"
+
+    def write(value: int) -> None:
+        if kind == "loss":
+            loss_picture([{"step": 1, "loss": value}, {"step": 2, "loss": 0.5}], path)
+        else:
+            save_picture(Image.new("RGB", (8, 8), (value, 0, 0)), path)
+
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    path.parent.mkdir()
+    write(1)
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, where, fail)
+        with pytest.raises(OSError, match="No space left"):
+            write(2)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+    write(2)
+    assert path.read_bytes() != before and list(path.parent.iterdir()) == [path]

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from convmae import PretrainConfig
-from convmae.config import config_to_mapping
+from convmae.cli import COMMANDS
+from convmae.config import RunConfig, config_to_mapping
 from convmae.records.curves import smooth, thin
 from convmae.records.report import MAX_PICTURES, MAX_POINTS, write_report
 from convmae.records.wording import clock, mebibytes, number, plain
@@ -443,3 +444,28 @@ def test_the_screenshot_of_the_documentation(tmp_path: Path) -> None:
     with Image.open(tmp_path / "docs" / "report.png") as picture:
         assert picture.size == (1200, 700)
         assert np.asarray(picture.convert("L")).std() > 5
+
+
+def marked_options(folder: Path) -> list[str]:
+    return re.findall(r'<div class="changed"><dt>(.*?)</dt>', Page(folder).html)
+
+
+TRAININGS = {n: c.options for n, c in COMMANDS.items() if issubclass(c.options, RunConfig)}
+
+
+@pytest.mark.parametrize("command", TRAININGS)
+def test_defaults_are_those_of_the_recorded_command(tmp_path: Path, command: str) -> None:
+    """Options that the command does not have, as of an older version, do not hide the others."""
+    folder = run_folder(tmp_path / "run", [])
+    config = config_to_mapping(TRAININGS[command](epochs=7)) | {"forgotten": 1}
+    (folder / "args.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "environment.json").write_text(json.dumps({"command": command}))
+    assert marked_options(folder) == ["epochs"]
+
+
+@pytest.mark.parametrize("environment", ["{}", '{"command": "forget"}', '{"command": ""}'])
+def test_no_option_is_marked_without_a_known_command(tmp_path: Path, environment: str) -> None:
+    folder = run_folder(tmp_path / "run", [])
+    (folder / "environment.json").write_text(environment)
+    assert marked_options(folder) == []
+    assert "epochs 3" in Page(folder).text()
