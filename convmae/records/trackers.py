@@ -7,6 +7,7 @@ import uuid
 from typing import TYPE_CHECKING, Any, Protocol
 
 from convmae.config import OptionError
+from convmae.files import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,13 +115,13 @@ class WandB:
         settings: dict[str, Any] = {"console": "off"}
         if "finish_timeout" in self._wandb.Settings.model_fields:  # not in older versions
             settings["finish_timeout"] = FINISH_SECONDS
-        name = folder.wandb_id
-        if not name.is_file():
-            name.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        if not folder.wandb_id.is_file():
+            with replacing(folder.wandb_id) as new:
+                new.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
         self._run = self._wandb.init(
             project=project,
             dir=folder.path,
-            id=name.read_text(encoding="utf-8").strip(),
+            id=folder.wandb_id.read_text(encoding="utf-8").strip(),
             name=folder.path.resolve().name,
             config=config,
             resume="allow",
