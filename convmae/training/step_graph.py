@@ -73,7 +73,7 @@ class StepGraph:
             group["capturable"] = True
         device = optimizer.param_groups[0]["params"][0].device
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
-        self._told = torch.zeros(2, device=device)
+        self._loss_and_norm = torch.zeros(2, device=device)
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
 
     def __call__(self, images: Tensor, inputs: Any) -> tuple[float, float]:
@@ -100,7 +100,7 @@ class StepGraph:
                     raise GraphError(f"the capture failed: {reason}") from error
             self._replay()
         self._steps += 1
-        loss, norm = self._told.tolist()
+        loss, norm = self._loss_and_norm.tolist()
         return loss, norm
 
     def close(self) -> None:
@@ -140,9 +140,9 @@ class StepGraph:
         optimizer.zero_grad(set_to_none=True)
         images, inputs = tree_unflatten(self._kept, self._form)
         loss, norm = self._compute(images, inputs)
-        self._told.copy_(torch.stack([loss.float(), norm.float()]))
+        self._loss_and_norm.copy_(torch.stack([loss.float(), norm.float()]))
         optimizer.grad_scale = None  # type: ignore[attr-defined]
-        optimizer.found_inf = (~self._told.isfinite().all()).float()  # type: ignore[attr-defined]
+        optimizer.found_inf = (~self._loss_and_norm.isfinite().all()).float()  # type: ignore[attr-defined]
         rates = [group["lr"] for group in optimizer.param_groups]
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
