@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convmae.config import OptionError
 from convmae.files import CHECKPOINT, replaced_folder, replacing
+
+STEP_PICTURE = re.compile(r"step-(\d+)\.png")
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,20 @@ class RunFolder:
         """The last picture of what the model does."""
         return self.path / "reconstruction.png"
 
+    @property
+    def step_picture_folder(self) -> Path:
+        """The folder of the pictures after steps."""
+        return self.path / "reconstructions"
+
     def step_picture(self, step: int) -> Path:
         """The picture after a step."""
-        return self.path / "reconstructions" / f"step-{step:08}.png"
+        return self.step_picture_folder / f"step-{step:08}.png"
 
-    def step_pictures(self) -> list[Path]:
-        """All pictures after steps, the first step's first."""
-        return sorted((self.path / "reconstructions").glob("step-*.png"))
+    def step_pictures(self) -> list[tuple[int, Path]]:
+        """The step and the path of every picture after a step, the first step's first."""
+        files = self.step_picture_folder.glob("*.png")
+        matches = ((STEP_PICTURE.fullmatch(path.name), path) for path in files)
+        return sorted((int(match[1]), path) for match, path in matches if match)
 
     # -- what is in it ----------------------------------------------------------------------------
 

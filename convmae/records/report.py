@@ -32,7 +32,6 @@ MAX_EVENTS = 200
 QUIET_SECONDS = (
     300.0  # a run that has not logged for longer, and for 10 lines' time, is not running
 )
-PICTURE_NAME = re.compile(r"step-(\d+)\.png")
 
 
 @dataclass
@@ -114,7 +113,7 @@ def render(run: RunRecord) -> str:
         "cards": "\n".join(cards(run)),
         "configuration": configuration(run.options, command),
         "environment": rows(run.environment),
-        "events": event_rows(run.events),
+        "events": event_rows(run.events, run.folder.log.name),
         "event_count": f"{len(run.events):,}",
         "written": time.strftime("%Y-%m-%d %H:%M", time.localtime()),
         "data": _embeddable(data),
@@ -333,19 +332,14 @@ def marks(run: RunRecord) -> list[dict[str, Any]]:
 
 def embedded_pictures(run: RunRecord) -> list[dict[str, Any]]:
     """Up to `MAX_PICTURES` reconstructions, evenly chosen, first and last always, as data URLs."""
-    found = []
-    for path in run.folder.step_pictures():
-        match = PICTURE_NAME.fullmatch(path.name)
-        if match:
-            found.append((int(match[1]), path))
-    found.sort()
+    drawn = run.folder.step_pictures()
     newest = run.folder.picture
-    if not found and newest.is_file():
-        found = [(run.last.get("step", 0), newest)]
-    chosen = np.linspace(0, len(found) - 1, min(len(found), MAX_PICTURES)).round().astype(int)
+    if not drawn and newest.is_file():
+        drawn = [(run.last.get("step", 0), newest)]
+    chosen = np.linspace(0, len(drawn) - 1, min(len(drawn), MAX_PICTURES)).round().astype(int)
     pictures = []
     for index in chosen:
-        step, path = found[index]
+        step, path = drawn[index]
         url = data_url(path)
         if url:
             pictures.append({"step": step, "src": url})
@@ -400,8 +394,8 @@ def rows(texts: dict[str, str]) -> str:
     )
 
 
-def event_rows(events: list[dict[str, Any]]) -> str:
-    """Rows of a table, the first `MAX_EVENTS`."""
+def event_rows(events: list[dict[str, Any]], log: str) -> str:
+    """Rows of a table, the first `MAX_EVENTS`; `log` is the name of the file that has all."""
     made = []
     for event in events[:MAX_EVENTS]:
         details = {k: v for k, v in event.items() if k not in ("event", "step")}
@@ -411,5 +405,5 @@ def event_rows(events: list[dict[str, Any]]) -> str:
         made.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     if len(events) > MAX_EVENTS:
         rest = len(events) - MAX_EVENTS
-        made.append(f'<tr><td></td><td colspan="2">and {rest:,} more, in log.txt</td></tr>')
+        made.append(f'<tr><td></td><td colspan="2">and {rest:,} more, in {escape(log)}</td></tr>')
     return "\n".join(made)

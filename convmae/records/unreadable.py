@@ -21,8 +21,8 @@ class UnreadableTally:
         self.reasons: dict[str, str] = {}
 
     def report(self, log: RunLog, step: int) -> None:
-        """Tells what the check before the run found."""
-        self._tell(self.source.failures, log, step)
+        """Notes the pictures that the check before the run could not read."""
+        self._note(self.source.failures, log, step)
 
     def add(self, failures: list[Failure], log: RunLog, step: int) -> None:
         """Notes failures; each picture is reported once.
@@ -31,12 +31,12 @@ class UnreadableTally:
             DataError: there are more than the share `limit` of all pictures now.
         """
         before = len(self.reasons)
-        self._tell(failures, log, step)
+        self._note(failures, log, step)
         if len(self.reasons) > before:
             known = [Failure(name, reason) for name, reason in self.reasons.items()]
             check_share(known, self.source.pictures, self.limit)
 
-    def _tell(self, failures: list[Failure], log: RunLog, step: int) -> None:
+    def _note(self, failures: list[Failure], log: RunLog, step: int) -> None:
         for name, reason in failures:
             if name in self.reasons:
                 continue
@@ -45,7 +45,7 @@ class UnreadableTally:
             if len(self.reasons) <= NAMED_AT_MOST:
                 log.say(f"warning: skipped unreadable picture {name}: {reason}")
             if len(self.reasons) == NAMED_AT_MOST:
-                log.say("warning: further unreadable pictures are named in log.txt only")
+                log.say(f"warning: further unreadable pictures are named in {log.path.name} only")
 
     def named(self) -> dict[str, str]:
         """Path and reason of every unreadable picture."""

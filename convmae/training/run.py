@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from convmae.config import config_to_mapping
 from convmae.data import DataError
+from convmae.records.folder import RunFolder
 from convmae.records.log import RunLog, read_log
 from convmae.records.pictures import loss_picture
 from convmae.records.report import write_report
@@ -66,6 +67,7 @@ class RunSummary:
         return self.signal is not None
 
     def __str__(self) -> str:
+        log = RunFolder.of(self.output_dir).log.name
         lines = [
             f"{self.steps} steps, {self.epochs:.2f} epochs in {self.output_dir}: loss "
             f"{self.first_loss:.4f} -> {self.last_loss:.4f}, {self.images_per_s:.1f} images/s "
@@ -76,9 +78,9 @@ class RunSummary:
             lines.append(f"accuracy {acc1:.2f} % (best of 5: {acc5:.2f} %)")
         if self.unreadable:
             count = len(self.unreadable)
-            lines.append(f"{count} unreadable pictures were skipped (named in log.txt)")
+            lines.append(f"{count} unreadable pictures were skipped (named in {log})")
         if self.skipped:
-            lines.append(f"{self.skipped} steps were skipped: not finite (in log.txt)")
+            lines.append(f"{self.skipped} steps were skipped: not finite (in {log})")
         return "\n".join(lines)
 
     def report(self, *results: Path) -> int:
