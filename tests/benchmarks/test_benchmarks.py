@@ -401,15 +401,21 @@ def test_pages_are_what_the_command_in_their_first_line_prints(page, monkeypatch
 def test_the_readme_says_what_was_measured():
     """Its summary, cell by cell, against the files of results."""
     results = ROOT / "benchmarks" / "results"
-    cpu, h200 = (report.load(results / f"{name}.json").rows for name in ("cpu", "h200-steps"))
-    kernels = json.loads((results / "h200-kernels.json").read_text())["kernels"]
+    cpu = report.load(results / "cpu.json").rows
+    cards = [
+        (
+            report.load(results / f"{card}-steps.json").rows,
+            json.loads((results / f"{card}-kernels.json").read_text())["kernels"],
+        )
+        for card in ("h100", "h200")
+    ]
 
     def ratio(rows, case, dtype, contender="packed"):
         key = case, dtype, contender
         (row,) = (row for row in rows if (row.case, row.dtype, row.contender) == key)
         return row.ratio
 
-    def stage1(*ops):
+    def stage1(kernels, *ops):
         names = [f"cuda:{op}/side4/256/5x5/128/bfloat16" for op in ops]
         rows = [row for name in names for row in kernels[name]["rows"]]
         pytorch, ours = (
@@ -418,30 +424,24 @@ def test_the_readme_says_what_was_measured():
         )
         return pytorch / ours
 
-    def case(name):
+    def on_cpu(name):
         return [ratio(cpu, name, dtype) for dtype in ("float32", "bfloat16")]
 
-    depthwise = "depthwise 5x5, stage 1, forward"
+    def on_cards(case, contender="packed"):
+        return [ratio(rows, case, "bfloat16", contender) for rows, _ in cards]
+
+    def depthwise_on_cards(*ops):
+        return [stage1(kernels, *ops) for _, kernels in cards]
+
+    depthwise, both = "depthwise 5x5, stage 1, forward", "depthwise/stage1/forward_backward"
     gradients = "input_gradient", "weight_gradient"
     expected = {
-        depthwise: [*case("depthwise/stage1/forward"), stage1("forward")],
-        f"{depthwise} + backward": [
-            *case("depthwise/stage1/forward_backward"),
-            stage1("forward", *gradients),
-        ],
-        "stages 1 and 2, forward + backward": [
-            *case("stages12"),
-            ratio(h200, "stages12", "bfloat16"),
-        ],
-        "whole training step": [*case("step"), ratio(h200, "step", "bfloat16")],
-        "whole training step, `--cuda_graph`": [
-            *(None, None),
-            ratio(h200, "step", "bfloat16", "packed graph"),
-        ],
-        "peak memory of training, dense / packed": [
-            *case("memory"),
-            ratio(h200, "memory", "bfloat16"),
-        ],
+        depthwise: on_cpu("depthwise/stage1/forward") + depthwise_on_cards("forward"),
+        f"{depthwise} + backward": on_cpu(both) + depthwise_on_cards("forward", *gradients),
+        "stages 1 and 2, forward + backward": on_cpu("stages12") + on_cards("stages12"),
+        "whole training step": on_cpu("step") + on_cards("step"),
+        "whole training step, `--cuda_graph`": [None, None, *on_cards("step", "packed graph")],
+        "peak memory of training, dense / packed": on_cpu("memory") + on_cards("memory"),
     }
     text = (ROOT / "README.md").read_text().partition("## How fast")[2]
     table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
