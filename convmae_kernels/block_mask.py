@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.data._utils.collate import default_collate_fn_map
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 
 class BlockMask:
@@ -16,7 +23,8 @@ class BlockMask:
     positions of a block are in Z-order (see `to_zorder`).
 
     Make one with `random`, `from_noise`, `from_ids`, `from_visible` or `full`. A mask is immutable,
-    is a pytree (its tensors are the leaves), and `print(mask)` draws it.
+    is a pytree (its tensors are the leaves), and `print(mask)` draws it. `torch.save` and
+    `torch.load` take it, `weights_only` or not; a `DataLoader` joins the masks of samples.
 
     A mask from these constructors knows, on the host, the least and the largest number of visible
     blocks of an image, so that nothing has to wait for a GPU to ask. They are part of the structure
@@ -277,10 +285,26 @@ class BlockMask:
         dense = self.visible.repeat_interleave(block_size, 1).repeat_interleave(block_size, 2)
         return dense.unsqueeze(1)
 
-    def to(self, device: torch.device | str) -> BlockMask:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> BlockMask:
         """The same mask on another device."""
         leaves, context = _flatten(self)
-        return _unflatten([leaf.to(device) for leaf in leaves], context)
+        return _unflatten([leaf.to(device, non_blocking=non_blocking) for leaf in leaves], context)
+
+    def pin_memory(self) -> BlockMask:
+        """The same mask in page-locked memory; `DataLoader(pin_memory=True)` asks for it."""
+        leaves, context = _flatten(self)
+        return _unflatten([leaf.pin_memory() for leaf in leaves], context)
+
+    def __reduce__(self) -> tuple[Callable, tuple[Tensor]]:
+        """What is pickled is `visible`; all the rest follows from it, so that no file can lie."""
+        return _from_visible, (self.visible,)
+
+    def __copy__(self) -> BlockMask:
+        return _unflatten(*_flatten(self))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> BlockMask:
+        leaves, context = _flatten(self)
+        return _unflatten(copy.deepcopy(leaves, memo), context)
 
     def __repr__(self) -> str:
         gh, gw = self.grid
@@ -332,6 +356,27 @@ pytree.register_pytree_node(
     from_dumpable_context=_from_dumped,
     flatten_with_keys_fn=_flatten_with_keys,
 )
+
+
+# -- files and batches ----------------------------------------------------------------------------
+
+
+def _from_visible(visible: Tensor) -> BlockMask:
+    return BlockMask.from_visible(visible)  # a method cannot be loaded with weights_only
+
+
+torch.serialization.add_safe_globals([_from_visible])
+
+
+def _collate(masks: Sequence[BlockMask], **_: object) -> BlockMask:
+    """The masks of samples, one behind the other, as the mask of a batch."""
+    if len({mask.grid for mask in masks}) > 1:
+        grids = ", ".join(sorted({f"{mask.grid[0]} x {mask.grid[1]}" for mask in masks}))
+        raise ValueError(f"masks of a batch must have the same grid of blocks, got {grids}")
+    return BlockMask.from_visible(torch.cat([mask.visible for mask in masks]))
+
+
+default_collate_fn_map[BlockMask] = _collate
 
 
 # -- checks ---------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ class MaskedConv2d(torch.nn.Conv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias, device, dtype: as in
             `torch.nn.Conv2d`; the stride is a power of two, the same in both directions.
+        padding_mode: "zeros"; there is no other, for what lies beyond the image counts as hidden.
         padding: "same", or numbers of positions with which a map's side shrinks by `stride`
             exactly; see `masked_conv2d`.
         dense_above: from this density of the mask on, a dense map is convolved by PyTorch's
@@ -34,7 +35,8 @@ class MaskedConv2d(torch.nn.Conv2d):
             skipping always pays, never. Packed features are never made dense.
 
     Raises:
-        ValueError: `stride` or `padding` does not keep the grid of blocks.
+        ValueError: `stride` or `padding` does not keep the grid of blocks, or `padding_mode` is not
+            "zeros".
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class MaskedConv2d(torch.nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         dense_above: float | None = None,
@@ -55,6 +58,11 @@ class MaskedConv2d(torch.nn.Conv2d):
         if strides[0] != strides[1] or strides[0] & (strides[0] - 1):
             raise ValueError(
                 f"stride must be a power of two, the same in both directions, got {stride}"
+            )
+        if padding_mode != "zeros":
+            raise ValueError(
+                f"padding_mode must be 'zeros', got {padding_mode!r}: what lies beyond the image "
+                "counts as hidden, and hidden positions as zero"
             )
         positions = check_padding(padding, kernel, strides[0], pair("dilation", dilation))
         super().__init__(

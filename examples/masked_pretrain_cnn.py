@@ -65,8 +65,8 @@ class MaskedPretraining(nn.Module):
         maps = self.encoder(images, mask)
         predicted = blocks(self.decoder([maps[i] for i in self.used]))
         target = blocks(images)
-        deviation, mean = torch.std_mean(target, dim=2, keepdim=True)
-        errors = (predicted - (target - mean) / (deviation + 1e-6)).square().mean(dim=2)
+        variance, mean = torch.var_mean(target, dim=2, keepdim=True)
+        errors = (predicted - (target - mean) / (variance + 1e-6).sqrt()).square().mean(dim=2)
         hidden = ~mask.visible.flatten(1)
         return (errors * hidden).sum() / hidden.sum()
 

@@ -1,9 +1,13 @@
-"""Pooling of packed features, over visible positions only."""
+"""Pooling of packed features, over visible positions only.
+
+Where there is no visible position at all, a sum, a mean and a maximum are 0.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,7 +30,9 @@ def masked_max_pool2d(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
 ) -> Tensor:
-    """`max_pool2d` at visible positions, in which a hidden position counts as minus infinity.
+    """The maximum of the visible positions of each window, at visible positions.
+
+    0 where a window has none, as a dilated one may: it need not see its own position.
 
     Args:
         x: packed features `[T, s*s, C]`, float32, bfloat16, float16 or float64.
@@ -46,6 +52,10 @@ def masked_max_pool2d(
         x, mask, kernel_size, stride, padding, dilation, float("-inf")
     )
     y = F.max_pool2d(windows, kernel, step, 0, dilation)
+    if max(dilation) > 1:
+        ones = x.new_ones(x.shape[0], x.shape[1], 1)
+        seen = _windows(ones, mask, kernel_size, stride, padding, dilation, 0.0)[0]
+        y = torch.where(F.max_pool2d(seen, kernel, step, 0, dilation) > 0, y, 0)
     return rows_to_zorder(y.permute(0, 2, 3, 1))
 
 
@@ -126,7 +136,7 @@ def image_mean(x: Tensor, mask: BlockMask) -> Tensor:
 
 
 def image_max(x: Tensor, mask: BlockMask) -> Tensor:
-    """The maximum over an image's visible positions, -inf if it has none: `-> [B, C]`.
+    """The maximum over an image's visible positions, 0 if it has none: `[T, s*s, C] -> [B, C]`.
 
     Raises:
         TypeError, ValueError: `x` is not packed with this mask.
@@ -135,4 +145,5 @@ def image_max(x: Tensor, mask: BlockMask) -> Tensor:
     blocks = x.amax(1)
     lowest = blocks.new_full((mask.batch_size, x.shape[2]), float("-inf"))
     index = mask.image_index.unsqueeze(1).expand_as(blocks)
-    return lowest.scatter_reduce(0, index, blocks, "amax")
+    highest = lowest.scatter_reduce(0, index, blocks, "amax")
+    return torch.where(image_counts(mask, 1).unsqueeze(1) > 0, highest, 0)

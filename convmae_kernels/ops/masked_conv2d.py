@@ -13,6 +13,7 @@ from convmae_kernels.ops.support.arithmetic import as_cast, multiply, patch_conv
 from convmae_kernels.ops.support.autocast import autocast_dtype, autocast_is_on
 from convmae_kernels.ops.support.checks import check_packed
 from convmae_kernels.ops.support.conv_plan import ConvPlan, plan_conv2d
+from convmae_kernels.ops.support.flops import depthwise_flops, weight_gradient_flops
 from convmae_kernels.ops.support.geometry import pair
 from convmae_kernels.ops.support.library import Impl, check_impl, register, select
 from convmae_kernels.zorder import BLOCK_SIZES, to_zorder
@@ -77,6 +78,7 @@ register(
     reference.masked_conv2d,
     _fake,
     _derivatives,
+    flops=depthwise_flops,
 )
 register(
     "masked_conv2d_weight_grad(Tensor grad, Tensor x, Tensor neighbours, SymInt[2] kernel,"
@@ -84,6 +86,7 @@ register(
     reference.masked_conv2d_weight_grad,
     _fake_weight_grad,
     _derivatives_weight_grad,
+    flops=weight_gradient_flops,
 )
 
 

@@ -242,7 +242,7 @@ def _reduction(over_positions: Callable, over_channels: Callable) -> Callable:
     def reduce(func, input, dim=None, keepdim=False, *, dtype=None):
         x = input.features if dtype is None else input.features.to(dtype)
         if dim is None:
-            return over_channels(x.flatten(), 0, False)
+            return over_channels(x.flatten(), 0, False) if x.numel() else x.sum()  # 0 of nothing
         dims = {d % 4 for d in _both_dims(dim)}
         positions = {1, 2} if input._channels_last else {2, 3}
         channels = ({1, 2, 3} - positions).pop()

@@ -166,7 +166,8 @@ def _group_norm(func, input, num_groups, weight=None, bias=None, eps=1e-5, *_):
 
 @_handles(torch.max_pool2d, F.max_pool2d)
 def _max_pool2d(func, input, *args, **kwargs):
-    return input.like(func(input.masked(float("-inf")), *args, **kwargs)).cleared()
+    seen = func(input.visible().to(input.dtype), *args, **kwargs)
+    return input.like(_highest(func(input.masked(float("-inf")), *args, **kwargs), seen)).cleared()
 
 
 @_handles(torch._C._nn.avg_pool2d, F.avg_pool2d)
@@ -183,7 +184,8 @@ def _adaptive_avg_pool2d(func, input, output_size):
 
 @_handles(F.adaptive_max_pool2d, torch._C._nn.adaptive_max_pool2d)
 def _adaptive_max_pool2d(func, input, output_size, return_indices=False):
-    return func(input.masked(float("-inf")), output_size)
+    seen = func(input.visible().to(input.dtype), output_size)
+    return _highest(func(input.masked(float("-inf")), output_size), seen)
 
 
 @_handles(torch.mean, Tensor.mean)
@@ -206,11 +208,16 @@ def _sum(func, input, dim=None, keepdim=False, *, dtype=None):
 
 @_handles(torch.amax, Tensor.amax)
 def _amax(func, input, dim=None, keepdim=False):
-    if dim is None:
-        return input.masked(float("-inf")).amax()
-    if not _over_positions(input, dim):
+    if dim is not None and not _over_positions(input, dim):
         return input.like(input.values.amax(dim, keepdim))
-    return input.masked(float("-inf")).amax(tuple(dim), keepdim)
+    dim = tuple(range(4)) if dim is None else tuple(dim)
+    seen = input.visible().to(input.dtype).amax(dim, keepdim)
+    return _highest(input.masked(float("-inf")).amax(dim, keepdim), seen)
+
+
+def _highest(maximum: Tensor, seen: Tensor) -> Tensor:
+    """A maximum of visible positions, 0 where none was `seen`."""
+    return torch.where(seen > 0, maximum, 0)
 
 
 @_handles(torch.norm, Tensor.norm, torch.linalg.vector_norm)

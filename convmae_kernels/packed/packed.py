@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from convmae_kernels import ops
 from convmae_kernels.functional import pooling
@@ -71,6 +73,14 @@ class Packed(MapLike):
         """Other features of the same mask and layout."""
         return Packed(features, self.mask, self._channels_last)
 
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: object, args: Sequence = (), kwargs: dict | None = None
+    ) -> Any:
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            _check_checkpointing(args)
+        return super().__torch_function__(func, types, args, kwargs)
+
     # -- facts ------------------------------------------------------------------------------------
 
     @property
@@ -105,6 +115,9 @@ class Packed(MapLike):
         """True."""
         return self.features.is_floating_point()
 
+    def __reduce__(self) -> tuple[type, tuple[Tensor, BlockMask, bool]]:
+        return Packed, (self.features, self.mask, self._channels_last)
+
     def __repr__(self) -> str:
         return f"Packed(shape={tuple(self.shape)}, dtype={self.dtype}, mask={self.mask!r})"
 
@@ -116,12 +129,31 @@ def _unflatten(leaves: Iterable[Any], channels_last: bool) -> Packed:
     return packed
 
 
+torch.serialization.add_safe_globals([Packed])
 pytree.register_pytree_node(
     Packed,
     lambda packed: ([packed.features, packed.mask], packed._channels_last),
     _unflatten,
     serialized_type_name="convmae_kernels.Packed",
 )
+
+
+def _check_checkpointing(operands: Sequence[Any]) -> None:
+    """Re-entrant checkpointing hands gradients to tensors alone, and loses those of a `Packed`.
+
+    Raises:
+        RuntimeError: it computes on one of the operands, of which gradients are wanted.
+    """
+    if not any(isinstance(x, Packed) and x.requires_grad for x in operands):
+        return
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            raise RuntimeError(
+                "re-entrant checkpointing loses the gradients of packed features; expected "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        frame = frame.f_back
 
 
 # -- operands -------------------------------------------------------------------------------------

@@ -279,6 +279,51 @@ def test_copies(clone):
     assert same(clone(make_mask("ragged")), make_mask("ragged"))
 
 
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_saved_and_loaded(tmp_path, weights_only):
+    """What the host knows is found again; nothing but `visible` is taken from the file."""
+    known, unknown = make_mask("equal"), make_mask("ragged")
+    unknown = ck.BlockMask(unknown.visible, unknown.block_index)
+    file = tmp_path / "masks.pt"
+    torch.save({"known": known, "list": [unknown]}, file)
+    loaded = torch.load(file, weights_only=weights_only)
+    assert loaded["known"].visible_per_image == known.visible_per_image
+    for found, mask in ((loaded["known"], known), (loaded["list"][0], unknown)):
+        assert torch.equal(found.visible, mask.visible)
+        assert torch.equal(found.block_index, mask.block_index)
+        assert torch.equal(found.neighbours(), mask.neighbours())
+        assert found.min_per_image == mask.min_per_image
+
+
+class Sample(torch.utils.data.Dataset):
+    """An image and its mask; later ones have fewer visible blocks."""
+
+    def __getitem__(self, index):
+        if index > 3:
+            raise IndexError
+        visible = torch.arange(6).view(1, 2, 3) >= index
+        return torch.full((1,), float(index)), ck.BlockMask.from_visible(visible)
+
+    def __len__(self):
+        return 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_joins_the_masks_of_samples(workers):
+    loader = torch.utils.data.DataLoader(Sample(), batch_size=4, num_workers=workers)
+    ((numbers, mask),) = loader
+    assert numbers.flatten().tolist() == [0, 1, 2, 3]
+    expected = torch.stack([torch.arange(6).view(2, 3) >= i for i in range(4)])
+    assert torch.equal(mask.visible, expected)
+    assert torch.equal(mask.neighbours(), ck.BlockMask.from_visible(expected).neighbours())
+
+
+def test_masks_of_other_grids_are_not_joined():
+    masks = [ck.BlockMask.full(1, (2, 3)), ck.BlockMask.full(1, (3, 2))]
+    with pytest.raises(ValueError, match="same grid of blocks, got 2 x 3, 3 x 2"):
+        torch.utils.data.default_collate(masks)
+
+
 # -- bad input ----------------------------------------------------------------------------------
 
 

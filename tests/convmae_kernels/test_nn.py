@@ -26,6 +26,14 @@ def test_parameters_are_those_of_conv2d():
         assert torch.equal(masked.state_dict()[key], value)
     masked.load_state_dict(plain.state_dict())
     assert ck.nn.MaskedConv2d(4, 4, 3, groups=4, bias=False).bias is None
+    in_order = (4, 8, 3, 1, 1, 1, 4, False, "zeros", "meta", torch.float64)
+    for cls in (ck.nn.MaskedConv2d, torch.nn.Conv2d):
+        module = cls(*in_order)
+        assert (module.bias, module.padding_mode, module.weight.shape) == (
+            None,
+            "zeros",
+            (8, 1, 3, 3),
+        )
     double = ck.nn.MaskedConv2d(4, 4, 3, groups=4, dtype=torch.float64, device="meta")
     assert (double.weight.dtype, double.weight.device.type) == (torch.float64, "meta")
 
@@ -139,6 +147,9 @@ def test_rejects():
             ck.nn.MaskedConv2d(4, 4, 5, padding=padding, groups=4)
     with pytest.raises(ValueError, match=r"padding .* kernel \(4, 4\), stride 1 .* impossible"):
         ck.nn.MaskedConv2d(6, 6, 4, groups=6)
+    for mode in ("reflect", "circular", "nonsense"):
+        with pytest.raises(ValueError, match=f"padding_mode must be 'zeros', got '{mode}': what"):
+            ck.nn.MaskedConv2d(4, 4, 3, padding_mode=mode)
     for stride in (3, (1, 2)):
         with pytest.raises(ValueError, match="stride must be a power of two, the same in both"):
             ck.nn.MaskedConv2d(4, 4, 3, stride=stride)

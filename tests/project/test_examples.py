@@ -36,6 +36,21 @@ def test_the_loss_is_that_of_hidden_blocks():
     torch.testing.assert_close(model(brighter, mask), loss, rtol=1e-4, atol=0)
 
 
+def test_a_flat_block_is_normalised_as_in_spark():
+    """By the root of `variance + 1e-6`: not much amplified where a block hardly varies."""
+    torch.manual_seed(0)
+    model = masked_pretrain_cnn.MaskedPretraining("resnet18", width=16).eval()
+    model.decoder.pixels.weight.data.zero_()
+    model.decoder.pixels.bias.data.zero_()  # predicts 0: the loss is the mean square of the target
+    visible = torch.tensor([[[True, False]]])
+    mask = masked_pretrain_cnn.ck.BlockMask.from_visible(visible)
+    images = 0.5 + 1e-3 * torch.randn(1, 3, 32, 64)
+    block = images[..., 32:].double()
+    expected = ((block - block.mean()).square() / (block.var() + 1e-6)).mean()
+    assert 0.45 < expected < 0.55  # 1 without the 1e-6
+    torch.testing.assert_close(model(images, mask).double(), expected, rtol=1e-4, atol=0)
+
+
 def test_wrong_size(capsys):
     with pytest.raises(SystemExit):
         masked_pretrain_cnn.main(["--img_size", "100"])

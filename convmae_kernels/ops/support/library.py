@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from convmae_kernels.ops.support.flops import add_flop_formula
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -103,6 +105,7 @@ def register(
     fake: Callable,
     derivatives: Callable,
     composed: Callable | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> None:
     """Defines an op in both libraries, and registers everything but the compiled kernels.
 
@@ -114,6 +117,7 @@ def register(
             formula, made of these ops, and the function that saves what it needs.
         composed: for an op that is made of other ops, in place of `reference`: given the ops of a
             library, returns the kernel for every device.
+        flops: for an op that computes, how many FLOPs; see `add_flop_formula`.
     """
     name = schema.partition("(")[0]
     for library in (LIB, TRITON_LIB):
@@ -122,6 +126,8 @@ def register(
         torch.library.register_fake(op, fake, lib=library)
         backward, setup_context = derivatives(getattr(torch.ops, library.ns))
         torch.library.register_autograd(op, backward, setup_context=setup_context, lib=library)
+        if flops is not None:
+            add_flop_formula(getattr(getattr(torch.ops, library.ns), name), flops)
         if composed is not None:
             kernel = composed(getattr(torch.ops, library.ns))
             library.impl(name, _without_views(kernel), "CompositeExplicitAutograd")

@@ -28,6 +28,7 @@ MAX_POOLS = [
     (8, (4, 2), 4, (1, 0), 1),
     (4, 3, 2, 2, 2),
     (2, 2, 1, 1, 2),  # a window without its own position
+    (2, 2, 1, 2, 4),  # nor any other of its block
     (32, 4, 4, 0, 1),
 ]
 AVG_POOLS = [pool[:4] for pool in MAX_POOLS if pool[4] == 1]
@@ -42,6 +43,7 @@ def dense_max(x, mask, kernel, stride, padding, dilation=1):
     dense = ck.scatter_visible(x, mask, fill=-INF, impl="reference")
     dense = F.pad(dense, (columns, columns, rows, rows), value=-INF)
     y = F.max_pool2d(dense, kernel, stride, 0, dilation)
+    y = y.where(y > -INF, 0)  # of windows with nothing visible
     return ck.gather_visible(y, mask, impl="reference")
 
 
@@ -109,6 +111,17 @@ def test_windows_by_a_loop():
     torch.testing.assert_close(found, ck.gather_visible(mean, mask))
 
 
+def test_an_infinity_is_a_value_and_nothing_is_zero():
+    """A dilated window that lies in other blocks, of which one is visible or none."""
+    visible = torch.tensor([[[1, 0], [0, 1]], [[1, 0], [0, 0]]]).bool()
+    mask, pool = ck.BlockMask.from_visible(visible), (2, 1, 2, 4)
+    x = torch.full((3, 4, 1), -INF).requires_grad_()
+    y = ck.masked_max_pool2d(x, mask, *pool)
+    assert sorted(y.flatten().tolist()) == [-INF] * 8 + [0.0] * 4
+    y.where(y == 0, 0).sum().backward()
+    assert not x.grad.any()
+
+
 def test_derivatives_of_pooling():
     mask = make_mask("row")
     x = random_tensor((mask.num_visible, 4, 2), torch.float64).requires_grad_()
@@ -159,7 +172,7 @@ def loop_over_images(reduce, x, mask, empty):
 REDUCTIONS = {
     "sum": (pooling.image_sum, lambda r: r.sum(0), 0.0),
     "mean": (pooling.image_mean, lambda r: r.mean(0), 0.0),
-    "max": (pooling.image_max, lambda r: r.amax(0), -INF),
+    "max": (pooling.image_max, lambda r: r.amax(0), 0.0),
 }
 
 
@@ -195,7 +208,7 @@ def test_reductions_of_images(reduction, dtype, name):
 def test_ties_share_the_gradient_of_a_maximum():
     mask = make_mask("ragged")
     x = torch.zeros(mask.num_visible, 4, 2).requires_grad_()
-    pooling.image_max(x, mask).where(mask.visible.flatten(1).any(1)[:, None], 0).sum().backward()
+    pooling.image_max(x, mask).sum().backward()
     for image in by_image(x.grad, mask):
         assert (image > 0).all()
         torch.testing.assert_close(image.sum(0), torch.full((2,), float(len(image) > 0)))
@@ -205,10 +218,9 @@ def test_ties_share_the_gradient_of_a_maximum():
 @pytest.mark.parametrize("name", ["row", "equal"])
 def test_derivatives_of_reductions(reduction, name):
     function, mask = REDUCTIONS[reduction][0], make_mask(name)
-    some = mask.visible.flatten(1).any(1)[:, None]
     x = random_tensor((mask.num_visible, 4, 2), torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: function(x, mask).where(some, 0), x)
-    assert torch.autograd.gradgradcheck(lambda x: function(x, mask).where(some, 0).square(), x)
+    assert torch.autograd.gradcheck(lambda x: function(x, mask), x)
+    assert torch.autograd.gradgradcheck(lambda x: function(x, mask).square(), x)
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -98,6 +98,31 @@ def test_pytree_and_copies(last):
         assert torch.equal((other + x).features, 2 * x.features)
 
 
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_saved_and_loaded(tmp_path, weights_only):
+    x = pack(make_map().float(), last=True)
+    torch.save([x], tmp_path / "x.pt")
+    (found,) = torch.load(tmp_path / "x.pt", weights_only=weights_only)
+    assert torch.equal(found.dense(), x.dense())
+    assert found.shape == x.shape
+
+
+def test_checkpointing():
+    """Gradients are those without it, or it is refused: never lost."""
+    x = random_tensor((MASK.num_visible, 16, C)).requires_grad_()
+    module = torch.nn.Sequential(torch.nn.Conv2d(C, C, 3, padding=1), torch.nn.ReLU())
+    packed = Packed(x, MASK)
+    module(packed).sum().backward()
+    expected, x.grad = x.grad, None
+    checkpoint = torch.utils.checkpoint.checkpoint
+    checkpoint(module, Packed(x, MASK), use_reentrant=False).sum().backward()
+    assert torch.equal(x.grad, expected)
+    with pytest.raises(RuntimeError, match="re-entrant checkpointing loses .*use_reentrant=False"):
+        checkpoint(module, Packed(x, MASK), use_reentrant=True)
+    with torch.no_grad():
+        assert not module(Packed(x, MASK)).requires_grad
+
+
 def test_is_not_a_tensor_and_hashes_by_identity():
     x = pack(make_map())
     assert not isinstance(x, torch.Tensor)

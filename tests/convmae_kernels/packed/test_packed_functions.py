@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import convmae_kernels as ck
+from convmae_kernels import Packed
 from convmae_kernels.testing import random_tensor
 from tests.support.packed_maps import (
     INF,
@@ -186,8 +188,8 @@ REDUCTIONS = {
     "torch.mean": (torch.mean, lambda v: v.mean(1), 0.0),
     "sum": (lambda x, *a, **k: x.sum(*a, **k), lambda v: v.sum(1), 0.0),
     "torch.sum": (torch.sum, lambda v: v.sum(1), 0.0),
-    "amax": (lambda x, *a, **k: x.amax(*a, **k), lambda v: v.amax(1), -INF),
-    "torch.amax": (torch.amax, lambda v: v.amax(1), -INF),
+    "amax": (lambda x, *a, **k: x.amax(*a, **k), lambda v: v.amax(1), 0.0),
+    "torch.amax": (torch.amax, lambda v: v.amax(1), 0.0),
     "norm": (lambda x, *a, **k: x.norm(2, *a, **k), lambda v: v.square().sum(1).sqrt(), 0.0),
     "norm, p": (lambda x, d, **k: x.norm(p=2, dim=d, **k), lambda v: v.square().sum(1).sqrt(), 0.0),
     "torch.norm": (lambda x, d, **k: torch.norm(x, dim=d, **k), lambda v: v.norm(2, 1), 0.0),
@@ -233,6 +235,9 @@ def test_reductions_over_everything():
     for name in ("mean", "sum", "amax", "norm"):
         for found in (getattr(x, name)(), getattr(torch, name)(x)):
             torch.testing.assert_close(found, getattr(rows, name)())
+    nothing = Packed(x.features[:0], ck.BlockMask.from_visible(torch.zeros(2, 3, 4).bool()))
+    for name in ("mean", "sum", "amax", "norm"):
+        assert getattr(nothing, name)().item() == 0
     assert x.float().mean((2, 3), dtype=torch.float64).dtype == torch.float64
     assert x.half().mean((2, 3)).dtype == torch.float16
 
@@ -241,7 +246,7 @@ def test_reductions_over_everything():
 def test_adaptive_pooling_to_one(size):
     images = make_map()
     mean = per_image(images, lambda v: v.mean(1), 0.0)[:, :, None, None]
-    most = per_image(images, lambda v: v.amax(1), -INF)[:, :, None, None]
+    most = per_image(images, lambda v: v.amax(1), 0.0)[:, :, None, None]
     x = pack(hide(images))
     for found in (nn.AdaptiveAvgPool2d(size)(x), F.adaptive_avg_pool2d(x, size)):
         torch.testing.assert_close(found, mean)
