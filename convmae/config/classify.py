@@ -14,6 +14,7 @@ from convmae.config.checks import (
 from convmae.config.run import AMP, RunConfig
 
 MIX_MODES = ("batch", "pair", "elem")
+MOST_CLASSES = 1_000_000
 ERASE_MODES = ("const", "rand", "pixel")
 
 
@@ -46,7 +47,8 @@ class ClassifyConfig(RunConfig):
         """
         super().validate()
         if self.nb_classes is not None:
-            check_number("nb_classes", self.nb_classes, whole=True, at_least=2)
+            limits = {"at_least": 2, "at_most": MOST_CLASSES}
+            check_number("nb_classes", self.nb_classes, whole=True, **limits)
         if self.eval_batch_size is not None:
             check_number("eval_batch_size", self.eval_batch_size, whole=True, above=0)
         check_number("crop_pct", self.crop_pct, above=0, at_most=1)
