@@ -26,8 +26,8 @@ class ClassNames(tuple[str, ...]):
 
     @staticmethod
     def padded(names: Iterable[str], count: int) -> ClassNames:
-        """`names`, with as many unnamed classes after them as make `count`."""
-        known = list(names)
+        """`names` as they are kept, with unnamed classes after them that make them `count`."""
+        known = list(map(normal_form, names))
         return ClassNames([*known, *(UNNAMED.format(i) for i in range(len(known), count))])
 
 
@@ -90,6 +90,11 @@ def listed(names: Sequence[str], most: int = MOST_SHOWN) -> str:
     """The first names for a message, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(shown, names[:most])) + more
+
+
+def counted(classes: Sequence[str]) -> str:
+    """How many classes, in words."""
+    return "1 class" if len(classes) == 1 else f"{len(classes)} classes"
 
 
 # -- matching -------------------------------------------------------------------------------------
@@ -188,7 +193,7 @@ def _may_be_place(name: str, place: int, count: int) -> bool:
 def _match_positions(names: Sequence[str], count: int, data: str, model: str) -> ClassMatch:
     if len(names) != count:
         raise OptionError(
-            f"{data} has {len(names)} classes ({listed(names)}), but {model} has {count}, whose "
+            f"{data} has {counted(names)} ({listed(names)}), but {model} has {count}, whose "
             "names it does not tell; expected as many, to be matched in sorted order"
         )
     return ClassMatch(
@@ -233,20 +238,19 @@ def _differing(
     parts = []
     if unknown:
         parts.append(
-            f"{len(unknown)} of the {len(names)} classes of {data} are none of {model}: "
+            f"{data} has {counted(names)}, of which {model} does not know {len(unknown)}: "
             f"{listed(unknown)}{_near(unknown, known)}"
         )
     if absent:
         parts.append(
-            f"{len(absent)} of the {len(known)} classes of {model} are not in {data}: "
-            f"{listed(absent)}"
+            f"{model} has {counted(known)}, of which {data} lacks {len(absent)}: {listed(absent)}"
         )
     first = [*unknown, *(name for name in names if name not in set(unknown))]
     other = [*absent, *(name for name in known if name not in set(absent))]
     return (
-        "; ".join(parts) + f". Found the {len(names)} classes {listed(first)}; expected "
-        f"{'' if absent else 'some of '}the {len(known)} classes {listed(other)}. Classes are "
-        "matched by name: rename or remove the others"
+        f"{'; '.join(parts)}. Found {counted(names)}: {listed(first)}; expected the names of "
+        f"{counted(known)}: {listed(other)}. Classes are matched by name: rename or remove those "
+        "that differ"
     )
 
 

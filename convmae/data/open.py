@@ -175,7 +175,7 @@ def _folder_source(
     if folders is not None:
         number = {name: index for index, name in enumerate(folders)}
         labels = [number[path.relative_to(here).parts[0]] for path in paths]
-        classes = [normal_form(name) for name in folders]
+        classes = folders
         empty = empty_folders(here, folders)
     arrays = [path for path in paths if path.suffix.lower() == ARRAY_EXTENSION]
     description = f"{len(paths)} pictures in {here}"

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from convmae.data.arrays import decode_array
-from convmae.data.classes import NumberLabels, normal_form, number_classes
+from convmae.data.classes import NumberLabels, number_classes
 from convmae.data.errors import DataError, Failure, UnreadableError, check_share
 from convmae.data.labels import LABEL, NAMES_HELP, LabelReader, label_text
 from convmae.data.loader import Batch, make_batch, run_batches
@@ -408,7 +408,7 @@ class ShardSource(Source):
     def _describe_labels(self, first_has: bool) -> None:
         """Sets `classes`, `numbers` and `no_classes`; `first_has`: the first sample has a label."""
         names, tally = self.shards.classes, self.shards.labels
-        self.classes = None if names is None else [normal_form(name) for name in names]
+        self.classes = names
         if names is not None and self.classes == number_classes(len(names)):
             self.numbers = NumberLabels(len(names) - 1, "the last of its classes in sizes.json")
         elif tally is not None:

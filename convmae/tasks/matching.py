@@ -68,13 +68,15 @@ def classes_to_learn(
         )
     source.expect_labels(ExpectedLabels(count))
     if source.numbers is not None:
-        largest = source.numbers.largest
+        largest, told = source.numbers.largest, "labels are numbers, without names of classes"
         if largest is not None and largest >= count:
             raise OptionError(
                 f"--nb_classes {count} is too few for {option}{_largest(source)}; expected labels "
                 f"from 0 to {count - 1}"
             )
-        return ClassNumbers.of(count), ["labels are numbers, without names of classes"]
+        if largest is not None:
+            told += f"; the largest is {largest} of {source.numbers.where}"
+        return ClassNumbers.of(count), [told]
     assert classes is not None
     problem = name_problem(classes)
     if problem is not None:
