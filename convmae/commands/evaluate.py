@@ -58,8 +58,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             undivided=True,
         )
         data, of = f"--data_path {config.data_path!r}", f"--checkpoint {config.checkpoint!r}"
-        notes = match_labels(source, weights.classes, nb_classes, data, of)
         check_channels(source, model, config.data_path)
+        notes = match_labels(source, weights.classes, nb_classes, data, of)
         dtype, _ = pick_dtype(config.amp, world.device)
         half = dtype != torch.float32
         autocast = torch.autocast(world.device.type, dtype=dtype if half else None, enabled=half)

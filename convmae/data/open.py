@@ -18,8 +18,6 @@ from convmae.data.source import PhotoSource, Source, choose_balanced
 from convmae.data.stream import ShardSource, open_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from convmae.data.classes import NumberLabels
     from convmae.data.errors import Failure
     from convmae.data.picture import Photos
@@ -169,14 +167,7 @@ def _folder_source(
     here: Path, max_unreadable: float, max_samples: int | None, seed: int
 ) -> PhotoSource:
     paths = find_pictures(here, extensions=EXTENSIONS | {ARRAY_EXTENSION})
-    folders = class_folders(paths, here)
-    classes = labels = None
-    empty: list[str] = []
-    if folders is not None:
-        number = {name: index for index, name in enumerate(folders)}
-        labels = [number[path.relative_to(here).parts[0]] for path in paths]
-        classes = folders
-        empty = empty_folders(here, folders)
+    classes, labels = class_folders(paths, here) or (None, None)
     arrays = [path for path in paths if path.suffix.lower() == ARRAY_EXTENSION]
     description = f"{len(paths)} pictures in {here}"
     if not arrays:
@@ -197,21 +188,28 @@ def _folder_source(
     if classes is not None:
         description += f", {len(classes)} classes"
     limits = (max_unreadable, max_samples, seed)
-    source = _photo_source(
-        photos, description, classes, *limits, failures=tuple(failures), empty_classes=empty
-    )
+    source = _photo_source(photos, description, classes, *limits, failures=tuple(failures))
     if classes is None:
         source.no_classes = _why_no_classes(paths, here)
+    else:
+        source.empty_classes = empty_folders(here, classes)
     return source
 
 
-def class_folders(paths: list[Path], here: Path) -> list[str] | None:
-    """The sub-folders of `here` that the pictures lie in, sorted; None where one lies in no folder.
+def class_folders(paths: list[Path], here: Path) -> tuple[list[str], list[int]] | None:
+    """The sub-folders of `here` that pictures lie in, sorted, and the number of that of each.
 
     They are sorted by the form of Unicode in which names are compared: on all machines alike.
+
+    Returns:
+        None where a picture lies in no sub-folder.
     """
-    tops = {path.relative_to(here).parts[:-1][:1] for path in paths}
-    return None if () in tops else sorted((top[0] for top in tops), key=normal_form)
+    tops = [path.relative_to(here).parts[:-1][:1] for path in paths]
+    if () in tops:
+        return None
+    names = sorted({name for (name,) in tops}, key=normal_form)
+    number = {name: index for index, name in enumerate(names)}
+    return names, [number[name] for (name,) in tops]
 
 
 def _why_no_classes(paths: list[Path], here: Path) -> str:
@@ -225,10 +223,10 @@ def _why_no_classes(paths: list[Path], here: Path) -> str:
     )
 
 
-def empty_folders(here: Path, classes: Sequence[str]) -> list[str]:
+def empty_folders(here: Path, classes: list[str]) -> tuple[str, ...]:
     """The sub-folders of `here` that are none of `classes`; hidden ones are left out."""
     names = {path.name for path in here.iterdir() if path.is_dir()}
-    return sorted(name for name in names - set(classes) if not name.startswith("."))
+    return tuple(sorted(name for name in names - set(classes) if not name.startswith(".")))
 
 
 def _photo_source(
@@ -242,7 +240,6 @@ def _photo_source(
     workers: int | None = None,
     failures: tuple[Failure, ...] = (),
     numbers: NumberLabels | None = None,
-    empty_classes: Sequence[str] = (),
 ) -> PhotoSource:
     if max_samples is not None:
         broken = {failure.name for failure in failures}
@@ -260,7 +257,6 @@ def _photo_source(
         failures=list(failures),
         max_unreadable=max_unreadable,
         numbers=numbers,
-        empty_classes=empty_classes,
     )
 
 

@@ -247,9 +247,8 @@ class PhotoSource(Source):
     Args:
         photos: the pictures.
         classes: names of the labels.
-        numbers, empty_classes: see `Source`.
         repeats: how often an epoch of training sees each picture.
-        description, workers, failures, max_unreadable: see `Source`.
+        description, workers, failures, max_unreadable, numbers: see `Source`.
     """
 
     def __init__(
@@ -262,10 +261,9 @@ class PhotoSource(Source):
         failures: Sequence[Failure] = (),
         max_unreadable: float = 0.1,
         numbers: NumberLabels | None = None,
-        empty_classes: Sequence[str] = (),
     ) -> None:
         self.photos, self.classes, self.description = photos, classes, description
-        self.numbers, self.empty_classes = numbers, tuple(empty_classes)
+        self.numbers = numbers
         self.expected: ExpectedLabels | None = None
         self.channels, self.dtype = photos.channels, photos.dtype
         self.pictures, self.samples_per_epoch = len(photos), repeats * len(photos)

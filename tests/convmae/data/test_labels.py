@@ -10,7 +10,6 @@ import pytest
 from convmae import OptionError
 from convmae.data import DataError, UnreadableError, open_source, shards
 from convmae.data.labels import LabelReader, LabelTally
-from convmae.data.source import ExpectedLabels
 from convmae.tasks.matching import classes_to_learn, match_labels
 from tests.support.shard_files import TINY, picture, write_shard
 
@@ -86,12 +85,18 @@ def test_gaps_are_allowed_within_reason(tmp_path: Path) -> None:
     assert tally.classes() is None and "2020 (y)" in str(tally.problem())
 
 
-def test_a_label_found_late_is_refused_by_name(tmp_path: Path) -> None:
-    """Where nothing was counted, as at an address."""
-    source = open_source(labelled(tmp_path, ["0", "7"], names=["a", "b"]))
-    source.kind = source.kind._replace(reader=LabelReader(None))
-    source.expect_labels(ExpectedLabels(2))
-    with pytest.raises(DataError, match=r"a.tar: s1 has label 7, but there are 2 classes"):
+def test_labels_that_were_not_counted_need_a_number_of_classes(tmp_path: Path) -> None:
+    labelled(tmp_path, ["2", "0"])
+    (tmp_path / "sizes.json").write_text('{"a.tar": 2}')
+    source = open_source(tmp_path)
+    assert source.classes is None
+    with pytest.raises(OptionError, match="how many there are is not known; list .* nb_classes"):
+        classes_to_learn(source, None, "DATA")
+    assert classes_to_learn(source, 3, "DATA")[0] == ("0", "1", "2") and labels_of(source) == [2, 0]
+    match_labels(source, ("x", "y", "z"), 3, "DATA", "MODEL")
+    assert labels_of(source) == [2, 0]
+    match_labels(source, None, 2, "DATA", "MODEL")
+    with pytest.raises(DataError, match=r"a.tar: s0 has label 2, but there are 2 classes; .* 1"):
         labels_of(source)
 
 
