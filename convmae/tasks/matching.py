@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from convmae.config import OptionError
+from convmae.config.classify import MOST_CLASSES
 from convmae.data.classes import (
     ClassNames,
     ClassNumbers,
@@ -48,7 +49,7 @@ def classes_to_learn(
 
     Raises:
         OptionError: no labels, nothing that tells how many classes there are, fewer `nb_classes`
-            than there are, two classes of one name, or a class folder without pictures.
+            than there are, one class alone, two of one name, or a class folder without pictures.
     """
     check_labels(source, option)
     if source.empty_classes:
@@ -66,6 +67,13 @@ def classes_to_learn(
             f"--nb_classes {count} is fewer than the {len(classes)} classes of {option}: "
             f"{listed(classes)}{_largest(source)}"
         )
+    if count < 2:
+        raise OptionError(
+            f"{option} has {count} class: {listed(classes or ())}; expected two at least, which is "
+            "what a classifier tells apart: do the class folders lie one folder deeper?"
+        )
+    if count > MOST_CLASSES:
+        raise OptionError(f"{option} has {count} classes; expected {MOST_CLASSES} at most")
     source.expect_labels(ExpectedLabels(count))
     if source.numbers is not None:
         largest, told = source.numbers.largest, "labels are numbers, without names of classes"

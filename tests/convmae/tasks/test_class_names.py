@@ -262,6 +262,13 @@ def test_an_empty_class_folder_is_refused_in_training(tmp_path: Path) -> None:
     assert finetune(finetuning(data, tmp_path / "run")).steps == 1
 
 
+def test_one_class_is_none(tmp_path: Path) -> None:
+    """Such as a folder between the split and the classes."""
+    data = splits(tmp_path / "data", ["ant"], ["ant"])
+    with pytest.raises(OptionError, match="has 1 class: 'ant'; expected two at least, .* deeper"):
+        finetune(finetuning(data, tmp_path / "run"))
+
+
 # -- going on -------------------------------------------------------------------------------------
 
 
