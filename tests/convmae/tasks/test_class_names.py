@@ -266,7 +266,7 @@ def test_one_class_is_none(tmp_path: Path) -> None:
     """Such as a folder between the split and the classes."""
     data = splits(tmp_path / "data", ["ant"], ["ant"])
     with pytest.raises(OptionError, match="has 1 class: 'ant'; expected two at least, .* deeper"):
-        finetune(finetuning(data, tmp_path / "run"))
+        finetune(finetuning(data, tmp_path / "run", batch_size=2))
 
 
 # -- going on -------------------------------------------------------------------------------------
