@@ -8,7 +8,8 @@ below it is a name, if it is a name and no other name could be a place (as WordN
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from convmae.data.classes import (
     NumberLabels,
@@ -67,8 +68,8 @@ class LabelTally:
 
     def update(self, other: LabelTally) -> None:
         """Counts what another has counted, after what this one has."""
-        self.numbers = other.numbers | self.numbers
-        self.texts = other.texts | self.texts
+        for mine, others in ((self.numbers, other.numbers), (self.texts, other.texts)):
+            _add_new(mine, others)
         if self.largest is None or (
             other.largest is not None and other.largest[0] > self.largest[0]
         ):
@@ -87,8 +88,11 @@ class LabelTally:
     def names(self) -> list[str] | None:
         """The labels themselves as names, sorted; None where one could be a place or a mistake.
 
-        They are words, or whole numbers of which none could be the place of a class.
+        They are words, or whole numbers of which none could be the place of a class; and they are
+        all that there are.
         """
+        if max(len(self.texts), len(self.numbers)) >= MOST_LABELS:
+            return None
         if self.texts and not self.numbers and not any(map(_is_number, self.texts)):
             return sorted(self.texts)
         if self.numbers and not self.texts and min(self.numbers) >= len(self.numbers) > 1:
@@ -116,6 +120,12 @@ class LabelTally:
 
     def _limit(self) -> int:
         return max(ALWAYS_PLAUSIBLE, PLAUSIBLE_TIMES * len(self.numbers))
+
+
+def _add_new(mine: dict[Any, str], others: dict[Any, str]) -> None:
+    """Adds entries with new keys, up to `MOST_LABELS`."""
+    new = (item for item in others.items() if item[0] not in mine)
+    mine.update(islice(new, max(0, MOST_LABELS - len(mine))))
 
 
 def _is_number(text: str) -> bool:

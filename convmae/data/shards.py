@@ -250,15 +250,17 @@ def _local_shards(where: str, paths: list[Path]) -> Shards:
 
 def _count_shards(where: str, paths: list[Path]) -> Shards:
     """The local shards, their samples counted and their labels read."""
-    with ThreadPoolExecutor(8) as pool:
-        counts = list(pool.map(_count_samples, paths))
-    failures = [count.failure for count in counts if count.failure is not None]
+    sizes: list[int] = []
+    failures: list[Failure] = []
     labels = LabelTally()
-    for count in counts:
-        labels.update(count.labels)
-    sizes = tuple(count.size for count in counts)
+    with ThreadPoolExecutor(8) as pool:
+        for count in pool.map(_count_samples, paths):
+            sizes.append(count.size)
+            labels.update(count.labels)
+            if count.failure is not None:
+                failures.append(count.failure)
     names = tuple(str(path) for path in paths)
-    return Shards(where, names, sizes, None, failures, labels)
+    return Shards(where, names, tuple(sizes), None, failures, labels)
 
 
 def _read_sizes(paths: list[Path]) -> tuple[dict[str, int], list[str] | None] | None:

@@ -409,7 +409,7 @@ class ShardSource(Source):
         """Sets `classes`, `numbers` and `no_classes`; `first_has`: the first sample has a label."""
         names, tally = self.shards.classes, self.shards.labels
         self.classes = names
-        if names is not None and self.classes == number_classes(len(names)):
+        if names is not None and names == number_classes(len(names)):
             self.numbers = NumberLabels(len(names) - 1, "the last of its classes in sizes.json")
         elif tally is not None:
             self.classes, self.numbers = tally.classes(), tally.number_labels()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from convmae import OptionError
-from convmae.data import DataError, UnreadableError, open_source, shards
+from convmae.data import DataError, UnreadableError, labels, open_source, shards
 from convmae.data.labels import LabelReader, LabelTally
 from convmae.tasks.matching import classes_to_learn, match_labels
 from tests.support.shard_files import TINY, picture, write_shard
@@ -136,6 +136,24 @@ def test_a_number_is_a_place_unless_it_cannot_be_one() -> None:
     for text in ("3", "-1", "x", "9" * 3000):
         with pytest.raises(UnreadableError, match="whole number below 3, .* or a name of one"):
             reader.number(text)
+
+
+def test_the_different_labels_that_are_kept_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels, "MOST_LABELS", 5)
+    whole = LabelTally()
+    for first in (0, 100):
+        part = LabelTally()
+        for number in range(first, first + 20):
+            part.add(f"caption {number}", f"s{number}")
+            part.add(str(number), f"s{number}")
+        assert len(part.texts) == len(part.numbers) == 5
+        whole.update(part)
+    assert list(whole.texts) == [f"caption {i}" for i in range(5)]
+    assert len(whole.numbers) == 5 and whole.largest == (119, "s119")
+    words = LabelTally(texts={"a": "x", "b": "x", "c": "x", "d": "x"})
+    assert words.names() == ["a", "b", "c", "d"]
+    words.add("e", "x")
+    assert words.names() is None  # there may be more
 
 
 # -- sizes.json -----------------------------------------------------------------------------------
