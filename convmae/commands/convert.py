@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from convmae.config import ConvertConfig
+    from convmae.data.classes import ClassNames
 
 FIXED = ("pos_embed", "decoder_pos_embed")  # of a pretraining model
 FRESH_SEED = 0
@@ -116,7 +117,9 @@ def _convert(config: ConvertConfig, target: Path) -> ConversionReport:
     pictures, notes = _statistics(config, found, encoder.in_chans)
     is_ours = target.suffix == SAFETENSORS
     notes = [*found.notes, *_remarks(config, found, kind, state), *(notes if is_ours else ())]
-    classes = None if found.ours is None else found.ours.classes
+    classes = _classes(found, model)
+    if classes is not None and not is_ours:
+        notes.append(f"a {target.suffix} cannot tell the names of the {len(classes)} classes")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as fresh:
@@ -138,6 +141,14 @@ def _convert(config: ConvertConfig, target: Path) -> ConversionReport:
         left_out=[key for key in found.state if key not in state],
         notes=notes,
     )
+
+
+def _classes(found: ForeignWeights, model: ConvMAE | ConvViT) -> ClassNames | None:
+    """The names of the classes that the head of `model` has from the file."""
+    names = None if found.ours is None else found.ours.classes
+    if names is None or len(names) != model.config.get("num_classes"):
+        return None
+    return names
 
 
 def _target(config: ConvertConfig) -> Path:

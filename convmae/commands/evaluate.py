@@ -14,7 +14,8 @@ from convmae.config import OptionError, for_option
 from convmae.data import EvalTransform, open_source
 from convmae.files import replacing
 from convmae.models import ConvViT
-from convmae.tasks.accuracy import accuracy, check_channels, check_labels
+from convmae.tasks.accuracy import accuracy, check_channels
+from convmae.tasks.matching import match_labels
 from convmae.training.distributed import join
 from convmae.training.machine import pick_dtype
 from convmae.weights.checkpoint import open_weights
@@ -29,11 +30,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The accuracy of a checkpoint on a split.
 
     Returns:
-        `acc1` and `acc5` in per cent, `loss`, `images`, `images_per_s`, `checkpoint` and `model`;
-        written to `config.output` as JSON too, if that is given.
+        `acc1` and `acc5` in per cent, `loss`, `images`, `images_per_s`, `checkpoint`, `model`, and
+        `notes`, what is to be known of how classes were matched; written to `config.output` as
+        JSON too, if that is given.
 
     Raises:
-        OptionError (a ValueError): an option cannot work, or the checkpoint is no classifier.
+        OptionError (a ValueError): an option cannot work, the checkpoint is no classifier, or the
+            data have classes that it does not know.
         convmae.data.DataError (a ValueError): no such data.
     """
     config.validate()
@@ -49,10 +52,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             )
         nb_classes = int(model.config["num_classes"])
         source = open_source(
-            config.data_path, split=config.split, max_unreadable=config.max_unreadable
+            config.data_path,
+            split=config.split,
+            max_unreadable=config.max_unreadable,
+            undivided=True,
         )
-        check_labels(source, nb_classes, f"--data_path {config.data_path!r}")
+        data, of = f"--data_path {config.data_path!r}", f"--checkpoint {config.checkpoint!r}"
         check_channels(source, model, config.data_path)
+        notes = match_labels(source, weights.classes, nb_classes, data, of)
         dtype, _ = pick_dtype(config.amp, world.device)
         half = dtype != torch.float32
         autocast = torch.autocast(world.device.type, dtype=dtype if half else None, enabled=half)
@@ -73,6 +80,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "images_per_s": round(source.samples_per_epoch / seconds, 2),
             "model": weights.model,
             "checkpoint": str(weights.path),
+            "notes": notes,
         }
         if config.output and world.main:
             path = Path(config.output).expanduser()
@@ -86,6 +94,8 @@ def main(config: EvaluateConfig) -> int:
     """The command: `evaluate`, and its figures in a line; returns the exit status."""
     result = evaluate(config)
     if int(os.environ.get("RANK", "0")) == 0:
+        for note in result["notes"]:
+            print(note)
         print(
             f"accuracy {result['acc1']:.2f} % (best of 5: {result['acc5']:.2f} %), loss "
             f"{result['loss']:.4f} on {result['images']} pictures, "

@@ -14,6 +14,7 @@ from convmae.config.checks import (
 from convmae.config.run import AMP, RunConfig
 
 MIX_MODES = ("batch", "pair", "elem")
+MOST_CLASSES = 1_000_000  # a head of ConvViT-Base has then 768 M weights
 ERASE_MODES = ("const", "rand", "pixel")
 
 
@@ -28,7 +29,7 @@ class ClassifyConfig(RunConfig):
     """Which classifier: convvit_tiny, _small, _base, _large, _huge; by default the size of
     --finetune, else convvit_base."""
     nb_classes: int | None = None
-    """Classes; by default those of the data."""
+    """Classes; by default those of the data. Where more are asked for, the rest have no names."""
     global_pool: bool = True
     """Classify the mean of all tokens; otherwise the top-left one, as the official code can."""
     crop_pct: float = 0.875
@@ -46,7 +47,8 @@ class ClassifyConfig(RunConfig):
         """
         super().validate()
         if self.nb_classes is not None:
-            check_number("nb_classes", self.nb_classes, whole=True, at_least=2)
+            limits = {"at_least": 2, "at_most": MOST_CLASSES}
+            check_number("nb_classes", self.nb_classes, whole=True, **limits)
         if self.eval_batch_size is not None:
             check_number("eval_batch_size", self.eval_batch_size, whole=True, above=0)
         check_number("crop_pct", self.crop_pct, above=0, at_most=1)
@@ -200,7 +202,8 @@ class EvaluateConfig:
     checkpoint: str
     """A run's folder, a checkpoint folder or a .safetensors file of a classifier."""
     data_path: str
-    """As in convmae finetune; what is there is read as a val split."""
+    """As in convmae finetune, or class folders without splits, which are read as a whole. Classes
+    are matched by name."""
     split: Literal["val", "train"] = "val"
     """Which of its splits."""
     batch_size: int = 64

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convmae.data.classes import NumberLabels
 from convmae.data.errors import DataError
 from convmae.data.picture import Pixels
 
@@ -96,6 +97,12 @@ class IdxPhotos:
                 f"{folder} holds {len(self.images)} pictures and {len(self.labels)} labels of "
                 f"{PREFIX[split]}; expected as many, and at least one"
             )
+
+    def number_labels(self) -> NumberLabels:
+        """The largest label, and where it is."""
+        place = int(self.labels.argmax())
+        name = f"{self.folder / _file_name('labels', self.split)}[{place}]"
+        return NumberLabels(int(self.labels[place]), name)
 
     @property
     def classes(self) -> Sequence[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convmae.data.arrays import ARRAY_EXTENSION, ArrayPhotos
+from convmae.data.classes import normal_form
 from convmae.data.demo import CROPS_PER_PHOTO, DemoPhotos
 from convmae.data.errors import DataError, check_share
 from convmae.data.folder import FolderPhotos, check_readable, find_pictures, walk_pictures
@@ -17,6 +18,7 @@ from convmae.data.source import PhotoSource, Source, choose_balanced
 from convmae.data.stream import ShardSource, open_shards
 
 if TYPE_CHECKING:
+    from convmae.data.classes import NumberLabels
     from convmae.data.errors import Failure
     from convmae.data.picture import Photos
 
@@ -31,14 +33,15 @@ def open_source(
     max_unreadable: float = 0.1,
     max_samples: int | None = None,
     seed: int = 0,
+    undivided: bool = False,
 ) -> Source:
     """The pictures at `data_path`, their headers checked.
 
     - `demo`: the photographs inside scikit-image; `val` is the same.
     - A folder of pictures, flat or nested. With a `train` folder inside, that is read; `val` is the
       folder `val` or `test` inside. Where no picture lies directly in the folder of the split, the
-      names of its sub-folders, sorted, are the classes, as in torchvision's `ImageFolder`; those of
-      `val` are those of `train`.
+      names of its sub-folders with pictures, sorted, are the classes, as in torchvision's
+      `ImageFolder`; each split has its own, to be matched by name.
     - The same with `.npy` arrays instead of pictures (`convmae.data.arrays`).
     - A folder with the IDX files of the MNIST family, packed or not, or with them in `raw` or
       `<name>/raw`; `val` is t10k.
@@ -53,6 +56,7 @@ def open_source(
             share of damaged shards.
         max_samples: train on this many pictures only, as many of each class as can be.
         seed: of the choice of these.
+        undivided: for `val`, read all pictures where they are not divided into splits.
 
     Raises:
         DataError: nothing there, nothing of the split, too much of it unreadable, or fewer pictures
@@ -69,19 +73,20 @@ def open_source(
     folder = Path(text).expanduser()
     if not folder.is_dir():
         if text.endswith(SHARD) or _has_scheme(text):
-            return _shard_source(text, split, max_unreadable, max_samples)
+            return _shard_source(text, split, max_unreadable, max_samples, undivided)
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise DataError(f"--data_path {text!r} {what}; expected 'demo' or a folder of pictures")
     idx = find_idx(folder)
     if idx is not None:
         idx_photos = IdxPhotos(idx, split)
         description = f"{len(idx_photos)} pictures of {idx} ({split})"
-        classes = list(idx_photos.classes)
-        return _photo_source(idx_photos, description, classes, max_unreadable, max_samples, seed)
-    here = split_folder(folder, split, text)
+        classes, numbers = list(idx_photos.classes), idx_photos.number_labels()
+        limits = (max_unreadable, max_samples, seed)
+        return _photo_source(idx_photos, description, classes, *limits, numbers=numbers)
+    here = split_folder(folder, split, text, undivided)
     if _has_shards(here):
         return _shard_source(str(here), None, max_unreadable, max_samples)
-    return _folder_source(here, folder, max_unreadable, max_samples, seed)
+    return _folder_source(here, max_unreadable, max_samples, seed)
 
 
 def _has_scheme(text: str) -> bool:
@@ -89,18 +94,24 @@ def _has_scheme(text: str) -> bool:
 
 
 def _shard_source(
-    where: str, split: str | None, max_unreadable: float, max_samples: int | None
+    where: str,
+    split: str | None,
+    max_unreadable: float,
+    max_samples: int | None,
+    undivided: bool = False,
 ) -> ShardSource:
     if max_samples is not None:
         raise DataError(
             f"--max_samples {max_samples} cannot choose from shards, which are read in order; "
             "expected a folder of pictures, or write smaller shards"
         )
-    return open_shards(where, split, max_unreadable, default_workers())
+    return open_shards(where, split, max_unreadable, default_workers(), undivided)
 
 
-def split_folder(folder: Path, split: str, data_path: str) -> Path:
-    """Where the pictures of `split` lie.
+def split_folder(folder: Path, split: str, data_path: str, undivided: bool = False) -> Path:
+    """Where the pictures of `split` lie; `folder` itself if they are `undivided`, if that may be.
+
+    A folder `train` among other folders with pictures, but without `val` and `test`, is a class.
 
     Raises:
         DataError: there is no such folder, or there is a `val` but no `train`.
@@ -112,11 +123,23 @@ def split_folder(folder: Path, split: str, data_path: str) -> Path:
     others = [name for name in VAL_FOLDERS if (folder / name).is_dir()]
     if split == "train" and not others:
         return folder
+    if undivided and split == "val":
+        if not (folder / "train").is_dir() or _has_other_pictures(folder, "train"):
+            return folder
+        others = ["train"]
     looked = " or ".join(str(folder / name) for name in names)
     beside = f"; found {folder / others[0]} alone" if others else ""
+    beside += ", which --split train reads" if undivided and others else ""
     raise DataError(
         f"--data_path {data_path!r} has no {split} pictures: looked for {looked}{beside}"
     )
+
+
+def _has_other_pictures(folder: Path, name: str) -> bool:
+    """Whether there are pictures in `folder` outside its sub-folder `name`."""
+    inside = folder / name
+    paths = walk_pictures(folder, EXTENSIONS | {ARRAY_EXTENSION})
+    return any(not path.is_relative_to(inside) for path in paths)
 
 
 def _has_shards(folder: Path) -> bool:
@@ -141,11 +164,10 @@ def _mixed_kinds(folder: Path, one: str, other: str) -> DataError:
 
 
 def _folder_source(
-    here: Path, root: Path, max_unreadable: float, max_samples: int | None, seed: int
+    here: Path, max_unreadable: float, max_samples: int | None, seed: int
 ) -> PhotoSource:
     paths = find_pictures(here, extensions=EXTENSIONS | {ARRAY_EXTENSION})
-    classes = class_folders(root / "train" if (root / "train").is_dir() else here)
-    labels = None if classes is None else _labels(paths, here, classes)
+    classes, labels = class_folders(paths, here) or (None, None)
     arrays = [path for path in paths if path.suffix.lower() == ARRAY_EXTENSION]
     description = f"{len(paths)} pictures in {here}"
     if not arrays:
@@ -165,45 +187,46 @@ def _folder_source(
         description = f"{len(photos)} arrays of {kind} in {here}"
     if classes is not None:
         description += f", {len(classes)} classes"
-    return _photo_source(
-        photos, description, classes, max_unreadable, max_samples, seed, failures=tuple(failures)
+    limits = (max_unreadable, max_samples, seed)
+    source = _photo_source(photos, description, classes, *limits, failures=tuple(failures))
+    if classes is None:
+        source.no_classes = _why_no_classes(paths, here)
+    else:
+        source.empty_classes = empty_folders(here, classes)
+    return source
+
+
+def class_folders(paths: list[Path], here: Path) -> tuple[list[str], list[int]] | None:
+    """The sub-folders of `here` that pictures lie in, sorted, and the number of that of each.
+
+    They are sorted by the form of Unicode in which names are compared: on all machines alike.
+
+    Returns:
+        None where a picture lies in no sub-folder.
+    """
+    tops = [path.relative_to(here).parts[:-1][:1] for path in paths]
+    if () in tops:
+        return None
+    names = sorted({name for (name,) in tops}, key=normal_form)
+    number = {name: index for index, name in enumerate(names)}
+    return names, [number[name] for (name,) in tops]
+
+
+def _why_no_classes(paths: list[Path], here: Path) -> str:
+    """Why pictures of which some lie in sub-folders have no classes; empty if none does."""
+    beside = [path for path in paths if path.parent == here]
+    if len(beside) == len(paths):
+        return ""
+    return (
+        f"{len(beside)} of {len(paths)} pictures lie in no class folder, the first {beside[0]}; "
+        f"expected each in a sub-folder of {here} that has the name of its class"
     )
 
 
-def class_folders(folder: Path) -> list[str] | None:
-    """The sorted sub-folders that hold pictures; None where pictures lie in `folder` itself."""
-    extensions = EXTENSIONS | {ARRAY_EXTENSION}
-    names = []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            if next(walk_pictures(path, extensions), None) is not None:
-                names.append(path.name)
-        elif path.suffix.lower() in extensions:
-            return None
-    return names
-
-
-def _labels(paths: list[Path], here: Path, classes: list[str]) -> list[int]:
-    """The number of each picture's class folder.
-
-    Raises:
-        DataError: a picture lies in no folder, or in one that is no class.
-    """
-    number = {name: index for index, name in enumerate(classes)}
-    labels = []
-    for path in paths:
-        parts = path.relative_to(here).parts
-        name = parts[0] if len(parts) > 1 else None
-        if name not in number:
-            raise DataError(
-                f"{path} belongs to none of the {len(classes)} classes of training "
-                f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}); expected a "
-                f"folder of that name under {here}"
-            )
-        labels.append(number[name])
-    return labels
+def empty_folders(here: Path, classes: list[str]) -> tuple[str, ...]:
+    """The sub-folders of `here` that are none of `classes`; hidden ones are left out."""
+    names = {path.name for path in here.iterdir() if path.is_dir()}
+    return tuple(sorted(name for name in names - set(classes) if not name.startswith(".")))
 
 
 def _photo_source(
@@ -216,6 +239,7 @@ def _photo_source(
     repeats: int = 1,
     workers: int | None = None,
     failures: tuple[Failure, ...] = (),
+    numbers: NumberLabels | None = None,
 ) -> PhotoSource:
     if max_samples is not None:
         broken = {failure.name for failure in failures}
@@ -232,6 +256,7 @@ def _photo_source(
         workers=default_workers() if workers is None else workers,
         failures=list(failures),
         max_unreadable=max_unreadable,
+        numbers=numbers,
     )
 
 

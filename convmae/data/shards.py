@@ -1,7 +1,8 @@
 """WebDataset shards: which there are, how many samples each has, and their members one by one.
 
 A shard is a `.tar` file of samples: members `<key>.jpg`, `.jpeg`, `.png`, `.webp` or `.npy`, and
-`<key>.cls`, the label as text, side by side. Members of other kinds are never read.
+`<key>.cls`, the label as text (`convmae.data.labels`), side by side. Members of other kinds are
+never read.
 
 How many samples a shard has must be known before training. Of local shards it is counted from
 the headers in the archive; at an http address it is read from `sizes.json` beside the shards, an
@@ -9,7 +10,8 @@ object of shard names and counts, with the names of the classes under `"classes"
 
     {"shard-000000.tar": 10000, "shard-000001.tar": 9312, "classes": ["cat", "dog"]}
 
-`python -m convmae.data.shards FOLDER` writes it. Local shards are not counted where a
+`python -m convmae.data.shards FOLDER` writes it; labels that are words, or whole numbers of which
+none could be a place, become the names of the classes, sorted. Local shards are not counted where a
 `sizes.json` that names all of them is younger than they are.
 """
 
@@ -26,14 +28,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit, urlunsplit
 
+from convmae.data.classes import listed, name_problem
 from convmae.data.errors import DataError, Failure
+from convmae.data.labels import LABEL, LONGEST_LABEL, LabelTally, label_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SIZES_FILE = "sizes.json"
 SHARD = ".tar"
-LABEL = "cls"
 FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}  # Pillow's names
 PICTURES = {*FORMATS, "npy"}
 SIZES_HELP = (
@@ -47,13 +50,17 @@ ShardSample = dict[str, Any]  # __key__, and for each extension the member or it
 
 @dataclass(frozen=True)
 class Shards:
-    """Shards in the order of their names, how many samples each has, and the damaged ones."""
+    """Shards in the order of their names, how many samples each has, and the damaged ones.
+
+    `classes` are the names in `sizes.json`; without it `labels` are those that were counted.
+    """
 
     where: str
     names: tuple[str, ...]  # paths or addresses
     sizes: tuple[int, ...]
     classes: list[str] | None = None
     failures: list[Failure] = field(default_factory=list)
+    labels: LabelTally | None = None
 
 
 # -- one shard ------------------------------------------------------------------------------------
@@ -146,7 +153,7 @@ class _ShardCount:
     """What the headers of one local shard say."""
 
     size: int = 0
-    labels: set[str] = field(default_factory=set)
+    labels: LabelTally = field(default_factory=LabelTally)
     failure: Failure | None = None
 
 
@@ -157,7 +164,8 @@ def _count_samples(path: Path) -> _ShardCount:
             for sample in read_samples(archive, stream, str(path)):
                 if LABEL in sample:
                     member = archive.extractfile(sample[LABEL])
-                    count.labels.add(member.read(32).decode("ascii", "replace").strip())  # type: ignore[union-attr]
+                    text = label_text(member.read(LONGEST_LABEL))  # type: ignore[union-attr]
+                    count.labels.add(text, f"{path}: {sample['__key__']}")
                 count.size, last = count.size + 1, sample["__key__"]
     except ARCHIVE_ERRORS as error:
         reason = (
@@ -170,7 +178,7 @@ def _count_samples(path: Path) -> _ShardCount:
 # -- all shards -----------------------------------------------------------------------------------
 
 
-def list_shards(where: str, split: str | None) -> Shards:
+def list_shards(where: str, split: str | None, undivided: bool = False) -> Shards:
     """The shards of a folder, a pattern or an address.
 
     Args:
@@ -178,6 +186,7 @@ def list_shards(where: str, split: str | None) -> Shards:
             folder with `sizes.json`.
         split: "train" or "val": which folder at an address; a pattern is "train" only. None:
             `where` is the folder of the split itself.
+        undivided: for `val`, take all shards where they are not divided into splits.
 
     Raises:
         DataError: not http, https or a path; a shard or `sizes.json` is missing or broken.
@@ -187,8 +196,8 @@ def list_shards(where: str, split: str | None) -> Shards:
         return _local_shards(where, [path for path in found if not path.name.startswith(".")])
     _check_scheme(where)
     if is_address(where) and not urlsplit(where).path.endswith(SHARD):
-        return _shards_at_address(where, split)
-    if split == "val":
+        return _shards_at_address(where, split, undivided)
+    if split == "val" and not undivided:
         raise DataError(
             f"--data_path {where!r} has no val pictures: a pattern names the shards of one split; "
             "expected a folder, or the address of one, with train and val inside"
@@ -231,21 +240,27 @@ def _expand_pattern(pattern: str) -> list[str]:
 
 
 def _local_shards(where: str, paths: list[Path]) -> Shards:
-    names = tuple(str(path) for path in paths)
-    listed = _read_sizes(paths)
-    if listed is not None:
-        return _shards_with_sizes(where, list(names), *listed, str(paths[0].parent / SIZES_FILE))
+    given = _read_sizes(paths)
+    if given is not None:
+        return _shards_with_sizes(
+            where, [str(path) for path in paths], *given, str(paths[0].parent / SIZES_FILE)
+        )
+    return _count_shards(where, paths)
+
+
+def _count_shards(where: str, paths: list[Path]) -> Shards:
+    """The local shards, their samples counted and their labels read."""
+    sizes: list[int] = []
+    failures: list[Failure] = []
+    labels = LabelTally()
     with ThreadPoolExecutor(8) as pool:
-        counts = list(pool.map(_count_samples, paths))
-    failures = [count.failure for count in counts if count.failure is not None]
-    labels = set().union(*(count.labels for count in counts))
-    return Shards(where, names, tuple(count.size for count in counts), _classes(labels), failures)
-
-
-def _classes(labels: set[str]) -> list[str] | None:
-    """ "0" to the largest label; labels that are no whole numbers fail when they are read."""
-    numbers = [int(label) for label in labels if label.isdecimal()]
-    return [str(label) for label in range(max(numbers) + 1)] if numbers else None
+        for count in pool.map(_count_samples, paths):
+            sizes.append(count.size)
+            labels.update(count.labels)
+            if count.failure is not None:
+                failures.append(count.failure)
+    names = tuple(str(path) for path in paths)
+    return Shards(where, names, tuple(sizes), None, failures, labels)
 
 
 def _read_sizes(paths: list[Path]) -> tuple[dict[str, int], list[str] | None] | None:
@@ -284,7 +299,12 @@ def parse_sizes(text: str, sizes_file: str) -> tuple[dict[str, int], list[str] |
         raise DataError(
             f"{sizes_file} does not hold names of shards and their counts. {SIZES_HELP}"
         )
-    return values, classes
+    problem = None if classes is None else name_problem(classes)
+    if problem is not None:
+        raise DataError(
+            f'{sizes_file}: "classes": {problem}; expected a name for each class, all different'
+        )
+    return values, classes or None
 
 
 def _shards_with_sizes(
@@ -300,11 +320,11 @@ def _shards_with_sizes(
     return Shards(where, tuple(names), tuple(sizes[name] for name in short), classes)
 
 
-def _shards_at_address(address: str, split: str | None) -> Shards:
+def _shards_at_address(address: str, split: str | None, undivided: bool) -> Shards:
     """The shards that the `sizes.json` at an address names, in its folder of `split` if any."""
     folder = address if address.endswith("/") else f"{address}/"
     tried = [f"{folder}{split}/{SIZES_FILE}"]
-    if split == "train":
+    if split == "train" or undivided:
         tried.append(f"{folder}{SIZES_FILE}")
     reasons = []
     for sizes_file in tried:
@@ -338,23 +358,29 @@ def _fetch_sizes(address: str) -> tuple[dict[str, int], list[str] | None]:
     return parse_sizes(text, address)
 
 
-def write_sizes(folder: str | Path) -> Path:
+def write_sizes(folder: str | Path, say: Callable[[str], None] = print) -> Path:
     """Counts the shards of a local folder and writes `sizes.json` beside them.
 
     Raises:
-        DataError: no shards, or a damaged one.
+        DataError: no shards, a damaged one, or labels that tell no classes.
     """
     file = Path(folder) / SIZES_FILE
-    file.unlink(missing_ok=True)
     paths = sorted(path for path in Path(folder).glob(f"*{SHARD}"))
     if not paths:
         raise DataError(f"{str(folder)!r} holds no {SHARD} files")
-    shards = _local_shards(str(folder), paths)
+    shards = _count_shards(str(folder), paths)
     if shards.failures:
         raise DataError("; ".join(f"{name}: {reason}" for name, reason in shards.failures))
     values: dict[str, Any] = {Path(n).name: size for n, size in zip(shards.names, shards.sizes)}
-    if shards.classes is not None:
-        values["classes"] = shards.classes
+    assert shards.labels is not None
+    classes, problem = shards.labels.classes(), shards.labels.problem()
+    if problem is not None:
+        classes = shards.labels.names()
+        if classes is None:
+            raise DataError(problem)
+        say(f"{len(classes)} classes are named by their labels: {listed(classes)}")
+    if classes is not None:
+        values["classes"] = classes
     file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     return file
 
@@ -363,7 +389,7 @@ def main(arguments: list[str], say: Callable[[str], None] = print) -> int:
     """`python -m convmae.data.shards FOLDER...`"""
     for folder in arguments:
         try:
-            say(f"wrote {write_sizes(folder)}")
+            say(f"wrote {write_sizes(folder, say)}")
         except DataError as error:
             say(f"error: {error}")
             return 2

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
+from convmae.data.classes import NumberLabels, shown_number
 from convmae.data.errors import DataError, Failure, UnreadableError
 from convmae.data.loader import (
     EvaluationDataset,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from convmae.data.crops import Size
+    from convmae.data.crops import PickBox, Size
     from convmae.data.loader import Batch
     from convmae.data.picture import Photos
     from convmae.data.transforms import Transform
@@ -51,12 +52,42 @@ class ReadPlan:
             raise ValueError(f"rank must be in [0, {self.world}), got {self.rank}")
 
 
+@dataclass(frozen=True)
+class ExpectedLabels:
+    """From the labels of a source to the numbers of a model's classes.
+
+    Attributes:
+        count: how many classes the model has.
+        numbers: of each class of the source the model's number; None where they are the same.
+    """
+
+    count: int
+    numbers: tuple[int, ...] | None = None
+
+    def number(self, label: int, name: str) -> int:
+        """The model's number of the label of the picture `name`.
+
+        Raises:
+            DataError: the model has no such class.
+        """
+        limit = self.count if self.numbers is None else len(self.numbers)
+        if label >= limit:
+            raise DataError(
+                f"{name} has label {shown_number(label)}, but there are {limit} classes; expected "
+                f"0 to {limit - 1}"
+            )
+        return label if self.numbers is None or label < 0 else self.numbers[label]
+
+
 class Source(ABC):
     """Pictures of one kind, and what is known to be wrong with them.
 
     Attributes:
         channels, dtype: of every picture; uint8, uint16 or float32.
-        classes: names of the labels, or None.
+        classes: names of the labels, or None; "0", "1" ... where there are numbers alone.
+        numbers: what is known of labels that are numbers alone.
+        empty_classes: names of class folders that hold no picture.
+        no_classes: why there are labels, but no classes, in words; else empty.
         pictures: how many there are.
         samples_per_epoch: how many samples of them training sees in an epoch.
         description: a line for the log.
@@ -68,6 +99,9 @@ class Source(ABC):
     channels: int
     dtype: torch.dtype
     classes: list[str] | None
+    numbers: NumberLabels | None = None
+    empty_classes: tuple[str, ...] = ()
+    no_classes: str = ""
     pictures: int
     samples_per_epoch: int
     description: str
@@ -82,6 +116,14 @@ class Source(ABC):
     @abstractmethod
     def _evaluate(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         """The dataset and sampler of `evaluation_batches`."""
+
+    @abstractmethod
+    def expect_labels(self, expected: ExpectedLabels) -> None:
+        """From now on batches have the model's numbers as labels.
+
+        Until then they have the source's own, and -1 where a sample of shards has none; from then
+        on such a sample cannot be read.
+        """
 
     @abstractmethod
     def preview(self, count: int, size: Size) -> Tensor:
@@ -206,7 +248,7 @@ class PhotoSource(Source):
         photos: the pictures.
         classes: names of the labels.
         repeats: how often an epoch of training sees each picture.
-        description, workers, failures, max_unreadable: see `Source`.
+        description, workers, failures, max_unreadable, numbers: see `Source`.
     """
 
     def __init__(
@@ -218,8 +260,11 @@ class PhotoSource(Source):
         workers: int = 0,
         failures: Sequence[Failure] = (),
         max_unreadable: float = 0.1,
+        numbers: NumberLabels | None = None,
     ) -> None:
         self.photos, self.classes, self.description = photos, classes, description
+        self.numbers = numbers
+        self.expected: ExpectedLabels | None = None
         self.channels, self.dtype = photos.channels, photos.dtype
         self.pictures, self.samples_per_epoch = len(photos), repeats * len(photos)
         self.workers, self.failures = workers, list(failures)
@@ -236,11 +281,18 @@ class PhotoSource(Source):
             plan.rank,
             plan.world,
         )
-        return PictureDataset(self.photos, transform, plan.seed), sampler
+        return PictureDataset(self._labelled(), transform, plan.seed), sampler
 
     def _evaluate(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         sampler = EvaluationSampler(self.pictures, plan.batch_size, plan.rank, plan.world)
-        return EvaluationDataset(self.photos, transform), sampler
+        return EvaluationDataset(self._labelled(), transform), sampler
+
+    def expect_labels(self, expected: ExpectedLabels) -> None:
+        self.expected = expected
+
+    def _labelled(self) -> Photos:
+        """The pictures, with the labels that are expected."""
+        return self.photos if self.expected is None else Relabelled(self.photos, self.expected)
 
     def preview(self, count: int, size: Size) -> Tensor:
         """Centre crops of `count` pictures at most, evenly spaced: `[N, C, H, W]`, as stored.
@@ -265,6 +317,29 @@ class PhotoSource(Source):
         dataset = _MapDataset(self.photos, function)
         for results in run_batches(dataset, lists, self._workers(workers)):
             yield from results
+
+
+class Relabelled:
+    """`photos` with the numbers of a model's classes as labels."""
+
+    def __init__(self, photos: Photos, expected: ExpectedLabels) -> None:
+        self.photos, self.expected = photos, expected
+        self.channels, self.dtype = photos.channels, photos.dtype
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def name(self, index: int) -> str:
+        return self.photos.name(index)
+
+    def label(self, index: int) -> int:
+        return self.expected.number(self.photos.label(index), self.photos.name(index))
+
+    def load(self, index: int) -> Tensor:
+        return self.photos.load(index)
+
+    def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
+        return self.photos.crop(index, pick, size)
 
 
 class _MapDataset(Dataset[Any]):

@@ -25,14 +25,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from convmae.data.arrays import decode_array
+from convmae.data.classes import NumberLabels, number_classes
 from convmae.data.errors import DataError, Failure, UnreadableError, check_share
+from convmae.data.labels import LABEL, NAMES_HELP, LabelReader, label_text
 from convmae.data.loader import Batch, make_batch, run_batches
 from convmae.data.picture import NO_LABEL, Pixels
 from convmae.data.pillow import EncodedPicture
 from convmae.data.shards import (
     ARCHIVE_ERRORS,
     FORMATS,
-    LABEL,
     PICTURES,
     Shards,
     error_reason,
@@ -41,7 +42,7 @@ from convmae.data.shards import (
     open_shard,
     read_samples,
 )
-from convmae.data.source import Source
+from convmae.data.source import ExpectedLabels, Source
 from convmae.data.transforms import CentreTransform
 from convmae.seeds import Stream, derive_seed, generator_for, seeded
 
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from convmae.data.source import ReadPlan
     from convmae.data.transforms import Transform
 
+LABELS_BELOW = 2**63  # those that an int64 holds
 BUFFER = 1000  # samples, not decoded, that one loading process shuffles
 MAX_TRIES = 1000  # unreadable samples in a row
 
@@ -75,8 +77,10 @@ class SampleKind(NamedTuple):
 
     channels: int
     dtype: torch.dtype
-    classes: list[str] | None
-    labelled: bool
+    reader: LabelReader | None
+    """Of their labels; None if there are none."""
+    expected: ExpectedLabels | None = None
+    """What labels have to be; None where a sample may be without."""
 
 
 def decode_sample(raw: RawSample) -> tuple[Picture, str | None]:
@@ -90,27 +94,30 @@ def decode_sample(raw: RawSample) -> tuple[Picture, str | None]:
     suffix = next(suffix for suffix in raw.content if suffix in PICTURES)
     data = raw.content[suffix]
     text = raw.content.get(LABEL)
-    label = None if text is None else text.decode("ascii", "replace").strip()
+    label = None if text is None else label_text(text)
     if suffix == "npy":
         return decode_array(data), label
     return EncodedPicture(data, formats=(FORMATS[suffix],)), label
 
 
-def class_number(text: str | None, kind: SampleKind) -> int:
-    """The number of a label, -1 in a source that has none.
+def class_number(text: str | None, kind: SampleKind, name: str) -> int:
+    """The number of the label `text` of the sample `name`; -1 if it has none and needs none.
 
     Raises:
-        UnreadableError: it is missing, or no whole number of a class.
+        UnreadableError: one is needed, and it is missing, or no number or name of a class.
+        DataError: it is a number that the model has no class for.
     """
-    if not kind.labelled:
+    if kind.reader is None:
         return NO_LABEL
-    if text is None:
-        raise UnreadableError(f"it has no .{LABEL}, as others have")
-    if not text.isdecimal():
-        raise UnreadableError(f"its .{LABEL} is {text[:32]!r}; expected a whole number")
-    if kind.classes is not None and int(text) >= len(kind.classes):
-        raise UnreadableError(f"its .{LABEL} is {text}, but there are {len(kind.classes)} classes")
-    return int(text)
+    try:
+        number = kind.reader.number(text)
+    except UnreadableError:
+        if kind.expected is not None:
+            raise
+        return NO_LABEL
+    if kind.expected is not None:
+        return kind.expected.number(number, name)
+    return number if number < LABELS_BELOW else NO_LABEL
 
 
 def read_shard(
@@ -263,7 +270,7 @@ class StreamDataset(IterableDataset[Batch]):
             UnreadableError: it cannot be decoded, or is not like the others.
         """
         picture, text = decode_sample(raw)
-        label = class_number(text, self.kind)
+        label = class_number(text, self.kind, raw.name)
         with seeded(derive_seed(self.plan.seed, Stream.SAMPLE, epoch, sample)):
             image = self.transform(picture)
         if (len(image), image.dtype) != (self.kind.channels, self.kind.dtype):
@@ -385,14 +392,34 @@ class ShardSource(Source):
         check_share(shards.failures, len(shards.names), max_unreadable, "shards")
         self.shards, self.failures = shards, list(shards.failures)
         self.pictures = self.samples_per_epoch = sum(shards.sizes)
-        self.classes, self.workers, self.max_unreadable = shards.classes, workers, max_unreadable
+        self.workers, self.max_unreadable = workers, max_unreadable
         self._previews: dict[tuple[int, Size], Tensor] = {}
         picture, label = next(self._readable())
         image = picture.load()
         self.channels, self.dtype = len(image), image.dtype
-        self.kind = SampleKind(self.channels, self.dtype, self.classes, label is not None)
+        self._describe_labels(label is not None)
+        named = self.classes is not None and self.numbers is None
+        reader = LabelReader(None if shards.classes is None else self.classes)
+        labelled = named or self.numbers is not None
+        self.kind = SampleKind(self.channels, self.dtype, reader if labelled else None)
         text = f"{self.pictures} samples in {len(shards.names)} shards of {shards.where}"
         self.description = text + (f", {len(self.classes)} classes" if self.classes else "")
+
+    def _describe_labels(self, first_has: bool) -> None:
+        """Sets `classes`, `numbers` and `no_classes`; `first_has`: the first sample has a label."""
+        names, tally = self.shards.classes, self.shards.labels
+        self.classes = names
+        if names is not None and names == number_classes(len(names)):
+            self.numbers = NumberLabels(len(names) - 1, "the last of its classes in sizes.json")
+        elif tally is not None:
+            self.classes, self.numbers = tally.classes(), tally.number_labels()
+            self.no_classes = tally.problem() or ""
+        elif names is None and first_has:
+            self.numbers = NumberLabels()
+            self.no_classes = f"how many there are is not known; {NAMES_HELP}, or give --nb_classes"
+
+    def expect_labels(self, expected: ExpectedLabels) -> None:
+        self.kind = self.kind._replace(expected=expected)
 
     def _readable(self) -> Iterator[tuple[Picture, str | None]]:
         """The first samples that can be read, of the first `MAX_TRIES`, and their labels.
@@ -443,7 +470,13 @@ class ShardSource(Source):
         return run_batches(dataset, None, self._workers(workers))
 
 
-def open_shards(where: str, split: str | None, max_unreadable: float, workers: int) -> ShardSource:
+def open_shards(
+    where: str,
+    split: str | None,
+    max_unreadable: float,
+    workers: int,
+    undivided: bool = False,
+) -> ShardSource:
     """The shards of a folder, a pattern or an address; see `list_shards`.
 
     Raises:
@@ -451,4 +484,4 @@ def open_shards(where: str, split: str | None, max_unreadable: float, workers: i
     """
     # One loading process at least: it ignores Ctrl-C, and so does the program that it starts to
     # fetch a shard. Started from the main process, that program would be killed.
-    return ShardSource(list_shards(where, split), max_unreadable, max(1, workers))
+    return ShardSource(list_shards(where, split, undivided), max_unreadable, max(1, workers))

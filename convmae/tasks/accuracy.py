@@ -19,19 +19,6 @@ if TYPE_CHECKING:
     from convmae.training.distributed import World
 
 
-def check_labels(source: Source, nb_classes: int, option: str) -> None:
-    """Raises `OptionError` unless the pictures have labels, and no more classes than the model."""
-    if source.classes is None:
-        raise OptionError(
-            f"{option} holds pictures without labels; expected class folders, IDX files with "
-            "labels, or shards with .cls members"
-        )
-    if len(source.classes) > nb_classes:
-        raise OptionError(
-            f"--nb_classes {nb_classes} is fewer than the {len(source.classes)} classes of {option}"
-        )
-
-
 @torch.no_grad()
 def accuracy(
     model: nn.Module,

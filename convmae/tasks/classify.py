@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convmae.config import OptionError, for_option, suggest
-from convmae.data import (
-    DataError,
-    EvalTransform,
-    open_source,
-)
+from convmae.data import DataError, EvalTransform, open_source
 from convmae.models import ConvViT, create_model, full_name, list_models
-from convmae.tasks.accuracy import accuracy, better, check_channels, check_labels
+from convmae.tasks.accuracy import accuracy, better, check_channels
+from convmae.tasks.matching import classes_to_learn, match_labels
 from convmae.training.distributed import whole_model
 from convmae.training.state import Run, TrainingError
 from convmae.training.task import Task
@@ -28,6 +25,7 @@ if TYPE_CHECKING:
     from convmae.config.classify import ClassifyConfig
     from convmae.data import Batch, Source, Statistics
     from convmae.records.log import RunLog
+    from convmae.weights.checkpoint import Weights
 
 
 class Classification(Task):
@@ -37,7 +35,9 @@ class Classification(Task):
         self.best: float | None = None
         self.nb_classes = 0
         self.initial_statistics: Statistics | None = None
+        self.train: Source | None = None
         self.val: Source | None = None
+        self.keeps_head = False  # that of the weights to start from
         self.ema: Any = None
         self.saved_ema: dict[str, Tensor] | None = None
         self.criterion: nn.Module = torch.nn.CrossEntropyLoss()
@@ -46,28 +46,36 @@ class Classification(Task):
 
     def build(self, config: ClassifyConfig, source: Source) -> tuple[nn.Module, str, list[str]]:
         data = f"--data_path {config.data_path!r}"
-        self.nb_classes = config.nb_classes or len(source.classes or ())
-        check_labels(source, self.nb_classes or 1, data)
+        self.classes, class_notes = classes_to_learn(source, config.nb_classes, data)
+        self.nb_classes, self.train = len(self.classes), source
         self.val = open_source(
             config.data_path, split="val", max_unreadable=config.max_unreadable, seed=config.seed
         )
-        check_labels(self.val, self.nb_classes, f"the val split of {data}")
+        class_notes += self._match(self.val, config, "val", "its train split")
         with for_option("finetune"):
             initial = None if config.finetune is None else open_foreign(config.finetune)
             fitting = None if initial is None else classifier_for(initial)
         name = config.model or fitting or "convvit_base"
         model = self._create(name, config, source.channels)
         check_channels(self.val, model, config.data_path)
-        notes = [f"{self.nb_classes} classes; {self.val.description} (val)"]
+        notes = [f"{self.nb_classes} classes; {self.val.description} (val)", *class_notes]
         if initial is None:
             notes.append("starting from random weights (no --finetune)")
         else:
             with for_option("finetune"):
-                notes.append(str(load_pretrained(model, initial)))
+                report = load_pretrained(model, initial, self.classes)
+            notes.append(str(report))
+            self.keeps_head = report.keeps_head
             self.initial_statistics = None if initial.ours is None else initial.ours.pictures
-        if source.classes is not None and len(source.classes) == self.nb_classes:
-            self.classes = tuple(source.classes)
         return model, full_name(name), notes
+
+    def _match(
+        self, source: Source, config: Any, split: str, model: str, all_of_them: bool = False
+    ) -> list[str]:
+        """Gives the pictures of a split the labels of `self.classes`; what to tell about it."""
+        assert self.classes is not None
+        data = f"the {split} split of --data_path {config.data_path!r}"
+        return match_labels(source, self.classes, self.nb_classes, data, model, all_of_them)
 
     def _create(self, name: str, config: ClassifyConfig, channels: int) -> Any:
         try:
@@ -160,6 +168,24 @@ class Classification(Task):
     def state(self, run: Run) -> dict[str, Any]:
         ema = None if self.ema is None else self.ema.module.state_dict()
         return {"best": self.best, "ema": ema}
+
+    def resume_classes(self, config: ClassifyConfig, weights: Weights) -> list[str]:
+        """Goes on with the classes of a checkpoint, in its order; what to tell about it.
+
+        Raises:
+            OptionError: those of the data are others.
+        """
+        assert self.train is not None and self.val is not None and self.classes is not None
+        where = f"--resume {weights.path}"
+        if weights.classes is None:
+            return [f"note: {where} does not tell the names of its classes: they are not compared"]
+        before, self.classes = self.classes, weights.classes
+        self.nb_classes = int(weights.config.get("num_classes", len(self.classes)))
+        notes = self._match(self.train, config, "train", where, all_of_them=True)
+        self._match(self.val, config, "val", where)
+        if self.classes != before and set(self.classes) == set(before):
+            notes.append(f"note: classes have the order that they have in {weights.path}")
+        return notes
 
     def load_state(self, run: Run, state: dict[str, Any]) -> None:
         self.best = state["best"]

@@ -67,7 +67,7 @@ class Finetuning(Classification):
 
     def build(self, config: Any, source: Source) -> tuple[nn.Module, str, list[str]]:
         model, name, notes = super().build(config, source)
-        if config.finetune is not None:
+        if config.finetune is not None and not self.keeps_head:
             torch.nn.init.trunc_normal_(linear_of_head(model).weight, std=HEAD_STD)
         return model, name, notes
 

@@ -49,7 +49,8 @@ class Probing(Classification):
     def build(self, config: Any, source: Source) -> tuple[nn.Module, str, list[str]]:
         model, name, notes = super().build(config, source)
         head = linear_of_head(model)
-        torch.nn.init.trunc_normal_(head.weight, std=HEAD_STD)
+        if not self.keeps_head:
+            torch.nn.init.trunc_normal_(head.weight, std=HEAD_STD)
         model.requires_grad_(False)
         head.requires_grad_(True)
         return model, name, notes

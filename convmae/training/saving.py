@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image as PILImage
     from torch import Tensor
 
+    from convmae.data.classes import ClassNames
     from convmae.records.log import RunLog
     from convmae.training.task import Task
 
@@ -52,7 +53,7 @@ def save(run: Run, task: Task, log: RunLog) -> None:
 
 
 def _write(
-    run: Run, weights: dict[str, Tensor], state: dict[str, Any], classes: tuple[str, ...] | None
+    run: Run, weights: dict[str, Tensor], state: dict[str, Any], classes: ClassNames | None
 ) -> str | None:
     """Writes the checkpoint; what prevented it, in words."""
     broken = not_finite(weights)

@@ -210,6 +210,7 @@ def _resume(run: Run, task: Task, folder: Path) -> list[str]:
     with for_option("resume"):
         weights, state = read_training_state(folder)
     config = run.config
+    notes = task.resume_classes(config, weights)
     mine = plain(run.model.config)  # type: ignore[arg-type]
     if weights.model != run.model_name or weights.config != mine:
         raise OptionError(
@@ -232,7 +233,7 @@ def _resume(run: Run, task: Task, folder: Path) -> list[str]:
             f"--epochs {config.epochs}: {folder} has been trained for {done:g} epochs already; "
             "give more to go on"
         )
-    notes = [f"going on from {folder}, epoch {done:.2f} (step {run.step})"]
+    notes.insert(0, f"going on from {folder}, epoch {done:.2f} (step {run.step})")
     if state.get("seeds") != SCHEME:
         notes.append(
             f"note: {folder} was written by another version, whose random numbers were others: the "

@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from convmae.data import Batch, Source, Statistics
+    from convmae.data.classes import ClassNames
     from convmae.records.log import RunLog
     from convmae.training.state import Run
+    from convmae.weights.checkpoint import Weights
 
 
 class Task(ABC):
     """One kind of training: what it trains, on what, and what is to be seen of it."""
 
     command: str
-    classes: tuple[str, ...] | None = None  # names of what the model tells apart, in their order
+    classes: ClassNames | None = None  # names of what the model tells apart, in their order
 
     @abstractmethod
     def transform(self, config: Any) -> Any:
@@ -75,6 +77,10 @@ class Task(ABC):
     def state(self, run: Run) -> dict[str, Any]:
         """What a checkpoint has to hold besides model and optimizer: tensors and plain values."""
         return {}
+
+    def resume_classes(self, config: Any, weights: Weights) -> list[str]:
+        """Checks the classes of a checkpoint to go on from; what to tell about them."""
+        return []
 
     def load_state(self, run: Run, state: dict[str, Any]) -> None:
         """Takes back what `state` gave."""

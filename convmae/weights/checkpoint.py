@@ -13,11 +13,12 @@ import torch
 
 from convmae.config import WeightsError
 from convmae.data import IMAGENET, IMAGENET_MEAN, Statistics
+from convmae.data.classes import ClassNames, ClassNumbers
 from convmae.files import CHECKPOINT, flush, replaced_folder, replacing
 from convmae.weights.safe_load import load_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -40,6 +41,7 @@ class Weights:
         state: the state dict, on the CPU.
         pictures: mean and deviation of the pictures it was trained on; None if it does not say.
         classes: names of the classes that it tells apart, in their order; None if it does not say.
+            `ClassNumbers` where the data that it learned from had numbers alone.
     """
 
     path: Path
@@ -47,7 +49,7 @@ class Weights:
     config: dict[str, Any]
     state: dict[str, Tensor]
     pictures: Statistics | None = None
-    classes: tuple[str, ...] | None = None
+    classes: ClassNames | None = None
 
     def describe(self) -> str:
         """One line that tells this model from another."""
@@ -106,7 +108,7 @@ def save_checkpoint(
     training_state: dict[str, Any],
     weights: dict[str, Tensor] | None = None,
     pictures: Statistics | None = None,
-    classes: Sequence[str] | None = None,
+    classes: ClassNames | None = None,
 ) -> Path:
     """Writes `run/checkpoint/`, so that a crash at any moment leaves a whole checkpoint behind.
 
@@ -159,7 +161,7 @@ def save_weights(
     name: str,
     weights: dict[str, Tensor] | None = None,
     pictures: Statistics | None = None,
-    classes: Sequence[str] | None = None,
+    classes: ClassNames | None = None,
 ) -> Path:
     """Writes `folder/model.safetensors`, in place of the old one, whole or not at all.
 
@@ -194,7 +196,7 @@ def write_weights(
     config: dict[str, Any],
     state: Mapping[str, Tensor],
     pictures: Statistics | None = None,
-    classes: Sequence[str] | None = None,
+    classes: ClassNames | None = None,
 ) -> None:
     """Writes `path`, a `.safetensors` file that names its model; whole or not only by `replacing`.
 
@@ -208,7 +210,8 @@ def write_weights(
     if pictures is not None:
         metadata |= {key: json.dumps(list(v)) for key, v in pictures._asdict().items()}
     if classes is not None:
-        metadata["classes"] = json.dumps(list(classes))
+        numbers = isinstance(classes, ClassNumbers)
+        metadata["classes"] = json.dumps([int(n) for n in classes] if numbers else list(classes))
     tensors = {key: value.detach().contiguous() for key, value in state.items()}
     path.touch()
     mode = path.stat().st_mode
@@ -274,7 +277,7 @@ def read_weights_file(file: Path) -> Weights:
     try:
         values = {key: json.loads(metadata[key]) for key in _DESCRIBED if key in metadata}
         mean, std = (tuple(map(float, values[k])) if k in values else None for k in ("mean", "std"))
-        classes = tuple(map(str, values["classes"])) if "classes" in values else None
+        classes = _read_classes(values["classes"]) if "classes" in values else None
         config = dict(values["config"])
     except (ValueError, TypeError) as error:
         raise WeightsError(
@@ -282,6 +285,19 @@ def read_weights_file(file: Path) -> Weights:
         ) from error
     pictures = None if mean is None or std is None else Statistics(mean, std)
     return Weights(file, metadata["model"], config, state, pictures, classes)
+
+
+def _read_classes(values: Any) -> ClassNames:
+    """Class names from JSON: text, or numbers where the data had no names.
+
+    Raises:
+        ValueError: they are no list of text or of the numbers from 0.
+    """
+    if isinstance(values, list) and all(isinstance(name, str) for name in values):
+        return ClassNames(values)
+    if isinstance(values, list) and values == list(range(len(values))):
+        return ClassNumbers.of(len(values))
+    raise ValueError("classes are no list of names")
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> ConvMAE | ConvViT:

@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from convmae.config import WeightsError
+from convmae.data.classes import ClassNumbers, listed, normal_form
 from convmae.models import resample_pos_embed
 from convmae.weights.architecture import grid_of, read_encoder
 from convmae.weights.foreign import ForeignWeights, few
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from convmae.models.trunk import Trunk
 
 Grid: TypeAlias = "tuple[int, int]"
+LINEAR_OF_HEAD = ("head.weight", "head.bias", "head.1.weight", "head.1.bias")  # a row a class
 
 
 @dataclass
@@ -30,6 +34,8 @@ class LoadReport:
         left_out: in the file, but not in this model, such as the decoder.
         loaded: how many were read.
         path: the file.
+        head: what became of the head of a classifier, in words.
+        keeps_head: whether the model has the head of the file.
     """
 
     missing: list[str]
@@ -38,6 +44,8 @@ class LoadReport:
     left_out: list[str] = field(default_factory=list)
     loaded: int = 0
     path: Path = Path()
+    head: str = ""
+    keeps_head: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.loaded} tensors from {self.path}"]
@@ -49,11 +57,18 @@ class LoadReport:
         ):
             if names:
                 parts.append(f"{what}: {groups(names)}")
+        if self.head:
+            parts.append(self.head)
         return "; ".join(parts)
 
 
-def load_pretrained(model: Trunk, weights: ForeignWeights) -> LoadReport:
+def load_pretrained(
+    model: Trunk, weights: ForeignWeights, classes: Sequence[str] | None = None
+) -> LoadReport:
     """Puts the encoder of a file into `model`, in place; a classifier's head too, if it fits.
+
+    With `classes` it fits if the file names all of them, in any order: each gets its own row.
+    Otherwise it fits if it is of the same shape.
 
     The position embedding is resampled to the model's grid. Only `head` and `fc_norm` may keep the
     values that they have.
@@ -61,6 +76,7 @@ def load_pretrained(model: Trunk, weights: ForeignWeights) -> LoadReport:
     Args:
         model: a `ConvViT`, of any `img_size`.
         weights: what `open_foreign` weights.
+        classes: names of the model's classes.
 
     Raises:
         WeightsError: the file does not fit the model.
@@ -79,10 +95,15 @@ def load_pretrained(model: Trunk, weights: ForeignWeights) -> LoadReport:
     if old != model.grid and "pos_embed" in state:
         state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, model.grid)
         resampled.append(f"pos_embed: {change(old, model.grid)}")
-    for key in ("head.weight", "head.bias"):  # of other classes
-        if key in state and tuple(state[key].shape) != shapes[key]:
-            state = {k: v for k, v in state.items() if not k.startswith("head.")}
-            break
+    rows, told = None, ""
+    if classes is not None and any(key.startswith("head.") for key in weights.state):
+        rows, told = _rows_by_name(weights, classes)
+        state = _with_head(state, rows)
+    if any(tuple(state[key].shape) != shapes[key] for key in state if key.startswith("head.")):
+        state = _with_head(state, None)  # of other classes
+    kept = rows is not None and all(key in state for key in own if key.startswith("head."))
+    if rows is not None and not kept:
+        state, told = _with_head(state, None), "head: fresh, as that of the file is of another kind"
     fits = f" ({encoder}; convvit_{encoder.size} fits)" if encoder.size else f" ({encoder})"
     check_shapes(state, shapes, weights, "the model", fits)
     missing = [key for key in own if key not in state]
@@ -97,7 +118,39 @@ def load_pretrained(model: Trunk, weights: ForeignWeights) -> LoadReport:
         left_out=[key for key in weights.state if key not in state],
         loaded=len(state),
         path=weights.path,
+        head=told,
+        keeps_head=kept,
     )
+
+
+def _rows_by_name(weights: ForeignWeights, classes: Sequence[str]) -> tuple[list[int] | None, str]:
+    """The row of each class in the head of a file, None if it lacks one; and that in words."""
+    names = None if weights.ours is None else weights.ours.classes
+    if names is None:
+        return None, "head: fresh, as the file does not tell the names of its classes"
+    numbered = isinstance(names, ClassNumbers), isinstance(classes, ClassNumbers)
+    if numbered[0] != numbered[1] and tuple(names) != tuple(classes):
+        return None, "head: fresh, as one of file and data has numbers in place of class names"
+    place = {normal_form(name): number for number, name in enumerate(names)}
+    unknown = [name for name in classes if normal_form(name) not in place]
+    if unknown:
+        return None, (
+            f"head: fresh, as {len(unknown)} of the {len(classes)} classes are none of the "
+            f"{len(names)} of the file: {listed(unknown)}"
+        )
+    return [place[normal_form(name)] for name in classes], (
+        f"head: that of the file, by the names of {len(classes)} of its {len(names)} classes"
+    )
+
+
+def _with_head(state: dict[str, Tensor], rows: list[int] | None) -> dict[str, Tensor]:
+    """`state` with these rows of its head, or without a head."""
+    if rows is None:
+        return {key: value for key, value in state.items() if not key.startswith("head.")}
+    of_classes = [key for key in LINEAR_OF_HEAD if key in state]
+    if any(max(rows) >= len(state[key]) for key in of_classes):  # names of another head
+        return _with_head(state, None)
+    return state | {key: state[key][rows] for key in of_classes}
 
 
 def classifier_for(weights: ForeignWeights) -> str | None:

@@ -94,6 +94,20 @@ def test_shards_at_an_address_are_those_of_the_folder(address, workers: int) -> 
     assert values(batch) == list(range(25))
 
 
+@needs_curl
+def test_shards_at_an_address_that_are_not_divided(address) -> None:
+    folder, url = address
+    shards.write_sizes(write_shards(folder))
+    with pytest.raises(DataError, match=r"val/sizes.json cannot be read"):
+        open_source(url, "val")
+    pattern = f"{url}/shard-{{000000..000003}}.tar"
+    for name in (url, pattern):
+        assert open_source(name, "val", undivided=True).pictures == 25
+    shards.write_sizes(write_shards(folder / "val"))
+    (folder / "val" / "sizes.json").write_text('{"shard-000000.tar": 7}')
+    assert open_source(url, "val", undivided=True).pictures == 7
+
+
 def test_an_address_without_sizes(address) -> None:
     folder, url = address
     write_shards(folder)

@@ -20,6 +20,7 @@ from convmae.data import (
     open_source,
     stream,
 )
+from convmae.data.source import ExpectedLabels
 from tests.support.shard_files import (
     SIZES,
     TINY,
@@ -276,6 +277,10 @@ def test_samples_that_cannot_be_read_are_replaced_and_named(tmp_path: Path, work
     path = write_shard(tmp_path / "a.tar", broken_members())
     source = open_source(tmp_path)
     assert source.pictures == 7
+    (batch,) = source.evaluation_batches(TINY, 7, workers=workers)  # as labels are not needed yet
+    assert len(batch.failures) == 3 and batch.labels.tolist() == [0, -1, -1, -1, -1, -1, 2]
+    assert values(batch) == [0, 0, 2, 3, 0, 0, 6]
+    source.expect_labels(ExpectedLabels(3))
     (batch,) = source.batches(TINY, 7, 0, 1, workers=workers)
     reasons = {f.name.removeprefix(f"{path}: "): f.reason for f in batch.failures}
     assert reasons == {

@@ -15,6 +15,7 @@ import torch
 from convmae.data import CentreTransform, DataError, EvalTransform, PretrainTransform, open_source
 from convmae.data.crops import resized
 from convmae.data.idx import read_idx
+from convmae.data.source import ExpectedLabels
 from tests.support.paths import FASHION
 
 Image = pytest.importorskip("PIL.Image")
@@ -61,15 +62,51 @@ def test_classes_are_the_sorted_folders(tmp_path: Path, inside: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["val", "test"])
-def test_val_has_the_classes_of_train(tmp_path: Path, name: str) -> None:
+def test_val_has_classes_of_its_own(tmp_path: Path, name: str) -> None:
     for file in ("a/1.png", "b/2.png", "c/3.png"):
         write(tmp_path / "train" / file)
     write(tmp_path / name / "c" / "4.png")
     source = open_source(tmp_path, "val")
-    assert source.classes == ["a", "b", "c"] and labels_of(source) == {"4.png": 2}
-    write(tmp_path / name / "d" / "5.png")
-    with pytest.raises(DataError, match=r"5.png belongs to none of the 3 classes .*\(a, b, c\)"):
+    assert source.classes == ["c"] and labels_of(source) == {"4.png": 0}
+    (tmp_path / name / "a").mkdir()
+    (tmp_path / name / ".hidden").mkdir()
+    assert open_source(tmp_path, "val").empty_classes == ("a",)
+    source.expect_labels(ExpectedLabels(3, (2,)))  # of the classes of train
+    (batch,) = source.evaluation_batches(CentreTransform((8, 8)), 2, workers=0)
+    assert batch.labels.tolist() == [2, -1]
+
+
+def test_folders_are_sorted_in_one_form_of_unicode(tmp_path: Path) -> None:
+    """As macOS may write them."""
+    for name in ("e\u0301t", "ez", "\u00e9a"):
+        write(tmp_path / name / f"{len(name)}.png")
+    source = open_source(tmp_path)
+    assert source.classes == ["ez", "\u00e9a", "e\u0301t"]
+    assert [source.photos.label(i) for i in range(3)] == [0, 2, 1]
+
+
+def test_a_picture_beside_class_folders_is_named(tmp_path: Path) -> None:
+    for file in ("a/1.png", "b/2.png", "sheet.png"):
+        write(tmp_path / file)
+    source = open_source(tmp_path)
+    assert source.classes is None
+    assert f"1 of 3 pictures lie in no class folder, the first {tmp_path}" in source.no_classes
+
+
+def test_pictures_that_are_not_divided(tmp_path: Path) -> None:
+    """Read as `val` on request alone; a class may be called train."""
+    for file in ("bus/1.png", "car/2.png"):
+        write(tmp_path / file)
+    assert open_source(tmp_path, "val", undivided=True).classes == ["bus", "car"]
+    with pytest.raises(DataError, match="has no val pictures"):
         open_source(tmp_path, "val")
+    write(tmp_path / "train" / "3.png")
+    assert open_source(tmp_path, "val", undivided=True).classes == ["bus", "car", "train"]
+    write(tmp_path / "val" / "bus" / "4.png")
+    assert open_source(tmp_path, "val", undivided=True).pictures == 1
+    write(tmp_path / "other" / "train" / "x" / "5.png")
+    with pytest.raises(DataError, match="found .*train alone, which split train reads"):
+        open_source(tmp_path / "other", "val", undivided=True)
 
 
 def test_a_split_that_is_not_there(tmp_path: Path) -> None:
