@@ -10,6 +10,7 @@ import torch
 from convmae.data import IMAGENET_MEAN, IMAGENET_STD, normalise
 from convmae.files import replacing
 from convmae.records.curves import smooth
+from convmae.records.wording import is_number
 from convmae.seeds import Stream, mask_noise
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 CELL = 176  # pixels a side that a small picture is enlarged to, at least
 GAP = 6
+LABEL_ROOM = 96  # pixels that a column has for its label, at least
+MAX_QUANTILE_VALUES = 2**22  # torch.nanquantile refuses more than 2**24
 NOTE_HEIGHT = 18
 LABELS = ("original", "masked", "reconstructed", "reconstructed + visible")
 NORM_PIX_NOTE = "norm_pix_loss: hidden patches take mean and deviation from the original itself"
@@ -94,6 +97,7 @@ def _bands_to_draw(
 def _stretch(columns: list[Tensor]) -> list[Tensor]:
     """Scales `[N, 3, H, W]` so that 2 % of the first column's values lie below 0, 2 % above 1."""
     values = columns[0].flatten(2)
+    values = values[..., :: -(-values.numel() // MAX_QUANTILE_VALUES)]
     low = values.nanquantile(0.02, dim=2)[..., None, None]
     high = values.nanquantile(0.98, dim=2)[..., None, None]
     return [(column - low) / (high - low).clamp(min=1e-12) for column in columns]
@@ -154,11 +158,13 @@ def save_picture(picture: PILImage.Image, path: Path) -> None:
 
 
 def loss_picture(entries: list[dict[str, Any]], path: Path) -> None:
-    """Draws the logged losses over the steps: as logged, and smoothed (running mean)."""
+    """Draws the finite losses of a log over the steps: as logged, and smoothed (running mean)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    points = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+    points = [(entry["step"], entry["loss"]) for entry in entries if is_number(entry.get("loss"))]
+    if not points:
+        return
     steps, losses = (np.array(values, dtype=float) for values in zip(*points, strict=True))
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
