@@ -56,7 +56,7 @@ class Curve:
     def add(self, x: float, y: float) -> None:
         """Appends a point, of finite numbers."""
         point = _Stretch(1, y, (x, y), (x, y), x)
-        if self._stretches and self._stretches[-1].count < self._length:
+        if self._stretches and self._stretches[-1].number < self._length:
             self._stretches[-1] = self._stretches[-1].joined(point)
         else:
             self._stretches.append(point)
@@ -82,13 +82,13 @@ class Curve:
 
     def smoothed(self, limit: int) -> list[tuple[float, float]]:
         """The running mean over about a twentieth of the curve, at most `limit` points."""
-        means = smooth(np.array([stretch.total / stretch.count for stretch in self._stretches]))
+        means = smooth(np.array([stretch.total / stretch.number for stretch in self._stretches]))
         kept = thin(means, limit)
         return [(self._stretches[index].last, float(means[index])) for index in kept]
 
 
 class _Stretch(NamedTuple):
-    count: int
+    number: int  # of points
     total: float
     low: tuple[float, float]  # x and y, as of `high`
     high: tuple[float, float]
@@ -96,7 +96,7 @@ class _Stretch(NamedTuple):
 
     def joined(self, after: _Stretch) -> _Stretch:
         return _Stretch(
-            self.count + after.count,
+            self.number + after.number,
             self.total + after.total,
             min(self.low, after.low, key=lambda point: point[1]),
             max(self.high, after.high, key=lambda point: point[1]),

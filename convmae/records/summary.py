@@ -41,8 +41,9 @@ def status_of(run: RunRecord) -> tuple[str, float]:
     """
     history = run.history
     total, epoch = run.options.get("epochs"), history.last.get("epoch")
-    known = is_number(total) and total > 0 and is_number(epoch)
-    done = min(1.0, max(0.0, epoch / total)) if known else 0.0
+    done = 0.0
+    if is_number(total) and total > 0 and is_number(epoch):
+        done = min(1.0, max(0.0, epoch / total))
     if done == 1.0 and history.ending.get("event") != "failed":
         return "finished", 1.0
     step = history.last.get("step", 0)
