@@ -99,8 +99,8 @@ def cards(run: RunRecord) -> list[str]:
 def _steps_card(run: RunRecord) -> str:
     last, total = run.history.last, run.options.get("epochs")
     if not last:
-        step = run.history.ending.get("step", 0)
-        return card("Steps", _count(step), "no loss was logged")
+        note = "no loss was logged" if run.history.ending else "nothing was logged yet"
+        return card("Steps", _count(run.history.ending.get("step")), note)
     of = f" of {total:,}" if is_number(total) else ""
     epoch = f"{last['epoch']:.4g}{of} epochs" if is_number(last.get("epoch")) else "done"
     return card("Steps", _count(last["step"]), epoch)

@@ -102,14 +102,62 @@ def test_options_that_differ_from_their_defaults_are_marked(tmp_path: Path) -> N
 
 
 def test_events_are_told_and_not_endlessly(tmp_path: Path) -> None:
-    lines: list[dict[str, Any]] = [
-        {"event": "unreadable", "step": n, "path": f"{n}.jpg", "reason": "truncated"}
-        for n in range(1000)
-    ]
-    lines.append({"event": "nonfinite", "step": 5000, "loss": None})
+    lines = [{"event": "nonfinite", "step": 5000 + n, "loss": None} for n in range(1001)]
     text = Page(run_folder(tmp_path / "run", lines)).text()
     assert "Events 1,001" in text and "and 801 more, in log.txt" in text
-    assert "path 199.jpg, reason truncated" in text and "200.jpg" not in text
+    assert "5,199 nonfinite loss none" in text and "5,200" not in text
+
+
+def test_unreadable_pictures_are_counted_once_and_named(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {"event": "unreadable", "step": n, "path": f"{n % 1000}.jpg", "reason": "truncated"}
+        for n in range(2000)  # a resumed run names them again
+    ]
+    page = Page(run_folder(tmp_path / "run", lines))
+    assert page.cards()["Unreadable pictures"] == "1,000 skipped; named below"
+    text = page.text()
+    assert "Unreadable pictures 1,000 Picture Reason 0.jpg truncated" in text
+    assert "199.jpg truncated and 800 more, in log.txt" in text and "200.jpg" not in text
+
+
+def test_a_failed_run_says_why(tmp_path: Path) -> None:
+    reason = "no space left in <b>/data</b>"
+    failed = {"event": "failed", "step": 31, "reason": reason}
+    for count, name in ((3, "late"), (0, "early")):
+        page = Page(old(run_folder(tmp_path / name, [*loss_lines(count), failed])))
+        assert ("p", reason) in page.texts
+        assert ("title", "convmae_tiny: failed at step 31") in page.texts
+    resumed = [*loss_lines(3), failed, {"event": "resumed", "step": 30}]
+    page = Page(run_folder(tmp_path / "resumed", resumed))
+    assert ("title", "convmae_tiny: running") in page.texts and ("p", reason) not in page.texts
+
+
+def test_options_that_are_none_name_nothing(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "my run", loss_lines(2))
+    options = {"model": None, "input_size": None, "data_path": None, "epochs": None}
+    (folder / "args.yaml").write_text(yaml.safe_dump(options))
+    page = Page(folder)
+    assert ("title", "my run: running") in page.texts
+    assert "None" not in page.html
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"loss": 0.5},
+        {"step": 5, "loss": 10**400},
+        {"step": "5", "loss": 1.0},
+        {"step": 5, "loss": 1.0, "epoch": "1", "seconds": "2", "lr": "a"},
+        {"event": None, "step": None},
+        {"event": ["failed"], "step": {}},
+        {"event": "failed", "step": "soon", "reason": None},
+        {"event": "evaluation", "acc1": "all"},
+        {"event": "unreadable", "path": "/\udcff.png"},
+    ],
+)
+def test_strange_lines_do_not_stop_a_report(tmp_path: Path, line: dict[str, Any]) -> None:
+    page = Page(run_folder(tmp_path / "run", [line, *loss_lines(2), line]))
+    assert page.cards()["Steps"].split()[0] in ("20", "5")
 
 
 def test_non_finite_losses_are_marked_and_not_drawn(tmp_path: Path) -> None:
@@ -136,7 +184,7 @@ def test_folders_that_lack_something(tmp_path: Path, missing: str) -> None:
     hidden = [("hidden" in attrs) for tag, attrs in page.tags if tag == "section"]
     assert hidden == [
         *(False, not has_log, True, missing in ("args.yaml", "all")),
-        *(missing in ("environment.json", "all"), True),
+        *(missing in ("environment.json", "all"), True, True),
     ]
 
 
@@ -209,7 +257,9 @@ def test_pictures_are_chosen_evenly(tmp_path: Path) -> None:
 def test_damaged_pictures_are_left_out(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", loss_lines(3), pictures=3)
     (folder / "reconstructions" / "step-00000020.png").write_bytes(b"damaged")
-    assert [picture["step"] for picture in Page(folder).data()["pictures"]] == [10, 30]
+    page = Page(folder)
+    assert [picture["step"] for picture in page.data()["pictures"]] == [10, 30]
+    assert ("p", "cannot be read: step-00000020.png") in page.texts
 
 
 def test_the_newest_picture_stands_in_for_a_series(tmp_path: Path) -> None:
@@ -227,8 +277,9 @@ def test_the_newest_picture_stands_in_for_a_series(tmp_path: Path) -> None:
 def test_a_long_log_is_thinned_with_its_extremes(tmp_path: Path) -> None:
     lines = loss_lines(30_000, steps_per_epoch=100_000)
     chart = Page(run_folder(tmp_path / "run", lines)).data()["charts"][0]
-    assert all(0.9 * MAX_POINTS < len(series["x"]) <= MAX_POINTS for series in chart["series"])
+    assert all(MAX_POINTS / 2 < len(series["x"]) <= MAX_POINTS for series in chart["series"])
     loss = chart["series"][0]
+    assert len(loss["x"]) > 0.9 * MAX_POINTS
     assert max(loss["y"]) == 77.0 and loss["x"][loss["y"].index(77.0)] == 10 * (30_000 // 3 + 1)
     assert (loss["x"][0], loss["x"][-1]) == (10, 300_000)
 

@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 
 from convmae.records.report import write_report
 from tests.support.paths import ROOT
@@ -95,3 +96,83 @@ def test_the_screenshot_of_the_documentation(tmp_path: Path) -> None:
     with Image.open(tmp_path / "docs" / "report.png") as picture:
         assert picture.size == (1200, 700)
         assert np.asarray(picture.convert("L")).std() > 5
+
+
+MEASURE = """<script>addEventListener("load", () => {
+  const say = (what, element) => console.log(`${what}: ${element.tagName} ${element.textContent.slice(0, 60)}`);
+  const root = document.documentElement;
+  if (root.scrollWidth > innerWidth) say("page too wide", document.querySelector("h1"));
+  for (const button of document.querySelectorAll(".chart button")) if (LOG) button.click();
+  for (const box of document.querySelectorAll(".card, .panel")) {
+    const outer = box.getBoundingClientRect();
+    for (const element of box.querySelectorAll("*")) {
+      if (element.closest("[hidden], [visibility=hidden]")) continue;
+      const inner = element.getBoundingClientRect();
+      if (!inner.width || (element.closest(".scroll") && box.matches(".scroll"))) {
+        if (inner.left < outer.left - 1 || inner.right > outer.right + 1) say("beside its card", element);
+        continue;
+      }
+      if (inner.left < outer.left - 1 || inner.right > outer.right + 1
+          || inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1) say("outside its card", element);
+      if (!(element instanceof SVGElement) && getComputedStyle(element).overflow !== "visible"
+          && element.scrollWidth > element.clientWidth + 1) say("clipped", element);
+    }
+  }
+  for (const svg of document.querySelectorAll(".chart svg")) {
+    const texts = [...svg.querySelectorAll(":scope > text")].map(text => [text, text.getBoundingClientRect()]);
+    for (const [i, [text, one]] of texts.entries())
+      for (const [, other] of texts.slice(i + 1))
+        if (one.left < other.right && other.left < one.right && one.top + 3 < other.bottom && other.top + 3 < one.bottom)
+          say("two labels in one place", text);
+    const levels = texts.map(([text]) => text.textContent);
+    if (levels.some(text => /NaN|Infinity|undefined/.test(text))) say("no number", svg);
+  }
+  console.log("measured");
+});</script>"""
+
+
+def strange_runs() -> dict[str, list[dict[str, Any]]]:
+    """Logs whose numbers and texts are hard to place."""
+    long = "very_long_" * 30
+    tall = [
+        {
+            **{"step": 123456789 + i, "epoch": 0.1, "loss": 1e30 * (1 + i), "seconds": 1e7},
+            **{"lr": -1.2345e-11 * (i + 1), "grad_norm": 1.00000123 + 1e-9 * i},
+            **{"images_per_s": 12345678.9, "model_images_per_s": 1.5e9},
+            **{"input_images_per_s": 1.23e-5, "memory_mib": 99999999.0},
+        }
+        for i in range(5)
+    ]
+    one = {"step": 1, "epoch": 1.0, "loss": 1.0321, "lr": 0.0, "images_per_s": 1.29}
+    wide = [loss | {"loss": 10.0 ** (i - 12)} for i, loss in enumerate(loss_lines(24))]
+    failed: dict[str, Any] = {"event": "failed", "step": 300, "reason": f"in /{long}: {EVIL}"}
+    unreadable: dict[str, Any] = {"event": "unreadable", "step": 0, "path": long, "reason": EVIL}
+    marks = [{"event": "nonfinite", "step": step} for step in (123456793, 123456793)]
+    return {
+        "failed": [unreadable, *loss_lines(29), {"event": "nonfinite", "step": 299}, failed],
+        "extreme": [*tall, *marks],
+        "one step": [one],
+        "none": [],
+        "tiny changes": [one | {"step": i, "loss": 1 + 1e-4 * i} for i in range(1, 9)],
+        "decades": wide,
+        "long event": [*loss_lines(2), {"event": long, "step": 20, long: long}],
+    }
+
+
+@in_a_browser
+@pytest.mark.parametrize("log_scale", [False, True])
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("name", strange_runs())
+def test_nothing_is_clipped_or_outside_its_card(
+    tmp_path: Path, name: str, width: int, log_scale: bool
+) -> None:
+    folder = run_folder(
+        tmp_path / "run", strange_runs()[name], pictures=2, data_path="/data/" + "folder_" * 40
+    )
+    page = write_report(folder)
+    measure = MEASURE.replace("LOG", str(log_scale).lower())
+    page.write_text(page.read_text().replace("</body>", f"{measure}</body>"))
+    frame = tmp_path / "frame.html"  # a window cannot be as narrow as a telephone
+    frame.write_text(f'<iframe src="run/report.html" width="{width}" height="4000"></iframe>')
+    _, console = browse(frame, tmp_path / "profile")
+    assert len(console) == 1 and "measured" in console[0], "\n".join(console)
