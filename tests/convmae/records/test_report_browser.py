@@ -98,37 +98,7 @@ def test_the_screenshot_of_the_documentation(tmp_path: Path) -> None:
         assert np.asarray(picture.convert("L")).std() > 5
 
 
-MEASURE = """<script>addEventListener("load", () => {
-  const say = (what, element) => console.log(`${what}: ${element.tagName} ${element.textContent.slice(0, 60)}`);
-  const root = document.documentElement;
-  if (root.scrollWidth > innerWidth) say("page too wide", document.querySelector("h1"));
-  for (const button of document.querySelectorAll(".chart button")) if (LOG) button.click();
-  for (const box of document.querySelectorAll(".card, .panel")) {
-    const outer = box.getBoundingClientRect();
-    for (const element of box.querySelectorAll("*")) {
-      if (element.closest("[hidden], [visibility=hidden]")) continue;
-      const inner = element.getBoundingClientRect();
-      if (!inner.width || (element.closest(".scroll") && box.matches(".scroll"))) {
-        if (inner.left < outer.left - 1 || inner.right > outer.right + 1) say("beside its card", element);
-        continue;
-      }
-      if (inner.left < outer.left - 1 || inner.right > outer.right + 1
-          || inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1) say("outside its card", element);
-      if (!(element instanceof SVGElement) && getComputedStyle(element).overflow !== "visible"
-          && element.scrollWidth > element.clientWidth + 1) say("clipped", element);
-    }
-  }
-  for (const svg of document.querySelectorAll(".chart svg")) {
-    const texts = [...svg.querySelectorAll(":scope > text")].map(text => [text, text.getBoundingClientRect()]);
-    for (const [i, [text, one]] of texts.entries())
-      for (const [, other] of texts.slice(i + 1))
-        if (one.left < other.right && other.left < one.right && one.top + 3 < other.bottom && other.top + 3 < one.bottom)
-          say("two labels in one place", text);
-    const levels = texts.map(([text]) => text.textContent);
-    if (levels.some(text => /NaN|Infinity|undefined/.test(text))) say("no number", svg);
-  }
-  console.log("measured");
-});</script>"""
+MEASURE = ROOT / "tests" / "support" / "report_measure.js"
 
 
 def strange_runs() -> dict[str, list[dict[str, Any]]]:
@@ -170,8 +140,9 @@ def test_nothing_is_clipped_or_outside_its_card(
         tmp_path / "run", strange_runs()[name], pictures=2, data_path="/data/" + "folder_" * 40
     )
     page = write_report(folder)
-    measure = MEASURE.replace("LOG", str(log_scale).lower())
-    page.write_text(page.read_text().replace("</body>", f"{measure}</body>"))
+    measure = f"const logScale = {str(log_scale).lower()};\n{MEASURE.read_text()}"
+    html = page.read_text().replace("</body>", f"<script>{measure}</script></body>")
+    page.write_text(html)
     frame = tmp_path / "frame.html"  # a window cannot be as narrow as a telephone
     frame.write_text(f'<iframe src="run/report.html" width="{width}" height="4000"></iframe>')
     _, console = browse(frame, tmp_path / "profile")
