@@ -124,6 +124,9 @@ def strange_runs() -> dict[str, list[dict[str, Any]]]:
         "one step": [one],
         "none": [],
         "tiny changes": [one | {"step": i, "loss": 1 + 1e-4 * i} for i in range(1, 9)],
+        "long numbers": [
+            one | {"step": i, "lr": -1.2345e-17 * (1 + 1e-4 * i)} for i in range(1, 9)
+        ],
         "decades": wide,
         "long event": [*loss_lines(2), {"event": long, "step": 20, long: long}],
     }
