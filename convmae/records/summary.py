@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from convmae.records.folder import RunFolder
     from convmae.records.history import History
 
-# a run that has not logged for longer, and for 10 lines' time, is not running
+# A run that has not logged for longer, and for 10 lines' time, is not running
 QUIET_SECONDS = 300.0
 
 

@@ -90,7 +90,7 @@ def test_pictures_without_a_copy_are_encoded_once(tmp_path: Path, encodings: lis
 
 
 def test_the_page_of_a_long_run_is_no_larger(tmp_path: Path) -> None:
-    """A hundred times the lines, events and pictures: the page's size stays within a tenth."""
+    """Ten times the lines, events and pictures: the page's size stays within a tenth."""
     sizes = []
     for times in (1, 10):
         noise = np.random.default_rng(0).random(4000 * times)
