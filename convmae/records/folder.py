@@ -88,6 +88,10 @@ class RunFolder:
         """The picture after a step."""
         return self.step_picture_folder / f"step-{step:08}.png"
 
+    def page_picture(self, path: Path) -> Path:
+        """The smaller copy, for the report, of a picture."""
+        return self.step_picture_folder / "page" / f"{path.stem}.webp"
+
     def step_pictures(self) -> list[tuple[int, Path]]:
         """The step and the path of every picture after a step, the first step's first."""
         files = self.step_picture_folder.glob("*.png")

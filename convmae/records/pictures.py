@@ -10,6 +10,7 @@ import torch
 from convmae.data import IMAGENET_MEAN, IMAGENET_STD, normalise
 from convmae.files import replacing
 from convmae.records.curves import smooth
+from convmae.records.wording import is_number
 from convmae.seeds import Stream, mask_noise
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 CELL = 176  # pixels a side that a small picture is enlarged to, at least
 GAP = 6
+LABEL_ROOM = 96  # pixels that a column has for its label, at least
+MAX_QUANTILE_VALUES = 2**22  # torch.nanquantile refuses more than 2**24
 NOTE_HEIGHT = 18
 LABELS = ("original", "masked", "reconstructed", "reconstructed + visible")
 NORM_PIX_NOTE = "norm_pix_loss: hidden patches take mean and deviation from the original itself"
@@ -94,6 +97,7 @@ def _bands_to_draw(
 def _stretch(columns: list[Tensor]) -> list[Tensor]:
     """Scales `[N, 3, H, W]` so that 2 % of the first column's values lie below 0, 2 % above 1."""
     values = columns[0].flatten(2)
+    values = values[..., :: -(-values.numel() // MAX_QUANTILE_VALUES)]
     low = values.nanquantile(0.02, dim=2)[..., None, None]
     high = values.nanquantile(0.98, dim=2)[..., None, None]
     return [(column - low) / (high - low).clamp(min=1e-12) for column in columns]
@@ -108,36 +112,45 @@ def _sheet(cells: list[np.ndarray], mask_ratio: float, notes: list[str]) -> PILI
     height, width = size[0] * factor, size[1] * factor
     header = 26 if width >= 150 else 14
     footer = NOTE_HEIGHT * len(notes) + 4 * bool(notes)
+    pitch = max(width, LABEL_ROOM) + GAP
     sheet_size = (
-        GAP + len(cells) * (width + GAP),
+        GAP + len(cells) * pitch,
         header + rows * (height + GAP) + GAP + footer,
     )
     sheet = Image.new("RGB", sheet_size, (255, 255, 255))
     for column, cell in enumerate(cells):
         for row in range(rows):
             picture = Image.fromarray(cell[row]).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (GAP + column * (width + GAP), header + row * (height + GAP)))
-    _write_labels(sheet, width, header, mask_ratio, notes)
+            left = GAP + column * pitch + (pitch - GAP - width) // 2
+            sheet.paste(picture, (left, header + row * (height + GAP)))
+    _write_labels(sheet, pitch, header, mask_ratio, notes)
     return sheet
 
 
 def _write_labels(
-    sheet: PILImage.Image, width: int, header: int, mask_ratio: float, notes: list[str]
+    sheet: PILImage.Image, pitch: int, header: int, mask_ratio: float, notes: list[str]
 ) -> None:
-    from PIL import ImageDraw, ImageFont
+    from PIL import ImageDraw
 
     draw = ImageDraw.Draw(sheet)
     size = 13 if header > 14 else 9
-    font = ImageFont.load_default(size)
     labels = (LABELS[0], f"{LABELS[1]} {mask_ratio:.0%}", *LABELS[2:])
     for column, label in enumerate(labels):
-        middle = GAP + column * (width + GAP) + width // 2
-        draw.text((middle, header // 2), label, fill=(0, 0, 0), font=font, anchor="mm")
+        middle = GAP + column * pitch + (pitch - GAP) // 2
+        fitting = _fitting(label, size, pitch - GAP)
+        draw.text((middle, header // 2), label, fill=(0, 0, 0), font=fitting, anchor="mm")
     for line, note in enumerate(reversed(notes)):
-        room = (sheet.width - 2 * GAP) / draw.textlength(note, font=font)
-        fitting = ImageFont.load_default(max(6, int(size * min(1, room))))
+        fitting = _fitting(note, size, sheet.width - 2 * GAP)
         at = (GAP, sheet.height - NOTE_HEIGHT * (line + 1))
         draw.text(at, note, fill=(160, 0, 0), font=fitting)
+
+
+def _fitting(text: str, size: int, room: int) -> Any:
+    """The font of that size, or of a smaller one in which the text is not wider than the room."""
+    from PIL import ImageFont
+
+    share = room / ImageFont.load_default(size).getlength(text)
+    return ImageFont.load_default(max(6, int(size * min(1, share))))
 
 
 def _to_uint8(images: Tensor) -> np.ndarray:
@@ -154,11 +167,13 @@ def save_picture(picture: PILImage.Image, path: Path) -> None:
 
 
 def loss_picture(entries: list[dict[str, Any]], path: Path) -> None:
-    """Draws the logged losses over the steps: as logged, and smoothed (running mean)."""
+    """Draws the finite losses of a log over the steps: as logged, and smoothed (running mean)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    points = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+    points = [(entry["step"], entry["loss"]) for entry in entries if is_number(entry.get("loss"))]
+    if not points:
+        return
     steps, losses = (np.array(values, dtype=float) for values in zip(*points, strict=True))
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

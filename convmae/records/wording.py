@@ -10,7 +10,12 @@ MINUTE, HOUR, DAY = 60, 3600, 86400  # seconds
 
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether `value` is a finite number; a truth value is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond floating point
+        return False
 
 
 def number(value: float) -> str:

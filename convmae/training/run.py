@@ -13,8 +13,8 @@ from convmae.data import DataError
 from convmae.records.folder import RunFolder
 from convmae.records.log import RunLog, read_log
 from convmae.records.pictures import loss_picture
-from convmae.records.report import write_report
 from convmae.records.unreadable import UnreadableTally
+from convmae.records.wording import is_number
 from convmae.training.diagnosis import what_is_left
 from convmae.training.distributed import join
 from convmae.training.interrupts import Interrupts
@@ -143,7 +143,7 @@ def _failure_noted(run: Run, log: RunLog) -> Iterator[None]:
         with suppress(OSError):
             log.write({"event": "failed", "step": run.step, "reason": str(error)})
             if run.world.main:
-                write_report(run.folder)
+                run.report.write()
         raise
 
 
@@ -166,11 +166,11 @@ def _finish(
     run: Run, log: RunLog, tally: UnreadableTally, began_at: int, ended_by: int | None
 ) -> RunSummary:
     entries = read_log(run.folder) if run.world.main else []
-    losses = [entry for entry in entries if "loss" in entry and "event" not in entry]
+    losses = [entry for entry in entries if "event" not in entry and is_number(entry.get("loss"))]
     if losses:
         loss_picture(losses, run.folder.loss_picture)
     if run.world.main:
-        write_report(run.folder)
+        run.report.write()
     evaluations: list[dict[str, Any]] = [e for e in entries if e.get("event") == "evaluation"]
     return RunSummary(
         output_dir=run.folder.path,

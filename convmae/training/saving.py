@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from convmae.config import config_to_mapping
-from convmae.records.report import write_report
 from convmae.seeds import SCHEME
 from convmae.training.diagnosis import REMEDIES, not_finite, what_is_left
 from convmae.training.distributed import whole_model, whole_optimizer
@@ -75,14 +74,11 @@ def _write(
 
 def _show(run: Run, log: RunLog, picture: PILImage.Image | None) -> None:
     """Keeps the picture and the report; a disk that refuses them does not stop a run."""
-    from convmae.records.pictures import save_picture
-
     try:
         if picture is not None:
             log.picture("reconstruction", _as_array(picture), run.step)
-            save_picture(picture, run.folder.step_picture(run.step))
-            save_picture(picture, run.folder.picture)
-        write_report(run.folder)
+            run.report.add_picture(picture, run.step)
+        run.report.write()
     except OSError as error:
         log.say(f"warning: pictures and report of step {run.step} were not written: {error}")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convmae.config import MessageError
+from convmae.records.report import Report
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +46,10 @@ class Run:
     losses: list[float] = field(default_factory=list)  # since the last line of the log
     nonfinite: int = 0  # steps skipped in a row
     skipped: int = 0  # steps skipped in all
+    report: Report = field(init=False)  # of the folder
+
+    def __post_init__(self) -> None:
+        self.report = Report(self.folder)
 
     @property
     def total_steps(self) -> int:

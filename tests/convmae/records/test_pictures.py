@@ -160,3 +160,39 @@ def test_a_disk_that_refuses_leaves_the_old_picture(
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
     write(2)
     assert path.read_bytes() != before and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("size", [(512, 16), (16, 512), (16, 16)])
+def test_labels_fit_their_columns(size: tuple[int, int]) -> None:
+    """White cells: what is dark above them is a label, apart from its neighbours and the edges."""
+    from convmae.records.pictures import _sheet
+
+    cells = [np.full((1, *size, 3), 255, dtype=np.uint8)] * 4
+    sheet = np.asarray(_sheet(cells, 0.75, []).convert("L"))
+    inked = (sheet < 128).any(axis=0)
+    assert not inked[:2].any() and not inked[-2:].any()
+    edges = np.linspace(0, sheet.shape[1], 5).round().astype(int)
+    for edge in edges[1:-1]:
+        assert not inked[edge - 2 : edge + 2].any()
+    assert all(inked[low:high].any() for low, high in zip(edges[:-1], edges[1:], strict=True))
+
+
+def test_pictures_of_many_pixels_are_stretched() -> None:
+    """`torch.nanquantile` refuses more than 2**24 values."""
+    from convmae.records.pictures import _stretch
+
+    ramp = torch.linspace(-5, 3, 2400 * 2400).view(1, 1, 2400, 2400).expand(1, 3, -1, -1)
+    (shown,) = _stretch([ramp])
+    assert float((shown < 0).float().mean()) == pytest.approx(0.02, abs=1e-3)
+    assert float((shown > 1).float().mean()) == pytest.approx(0.02, abs=1e-3)
+
+
+def test_losses_that_are_no_number_are_not_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "loss.png"
+    loss_picture([{"step": 1, "loss": None}], path)
+    assert not path.exists()
+    finite = [{"step": 1, "loss": 1.0}, {"step": 3, "loss": 0.5}]
+    loss_picture([*finite, {"step": 2, "loss": None}, {"step": 4, "loss": float("nan")}], path)
+    both = path.read_bytes()
+    loss_picture(finite, path)
+    assert path.read_bytes() == both
