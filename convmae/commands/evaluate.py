@@ -17,6 +17,7 @@ from convmae.models import ConvViT
 from convmae.tasks.accuracy import accuracy, check_channels, check_labels
 from convmae.training.distributed import join
 from convmae.training.machine import pick_dtype
+from convmae.training.run import accuracy_text
 from convmae.weights.checkpoint import open_weights
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The accuracy of a checkpoint on a split.
 
     Returns:
-        `acc1` and `acc5` in per cent, `loss`, `images`, `images_per_s`, `checkpoint` and `model`;
-        written to `config.output` as JSON too, if that is given.
+        `acc1` in per cent, `acc5` too where there are more than 5 classes, `loss`, `images`,
+        `images_per_s`, `checkpoint` and `model`; written to `config.output` as JSON too, if that
+        is given.
 
     Raises:
         OptionError (a ValueError): an option cannot work, or the checkpoint is no classifier.
@@ -66,7 +68,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             pin=world.device.type == "cuda",
         )
         began = time.perf_counter()
-        figures = accuracy(model, batches, nb_classes, statistics, world, autocast)
+        figures = accuracy(model, world.together(batches), nb_classes, statistics, world, autocast)
         seconds = time.perf_counter() - began
         result = figures | {
             "images": source.samples_per_epoch,
@@ -87,7 +89,7 @@ def main(config: EvaluateConfig) -> int:
     result = evaluate(config)
     if int(os.environ.get("RANK", "0")) == 0:
         print(
-            f"accuracy {result['acc1']:.2f} % (best of 5: {result['acc5']:.2f} %), loss "
+            f"{accuracy_text(result)}, loss "
             f"{result['loss']:.4f} on {result['images']} pictures, "
             f"{result['images_per_s']:.1f} images/s"
         )
