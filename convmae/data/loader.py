@@ -293,7 +293,7 @@ def why_loading_failed(
             "a loading process was killed (SIGKILL), as the system does when memory runs out: "
             f"{fewer}, or more memory (of the container or job)."
         )
-    if "DataLoader worker" in text:
+    if "exited unexpectedly" in text:  # PyTorch's words for a death that it notices
         how = f" ({_in_words(dead[0])})" if dead else ""
         return f"a loading process ended by itself or was ended{how}: {fewer}, or 0 to see why."
     if isinstance(error, MemoryError) or any(word in text for word in LACKING_MEMORY):

@@ -150,6 +150,8 @@ class RunLog:
             with replacing(self.path) as new:
                 new.write_bytes(lines)
             self._file = self.path.open("a+b", buffering=0)
+            if self._trackers:  # TensorBoard opens its file anew for each write
+                self.folder.tensorboard.mkdir(exist_ok=True)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Appends one line to `log.txt`.
