@@ -165,9 +165,7 @@ def _check_names(arguments: list[str]) -> None:
         is_name = re.match("--?[A-Za-z]", name) and not name.startswith("--tyro")
         if is_name and name not in (*known, *HELP, "-c"):
             near = difflib.get_close_matches(name, known, n=1)
-            way_out = (
-                f"did you mean {near[0]}?" if near else f"`convmae {command} --help` lists all"
-            )
+            way_out = f"did you mean {near[0]}?" if near else f"see `convmae {command} --help`"
             raise OptionError(f"convmae {command} has no option {name}; {way_out}")
 
 

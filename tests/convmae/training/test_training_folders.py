@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, deleted in the middle, or impossible from the start."""
+"""The folder of a run: for one process at a time, deleted in the middle, or impossible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from convmae.records import log as logs
 from convmae.records.folder import RunFolder
 from convmae.training.lock import RunLock
 from convmae.weights.checkpoint import read_training_state
-from tests.support.training_processes import finish, flags, losses, start
+from tests.support.training_processes import children, cmdline, finish, flags, losses, start
 from tests.support.training_runs import DEVICE, call_in_step, curve, options, same, tensors
 
 if TYPE_CHECKING:
@@ -40,11 +40,6 @@ def begin(pictures: Path, folder: Path, **changes: Any) -> subprocess.Popen[str]
     while not (folder.exists() and losses(folder)) and time.monotonic() < until:
         time.sleep(0.02)
     return process
-
-
-def children(process: int) -> list[int]:
-    text = Path(f"/proc/{process}/task/{process}/children").read_text()
-    return [int(word) for word in text.split()]
 
 
 # -- one process at a time ------------------------------------------------------------------------
@@ -99,10 +94,6 @@ def test_a_loading_process_that_outlives_its_parent_holds_no_lock(
     assert not (folder / "run.lock").exists() and (folder / "log.txt").exists()
 
 
-def cmdline(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
 def test_a_process_refuses_its_own_second_run(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,9 +128,7 @@ def test_where_there_are_no_locks_a_note_says_so_and_the_run_goes_on(
     assert lines[0].startswith("note: --output_dir") and os.strerror(number) in lines[0]
 
 
-def test_what_is_refused_later_leaves_no_folder_and_no_lock(
-    pictures: Path, tmp_path: Path
-) -> None:
+def test_what_is_refused_later_leaves_no_folder_and_no_lock(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="needs 13 pictures a step"):
         pretrain(options(pictures, tmp_path / "a" / "b", batch_size=13))
     assert not (tmp_path / "a").exists()
