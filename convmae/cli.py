@@ -76,9 +76,9 @@ ALIASES = {
 OWN_OUTPUT = ("reconstruct", "convert", "evaluate", "stats")  # there --output is a file
 FAILED, BAD_OPTION, INTERRUPTED = 1, 2, 130  # exit statuses
 HELP = ("-h", "--help")
-# How often a thread of GNU's OpenMP looks for work before it sleeps. The default, billions of times
-# where there are as many threads as cores, takes the cores from other programs and from the thread
-# that it waits for: beside busy neighbours a step takes many times as long.
+# How often a thread of GNU's OpenMP looks for work before it sleeps; by default 300,000 times. So
+# long it takes the cores from other programs, and from the thread that it waits for: beside busy
+# neighbours a step takes many times as long (`python -m benchmarks.shared_machine`).
 SPIN = "1000"
 
 
