@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from convmae.data import DataError, LoadingError
@@ -56,6 +57,7 @@ def _steps(
     meter = Meter(run.workers)
     if run.evaluation_pending:
         _evaluate(run, task, log)
+        save(run, task, log)
     (stop,) = run.world.any(interrupts.asked)
     while run.step < run.total_steps and not stop:
         began = time.perf_counter()
@@ -93,7 +95,8 @@ def _evaluate(run: Run, task: Task, log: RunLog) -> None:
 def _save_what_there_is(run: Run, task: Task, log: RunLog) -> None:
     """Saves the last whole step, where the checkpoint is older."""
     if run.step > run.saved_step:
-        save(run, task, log)
+        with suppress(DataError, LoadingError):  # of the picture, drawn after the checkpoint
+            save(run, task, log)
 
 
 def _batches(run: Run, task: Task, log: RunLog, tally: UnreadableTally) -> Iterator[Batch]:

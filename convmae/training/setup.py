@@ -190,7 +190,6 @@ def _highest_rate(run: Run) -> float:
 
 def what_to_resume(config: RunConfig, folder: RunFolder) -> Path | None:
     """The checkpoint folder to go on from; refuses to write over another run."""
-    folder.check_writable()
     if config.resume == "auto":
         return find_checkpoint(folder.path) if folder.has_checkpoint else None
     if config.resume:
