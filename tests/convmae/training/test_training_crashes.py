@@ -114,4 +114,4 @@ def test_ends_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     seed = time.time_ns() % 10**6
     print("seed", seed)  # pytest shows it where the test fails
     ends = ["SIGKILL", *random.Random(seed).sample(SIGNALS, 2)]
-    assert endure(tmp_path, ends, seed, epochs=10) == []
+    assert endure(tmp_path, ends, seed, epochs=4) == []
