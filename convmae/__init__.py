@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         StatsConfig,
         WeightsError,
     )
-    from convmae.data import DataError, normalise
+    from convmae.data import DataError, LoadingError, normalise
     from convmae.models import (
         ConvMAE,
         ConvMAEOutput,
@@ -57,7 +57,7 @@ _MODULES = {
         *("ConvertConfig", "EvaluateConfig", "FinetuneConfig", "LinprobeConfig", "OptionError"),
         *("PretrainConfig", "ReconstructConfig", "StatsConfig", "WeightsError"),
     ),
-    "data": ("DataError", "normalise"),
+    "data": ("DataError", "LoadingError", "normalise"),
     "models": (
         *("ConvMAE", "ConvMAEOutput", "ConvViT", "FastConvMAE", "Reconstruction"),
         *("create_model", "full_name", "list_models"),
@@ -82,6 +82,7 @@ __all__ = [
     "FastConvMAE",
     "FinetuneConfig",
     "LinprobeConfig",
+    "LoadingError",
     "OptionError",
     "PretrainConfig",
     "Reconstruction",

@@ -6,8 +6,13 @@ and where the function is that takes them, prints, and returns the exit status.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import os
+import re
+import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Union
@@ -24,6 +29,8 @@ from convmae.config import (
     ReconstructConfig,
     StatsConfig,
     config_from_mapping,
+    read_yaml,
+    suggest,
 )
 
 if TYPE_CHECKING:
@@ -68,6 +75,11 @@ ALIASES = {
 }
 OWN_OUTPUT = ("reconstruct", "convert", "evaluate", "stats")  # there --output is a file
 FAILED, BAD_OPTION, INTERRUPTED = 1, 2, 130  # exit statuses
+HELP = ("-h", "--help")
+# How often a thread of GNU's OpenMP looks for work before it sleeps; by default 300,000 times. So
+# long it takes the cores from other programs, and from the thread that it waits for: beside busy
+# neighbours a step takes many times as long (`python -m benchmarks.shared_machine`).
+SPIN = "1000"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,19 +87,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A bad option, unusable data or a run that had to stop prints one line, `convmae: error: ...`,
     and no traceback: status 2 for what was asked, 1 for what went wrong later. A training that
-    Ctrl-C ends saves and returns 130; one that SIGTERM ends saves and returns 0.
+    Ctrl-C ends saves and returns 130; one that SIGTERM or the like ends saves and returns 0.
     """
-    # Large tensors in large pages (Linux): else page faults take some of every step on a CPU.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it once
+    _set_environment()
     given = list(sys.argv[1:] if argv is None else argv)
     command = given[0] if given else ""
     arguments = [_canonical(argument, command) for argument in given]
     try:
+        if arguments and arguments[0] in ("--version", "-V"):
+            return _print_version()
+        _check_names(arguments)
         config = _parse(arguments)
         return COMMANDS[arguments[0]].run(config)
-    except KeyboardInterrupt:
-        print("convmae: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", signal.SIGINT)  # of a training that had not begun
+        _to_stderr(
+            f"convmae: interrupted by {signal.Signals(number).name}, before the first step"
+            if hasattr(stop, "number")
+            else "convmae: interrupted"
+        )
+        return INTERRUPTED if number == signal.SIGINT else 0
     except BrokenPipeError:  # of `convmae info | head`; nothing more can be printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -99,8 +118,55 @@ def _report(error: MessageError, status: int) -> int:
     """Prints an error in one line, options as flags; returns the exit status."""
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (process {rank})"
-    print(f"convmae: error{where}: {error.with_flags}", file=sys.stderr)
+    _to_stderr(f"convmae: error{where}: {error.with_flags}")
     return status
+
+
+def _to_stderr(text: str) -> None:
+    with suppress(OSError):  # of a terminal that is closed
+        print(text, file=sys.stderr, flush=True)
+
+
+def _set_environment() -> None:
+    """Sets what libraries read once, when they are loaded; what the user has set stays."""
+    # Large tensors in large pages (Linux): else page faults take some of every step on a CPU.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
+
+
+def _print_version() -> int:
+    """Prints the versions, and which kernels run here; returns the exit status."""
+    import torch
+
+    import convmae_kernels
+
+    print(f"convmae {convmae_kernels.__version__}\ntorch {torch.__version__}")
+    kernels = convmae_kernels.info()
+    for name in ("cpu", "cuda", "triton"):
+        print(f"kernels, {name}: {kernels[name]}")
+    return 0
+
+
+def _check_names(arguments: list[str]) -> None:
+    """Raises `OptionError` at a command or an option that does not exist."""
+    if not arguments or arguments[0] in HELP or arguments[0].startswith("--tyro"):
+        return
+    command = arguments[0]
+    if command not in COMMANDS:
+        raise OptionError(f"unknown command {command!r}{suggest(command, list(COMMANDS))}")
+    known = ["--config"]
+    for option in dataclasses.fields(COMMANDS[command].options):
+        known.append(f"--{option.name}")
+        if option.type in (bool, "bool"):
+            known.append(f"--no_{option.name}")
+    for argument in arguments[1:]:
+        name = argument.partition("=")[0]
+        is_name = re.match("--?[A-Za-z]", name) and not name.startswith("--tyro")
+        if is_name and name not in (*known, *HELP, "-c"):
+            near = difflib.get_close_matches(name, known, n=1)
+            way_out = f"did you mean {near[0]}?" if near else f"see `convmae {command} --help`"
+            raise OptionError(f"convmae {command} has no option {name}; {way_out}")
 
 
 def _canonical(argument: str, command: str) -> str:
@@ -164,14 +230,11 @@ def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
-    import yaml
-
     try:
-        with open(file, encoding="utf-8") as opened:
-            values = yaml.safe_load(opened)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OptionError(f"--config {file!r} cannot be read: {error}") from error
+        values = read_yaml(file)
+    except OptionError as error:
+        raise OptionError(f"--config {file!r} cannot be read: {error.with_flags}") from error
     if not isinstance(values, dict):
-        found = type(values).__name__
-        raise OptionError(f"--config {file!r} must hold options and values, found a {found}")
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise OptionError(f"--config {file!r} must hold options and values, found {found}")
     return values

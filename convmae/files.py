@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -10,13 +11,38 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-
 CHECKPOINT = "checkpoint"  # the folder of a checkpoint, in the folder of its run
 
 
 def replaced_folder(folder: Path) -> Path:
     """What a folder is called while a new one takes its place."""
     return folder.with_name(f".{folder.name}.old")
+
+
+def why_no_folder(path: Path) -> str | None:
+    """Why there can be no folder to write in at `path`, in words; None where it may be.
+
+    Nothing is tried: the system may still refuse.
+    """
+    for part in (path, *path.parents):
+        try:
+            mode = os.lstat(part).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:  # a name too long, for example
+            return f"{error.strerror or error}: {str(part)!r}"
+        except ValueError as error:  # a zero byte
+            return f"{error}: {str(part)!r}"
+        if stat.S_ISLNK(mode) and not part.exists():
+            return f"{str(part)!r} is a link to {os.readlink(part)!r}, which does not exist"
+        if not part.is_dir():
+            return f"{str(part)!r} is a file, not a folder"
+        if hasattr(os, "statvfs") and os.statvfs(part).f_flag & os.ST_RDONLY:
+            return f"{str(part)!r} is on a file system that can be read only"
+        if not os.access(part, os.W_OK | os.X_OK):
+            return f"no permission in {str(part)!r}"
+        return None
+    return f"no part of {str(path)!r} exists"
 
 
 @contextmanager

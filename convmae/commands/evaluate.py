@@ -18,6 +18,7 @@ from convmae.tasks.accuracy import accuracy, check_channels
 from convmae.tasks.matching import match_labels
 from convmae.training.distributed import join
 from convmae.training.machine import pick_dtype
+from convmae.training.run import accuracy_text
 from convmae.weights.checkpoint import open_weights
 
 if TYPE_CHECKING:
@@ -30,9 +31,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The accuracy of a checkpoint on a split.
 
     Returns:
-        `acc1` and `acc5` in per cent, `loss`, `images`, `images_per_s`, `checkpoint`, `model`, and
-        `notes`, what is to be known of how classes were matched; written to `config.output` as
-        JSON too, if that is given.
+        `acc1` in per cent, `acc5` too where there are more than 5 classes, `loss`, `images`,
+        `images_per_s`, `checkpoint`, `model`, and `notes`, what is to be known of how classes were
+        matched; written to `config.output` as JSON too, if that is given.
 
     Raises:
         OptionError (a ValueError): an option cannot work, the checkpoint is no classifier, or the
@@ -73,7 +74,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             pin=world.device.type == "cuda",
         )
         began = time.perf_counter()
-        figures = accuracy(model, batches, nb_classes, statistics, world, autocast)
+        figures = accuracy(model, world.together(batches), nb_classes, statistics, world, autocast)
         seconds = time.perf_counter() - began
         result = figures | {
             "images": source.samples_per_epoch,
@@ -97,7 +98,7 @@ def main(config: EvaluateConfig) -> int:
         for note in result["notes"]:
             print(note)
         print(
-            f"accuracy {result['acc1']:.2f} % (best of 5: {result['acc5']:.2f} %), loss "
+            f"{accuracy_text(result)}, loss "
             f"{result['loss']:.4f} on {result['images']} pictures, "
             f"{result['images_per_s']:.1f} images/s"
         )

@@ -14,6 +14,7 @@ from convmae.config.errors import MessageError, OptionError, WeightsError, for_o
 from convmae.config.pretrain import PretrainConfig
 from convmae.config.run import RunConfig
 from convmae.config.tools import InfoConfig, ReconstructConfig, StatsConfig
+from convmae.config.yaml_file import read_yaml
 
 # By the names that runs note: what each kind of training can be asked.
 TRAINING_OPTIONS: dict[str, type[RunConfig]] = {
@@ -42,5 +43,6 @@ __all__ = [
     "config_from_mapping",
     "config_to_mapping",
     "for_option",
+    "read_yaml",
     "suggest",
 ]

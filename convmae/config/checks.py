@@ -64,7 +64,12 @@ def _read_value(name: str, value: Any, hint: Any) -> Any:
         if fits:
             return converted
     wanted = " or ".join(_in_words(choice) for choice in choices)
-    raise OptionError(f"--{name} must be {wanted}, got {value!r} in --config")
+    raise OptionError(f"--{name} must be {wanted}, got {_shown(value)} in --config")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _convert(value: Any, kind: Any) -> tuple[bool, Any]:
@@ -218,4 +223,9 @@ def check_statistics(mean: tuple[float, ...] | None, std: tuple[float, ...] | No
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number too large for a float
+        return False

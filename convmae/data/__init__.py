@@ -1,7 +1,13 @@
 """From stored pictures to batches: sources of pictures, transforms, loader, statistics."""
 
 from convmae.data.demo import DemoPhotos
-from convmae.data.errors import DataError, Failure, UnreadableError, check_share
+from convmae.data.errors import (
+    DataError,
+    Failure,
+    LoadingError,
+    UnreadableError,
+    check_share,
+)
 from convmae.data.folder import FolderPhotos, check_readable, find_pictures
 from convmae.data.loader import Batch
 from convmae.data.normalisation import (
@@ -37,6 +43,7 @@ __all__ = [
     "DemoPhotos",
     "EvalTransform",
     "Failure",
+    "LoadingError",
     "FinetuneTransform",
     "FolderPhotos",
     "LinprobeTransform",

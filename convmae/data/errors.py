@@ -15,6 +15,10 @@ class DataError(MessageError, ValueError):
     """The pictures asked for cannot be used: missing, empty, or too many of them unreadable."""
 
 
+class LoadingError(MessageError, RuntimeError):
+    """A loading process died, or got no memory; the message says what to do."""
+
+
 class UnreadableError(Exception):
     """One picture could not be decoded; the message says why."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -10,16 +11,16 @@ import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from convmae.config import MessageError
-from convmae.data.errors import DataError, Failure, UnreadableError
+from convmae.data.errors import DataError, Failure, LoadingError, UnreadableError
 from convmae.data.picture import NO_LABEL, ChosenPicture
 from convmae.seeds import Stream, derive_seed, generator_for, seeded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from convmae.data.picture import Photos
     from convmae.data.transforms import Transform
@@ -39,6 +40,10 @@ class Batch(NamedTuple):
     seconds: float
     """What preparing this batch took in the process that did it."""
 
+
+# In the errors of PyTorch and of the system where memory, shared or not, is used up.
+SHARED_MEMORY = ("shared memory", "</torch_")
+LACKING_MEMORY = ("annot allocate memory", "can't allocate memory")
 
 Sample = tuple[Tensor, int]  # image, label
 SampleKey = tuple[int, int]  # epoch, sample
@@ -214,6 +219,7 @@ def run_batches(
 
     Raises:
         DataError: from the dataset, without the traceback of another process.
+        LoadingError: a loading process died, or memory was lacking.
     """
     loader: DataLoader[Any] = DataLoader(
         dataset,
@@ -224,19 +230,95 @@ def run_batches(
         collate_fn=_unchanged,
         worker_init_fn=_begin_worker,
     )
-    reason = ""
+    iterator: Any = None
+    children: list[Any] = []
+    failure: MessageError
     try:
-        yield from loader
+        iterator, children = _begin(loader)
+        yield from iterator
         return
     except Exception as error:
         # A frame of torch in the traceback refers to the error, which refers to the traceback: the
         # loading processes would live on.
         traceback.clear_frames(error.__traceback__)
-        if not isinstance(error, DataError):
-            raise
-        text = error.with_flags if isinstance(error, MessageError) else str(error)
-        reason = text.rpartition("DataError: ")[2].strip()
-    raise DataError(reason)
+        if isinstance(error, DataError):
+            failure = DataError(error.with_flags.rpartition("DataError: ")[2].strip())
+        else:
+            reason = why_loading_failed(error, [child.exitcode for child in children], workers)
+            if reason is None:
+                raise
+            failure = LoadingError(reason)
+    iterator = None  # the loading processes end with it
+    raise failure
+
+
+def _begin(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[Any]]:
+    """An iterator, and its loading processes.
+
+    PyTorch would raise an error wherever the main thread is when a loading process dies, in the
+    middle of a step or a save: its handler of SIGCHLD is taken away. The iterator notices the death
+    too, when it next waits for a batch.
+    """
+    before = {child.pid for child in multiprocessing.active_children()}
+    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    handler = signal.getsignal(signal.SIGCHLD) if main else None
+    iterator = iter(loader)
+    children = [c for c in multiprocessing.active_children() if c.pid not in before]
+    if main:
+        of_torch = getattr(handler, "__module__", "").startswith("torch.")
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if of_torch or handler is None else handler)
+    return iterator, children
+
+
+def why_loading_failed(
+    error: BaseException, statuses: Sequence[int | None], workers: int
+) -> str | None:
+    """What happened to loading processes, and the way out; None where the program is at fault.
+
+    Args:
+        error: that the main process got.
+        statuses: exit statuses of the loading processes; of a signal negative, None if it runs.
+        workers: how many there are.
+    """
+    fewer = f"give fewer --num_workers (now {workers})"
+    dead = [status for status in statuses if status]
+    text = str(error)
+    if -getattr(signal, "SIGBUS", 0) in dead or any(word in text for word in SHARED_MEMORY):
+        return (
+            f"a loading process found no room in the shared memory {_shared_memory()}, through "
+            f"which pictures pass: {fewer}, or more shared memory (docker run --shm-size 8g)."
+        )
+    if -getattr(signal, "SIGKILL", 9) in dead:
+        return (
+            "a loading process was killed (SIGKILL), as the system does when memory runs out: "
+            f"{fewer}, or more memory (of the container or job)."
+        )
+    if "exited unexpectedly" in text:  # PyTorch's words for a death that it notices
+        how = f" ({_in_words(dead[0])})" if dead else ""
+        return f"a loading process ended by itself or was ended{how}: {fewer}, or 0 to see why."
+    if isinstance(error, MemoryError) or any(word in text for word in LACKING_MEMORY):
+        return f"there is no memory left to load pictures: {fewer}, or a smaller --batch_size."
+    if "Too many open files" in text:
+        return f"too many files are open: {fewer}, or raise the limit (ulimit -n 65536)."
+    return None
+
+
+def _in_words(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return signal.Signals(-status).name
+    except ValueError:
+        return f"signal {-status}"
+
+
+def _shared_memory() -> str:
+    """Where pictures pass from process to process, and how large it is."""
+    try:
+        total = shutil.disk_usage("/dev/shm").total
+    except OSError:
+        return "of the system"
+    return f"/dev/shm ({total / 2**20:,.0f} MiB in all)"
 
 
 def _unchanged(value: Any) -> Any:
@@ -254,7 +336,9 @@ def _ignore_signals() -> None:
 
     SIGTERM from the main process itself is obeyed: Python sends it when it exits, and waits.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has none
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from convmae.config import OptionError
-from convmae.files import CHECKPOINT, replaced_folder, replacing
+from convmae.config import OptionError, read_yaml
+from convmae.files import CHECKPOINT, replaced_folder, replacing, why_no_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 STEP_PICTURE = re.compile(r"step-(\d+)\.png")
 
@@ -28,6 +30,11 @@ class RunFolder:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    @property
+    def lock(self) -> Path:
+        """Says which process has the folder, while one has."""
+        return self.path / "run.lock"
 
     @property
     def log(self) -> Path:
@@ -112,15 +119,9 @@ class RunFolder:
 
     def check_writable(self) -> None:
         """Raises `OptionError` where the folder is a file, or cannot be made or written."""
-        if self.path.exists() and not self.path.is_dir():
-            raise OptionError(f"--output_dir {str(self)!r} is a file, not a folder")
-        parent = self.path
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise OptionError(
-                f"--output_dir {str(self)!r} cannot be written: no permission in {parent}"
-            )
+        reason = why_no_folder(self.path)
+        if reason is not None:
+            raise OptionError(f"--output_dir {str(self)!r} cannot be written: {reason}")
 
     def write_options(self, values: dict[str, Any]) -> None:
         """Writes the options of the run."""
@@ -136,19 +137,17 @@ class RunFolder:
 
     def read_options(self) -> dict[str, Any]:
         """The options of the run; empty where they cannot be read."""
-        import yaml
-
-        return _read_mapping(self.options, yaml.safe_load, yaml.YAMLError)
+        return _read_mapping(lambda: read_yaml(self.options))
 
     def read_environment(self) -> dict[str, str]:
         """Where and how the run was made; empty where that cannot be read."""
-        entries = _read_mapping(self.environment, json.loads, ValueError)
+        entries = _read_mapping(lambda: json.loads(self.environment.read_text(encoding="utf-8")))
         return {str(name): str(value) for name, value in entries.items()}
 
 
-def _read_mapping(path: Path, parse: Any, error: type[Exception]) -> dict[str, Any]:
+def _read_mapping(read: Callable[[], Any]) -> dict[str, Any]:
     try:
-        values = parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, error):
+        values = read()
+    except (OSError, ValueError, RecursionError):  # of YAML, JSON and UTF-8 as well
         return {}
     return values if isinstance(values, dict) else {}

@@ -6,12 +6,13 @@ import json
 import math
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convmae.files import replacing
 from convmae.records.folder import RunFolder
+from convmae.records.terminal import say, surviving
 from convmae.records.trackers import Guarded, TensorBoard, WandB, import_wandb
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def read_log(folder: str | Path | RunFolder) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict):
             entries.append(entry)
@@ -113,7 +114,7 @@ class RunLog:
             if 0 < first_step < total_steps:
                 self.write({"event": "resumed", "step": first_step})
             self._trackers = _trackers(self.folder, first_step, wandb_project, config)
-        self._live = enabled and sys.stderr.isatty()
+        self._live = enabled and sys.stderr is not None and sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -131,7 +132,26 @@ class RunLog:
         with _naming(self.path):
             with replacing(self.path) as new:
                 new.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
-            return self.path.open("ab", buffering=0)
+            return self.path.open("a+b", buffering=0)
+
+    def reopen(self) -> None:
+        """Writes all lines again, after the folder was deleted and made again.
+
+        Raises:
+            OSError: with the path.
+        """
+        assert self._file is not None
+        lines = b""
+        with suppress(OSError):  # of a file deleted by another machine nothing may be left
+            self._file.seek(0)
+            lines = self._file.read()
+        self._file.close()
+        with _naming(self.path):
+            with replacing(self.path) as new:
+                new.write_bytes(lines)
+            self._file = self.path.open("a+b", buffering=0)
+            if self._trackers:  # TensorBoard opens its file anew for each write
+                self.folder.tensorboard.mkdir(exist_ok=True)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Appends one line to `log.txt`.
@@ -154,9 +174,10 @@ class RunLog:
     def say(self, message: str) -> None:
         """Prints a line, above the progress bar if there is one."""
         if self._live:
-            self._bar.write(message)
+            with surviving():
+                self._bar.write(message)
         elif self.enabled:
-            print(message, flush=True)
+            say(message)
 
     def idle(self, seconds: float) -> None:
         """Time spent on checkpoints and pictures, which is not counted as training."""
@@ -169,7 +190,8 @@ class RunLog:
 
     def tick(self) -> None:
         """One step is done."""
-        self._bar.update()
+        with surviving():
+            self._bar.update()
 
     def loss(self, step: int, epoch: float, loss: float, lr: float, **more: Any) -> dict[str, Any]:
         """Logs a loss everywhere; returns the line.
@@ -194,7 +216,8 @@ class RunLog:
             "seconds": round(now - self._began, 2),
         }
         self.write(entry)
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s")
+        with surviving():
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s")
         if not self._live:
             left = (self.total_steps - step) * self.images_per_step / max(rate, 1e-9)
             waits = "  waits for pictures" if more.get("bottleneck") == "input" else ""
@@ -226,7 +249,8 @@ class RunLog:
 
     def close(self) -> None:
         """Closes the files and the progress bar."""
-        self._bar.close()
+        with surviving():
+            self._bar.close()
         if self._file is not None:
             self._file.close()
         for tracker in self._trackers:

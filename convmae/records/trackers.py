@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import uuid
 from typing import TYPE_CHECKING, Any, Protocol
 
 from convmae.config import OptionError
 from convmae.files import replacing
+from convmae.records.terminal import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +68,7 @@ class Guarded:
         except Exception as error:  # whatever it is, training matters more
             self._tracker = None
             reason = f"{type(error).__name__}: {error}"
-            print(f"warning: {self.name} is off from here on: {reason}", file=sys.stderr)
+            say(f"warning: {self.name} is off from here on: {reason}", error=True)
 
 
 class TensorBoard:

@@ -28,7 +28,7 @@ def accuracy(
     world: World,
     autocast: torch.autocast,
 ) -> dict[str, float]:
-    """`acc1`, `acc5` (per cent; the second of the best 5, or of all classes if fewer), mean `loss`.
+    """`acc1`, `acc5` (per cent; the second where there are more than 5 classes), mean `loss`.
 
     Fillers, whose label is -1, count for nothing. Every process gets the figures of all.
 
@@ -41,8 +41,8 @@ def accuracy(
     common: dict[str, Any] = {"average": "micro", "ignore_index": -1}
     metrics = MetricCollection(
         {
-            "acc1": MulticlassAccuracy(nb_classes, top_k=1, **common),
-            "acc5": MulticlassAccuracy(nb_classes, top_k=min(5, nb_classes), **common),
+            f"acc{best}": MulticlassAccuracy(nb_classes, top_k=best, **common)
+            for best in ((1, 5) if nb_classes > 5 else (1,))
         },
         compute_groups=False,
     ).to(world.device)

@@ -106,10 +106,14 @@ class Classification(Task):
 
     # -- evaluation -------------------------------------------------------------------------------
 
+    def evaluation_due(self, run: Run) -> bool:
+        return run.due(run.config.eval_every)
+
+    def folder_lost(self, run: Run) -> None:
+        self.best = None  # the next evaluation writes the best weights again
+
     def evaluate(self, run: Run, log: RunLog) -> None:
         config = run.config
-        if not run.due(config.eval_every):
-            return
         assert self.val is not None
         began = time.perf_counter()
         batches = self.val.evaluation_batches(
@@ -122,7 +126,12 @@ class Classification(Task):
         )
         model = run.model if self.ema is None else self.ema.module
         figures = accuracy(
-            model, batches, self.nb_classes, run.statistics, run.world, run.autocast()
+            model,
+            run.world.together(batches),
+            self.nb_classes,
+            run.statistics,
+            run.world,
+            run.autocast(),
         )
         figures["seconds"] = round(time.perf_counter() - began, 2)
         log.evaluation(run.step, run.epoch, figures)

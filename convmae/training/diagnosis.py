@@ -76,4 +76,10 @@ def not_finite(weights: dict[str, Tensor]) -> list[str]:
 def what_is_left(run: Run) -> str:
     """What a run that has to stop leaves to go on from, in words."""
     folder = run.folder.checkpoint
-    return f"the checkpoint before is intact in {folder}" if folder.exists() else "none was saved"
+    if not folder.exists():
+        return "none was saved"
+    if run.saved_step == run.step:
+        return (
+            f"the state after step {run.step} is saved in {folder}; --resume auto goes on from it"
+        )
+    return f"the checkpoint before is intact in {folder} (step {run.saved_step})"

@@ -11,12 +11,15 @@ import torch
 import torch.distributed as dist
 
 from convmae.config import OptionError
+from convmae.data import DataError, LoadingError
 from convmae.training.machine import pick_device
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor, nn
+
+    from convmae.data import Batch
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ class World:
             shared /= self.size
         return shared.tolist()
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in any process."""
-        return self.mean(float(flag))[0] > 0 if self.parallel else flag
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set in any process."""
+        return [m > 0 for m in self.mean(*map(float, flags))] if self.parallel else list(flags)
 
     def share(self, value: Any) -> Any:
         """The main process's `value`, in every process."""
@@ -64,6 +67,36 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def together(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; an error in one process is raised in all, so that none waits for it.
+
+        All processes must have the same number of batches.
+        """
+        remaining = iter(batches)
+        while True:
+            batch, error = None, None
+            try:
+                batch = next(remaining, None)
+            except (DataError, LoadingError) as found:
+                error = found
+            (failed,) = self.any(error is not None)
+            if failed:
+                raise self._agree(error)
+            if batch is None:
+                return
+            yield batch
+
+    def _agree(self, error: DataError | LoadingError | None) -> DataError | LoadingError:
+        """The error of the first process that has one."""
+        if not self.parallel:
+            assert error is not None
+            return error
+        mine = None if error is None else (type(error), self.rank, error.with_flags)
+        all_errors: list[Any] = [None] * self.size
+        dist.all_gather_object(all_errors, mine)
+        kind, rank, text = next(entry for entry in all_errors if entry is not None)
+        return error if error is not None else kind(f"in process {rank}: {text}")
 
 
 @contextmanager

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import signal
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from convmae.data import DataError, LoadingError
 from convmae.records.log import memory_mib
-from convmae.training.diagnosis import diagnose
+from convmae.training.diagnosis import diagnose, what_is_left
 from convmae.training.meter import Meter
-from convmae.training.saving import save
+from convmae.training.saving import restore_folder, save
 from convmae.training.state import Run, TrainingError
 from convmae.training.step import StepResult, take_step
 
@@ -35,17 +37,39 @@ def train(
     Raises:
         TrainingError, convmae.data.DataError: as `pretrain` says.
     """
-    batches = _batches(run, task)
+    try:
+        stop = _steps(run, task, log, tally, interrupts)
+    except LoadingError as error:
+        _save_what_there_is(run, task, log)
+        raise TrainingError(f"{error.with_flags} Stopped; {what_is_left(run)}") from error
+    except DataError:
+        if not run.world.parallel:  # others may not know of it
+            _save_what_there_is(run, task, log)
+        raise
+    return (interrupts.number or signal.SIGTERM) if stop and run.step < run.total_steps else None
+
+
+def _steps(
+    run: Run, task: Task, log: RunLog, tally: UnreadableTally, interrupts: Interrupts
+) -> bool:
+    """Takes the steps that are left; whether a signal asked to stop."""
+    batches = run.world.together(_batches(run, task, log, tally))
     meter = Meter(run.workers)
-    stop = False
+    if run.evaluation_pending:
+        _evaluate(run, task, log)
+        save(run, task, log)
+    (stop,) = run.world.any(interrupts.asked)
     while run.step < run.total_steps and not stop:
         began = time.perf_counter()
-        outcome = take_step(run, task, batches, meter, log, lambda f: tally.add(f, log, run.step))
-        stop = run.world.any(interrupts.asked)
+        outcome = take_step(run, task, batches, meter, log)
+        stop, lost = run.world.any(interrupts.asked, run.lock is not None and run.lock.lost)
         run.step += 1
         _after(run, task, log, outcome)
+        run.evaluation_pending = task.evaluation_due(run)
         meter.stepped += time.perf_counter() - began
         log.tick()
+        if lost:
+            restore_folder(run, task, log)
         last = run.step == run.total_steps
         whole_window = run.step % run.config.log_every == 0
         if whole_window or last:
@@ -53,17 +77,32 @@ def train(
         if whole_window:  # at the last step a part may stay, for a run that goes on later
             run.losses.clear()
         began = time.perf_counter()
-        task.evaluate(run, log)
-        if run.due(run.config.save_every) or stop:
+        if run.evaluation_pending:
+            if stop:  # an evaluation may outlast the patience of who sent the signal
+                save(run, task, log)
+            _evaluate(run, task, log)
+        if run.due(run.config.save_every) or stop or lost:
             save(run, task, log)
         log.idle(time.perf_counter() - began)
-    return (interrupts.number or signal.SIGTERM) if stop and run.step < run.total_steps else None
+    return stop
 
 
-def _batches(run: Run, task: Task) -> Iterator[Batch]:
-    """All batches of this process from the run's present step on."""
+def _evaluate(run: Run, task: Task, log: RunLog) -> None:
+    task.evaluate(run, log)
+    run.evaluation_pending = False
+
+
+def _save_what_there_is(run: Run, task: Task, log: RunLog) -> None:
+    """Saves the last whole step, where the checkpoint is older."""
+    if run.step > run.saved_step:
+        with suppress(DataError, LoadingError):  # of the picture, drawn after the checkpoint
+            save(run, task, log)
+
+
+def _batches(run: Run, task: Task, log: RunLog, tally: UnreadableTally) -> Iterator[Batch]:
+    """All batches of this process from the run's present step on; what failed is noted."""
     config, accum = run.config, run.config.accum_iter
-    return run.source.batches(
+    batches = run.source.batches(
         task.transform(config),
         config.batch_size,
         first=run.step * accum,
@@ -75,6 +114,9 @@ def _batches(run: Run, task: Task) -> Iterator[Batch]:
         workers=run.workers,
         pin=config.pin_mem and run.world.device.type == "cuda",
     )
+    for batch in batches:
+        tally.add(batch.failures, log, run.step)
+        yield batch
 
 
 def _after(run: Run, task: Task, log: RunLog, outcome: StepResult) -> None:

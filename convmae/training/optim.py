@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
     from convmae.config import RunConfig
@@ -71,8 +75,6 @@ def make_scheduler(
     The optimizer's own learning rate must be `peak`. `scheduler.step_update(step)` sets the rates
     of optimizer step `step`, counted from 0.
     """
-    from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
-
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = peak
     warmup = config.warmup_epochs * steps_per_epoch
@@ -83,8 +85,31 @@ def make_scheduler(
         "warmup_prefix": True,
         "t_in_epochs": False,
     }
+    with _without_remarks():
+        return _scheduler(optimizer, config, length, common)
+
+
+def _scheduler(
+    optimizer: torch.optim.Optimizer, config: RunConfig, length: Any, common: dict[str, Any]
+) -> Any:
+    from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+
     if config.sched == "constant":
         return StepLRScheduler(optimizer, decay_t=length, decay_rate=1.0, **common)
     if config.sched == "linear":
         return PolyLRScheduler(optimizer, length, power=1.0, lr_min=config.min_lr, **common)
     return CosineLRScheduler(optimizer, length, lr_min=config.min_lr, **common)
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Keeps timm's remark on a schedule of one step from the user: `setup` says what it means."""
+    loggers = [logging.getLogger(f"timm.scheduler.{name}") for name in ("cosine_lr", "poly_lr")]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before):
+            logger.disabled = disabled

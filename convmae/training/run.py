@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from convmae.config import config_to_mapping
-from convmae.data import DataError
+from convmae.config import OptionError, config_to_mapping
+from convmae.data import DataError, LoadingError
 from convmae.records.folder import RunFolder
 from convmae.records.log import RunLog, read_log
 from convmae.records.pictures import loss_picture
+from convmae.records.terminal import say
 from convmae.records.unreadable import UnreadableTally
 from convmae.records.wording import is_number
 from convmae.training.diagnosis import what_is_left
 from convmae.training.distributed import join
 from convmae.training.interrupts import Interrupts
+from convmae.training.lock import RunLock
 from convmae.training.loop import train
-from convmae.training.machine import machine_info
+from convmae.training.saving import write_description
 from convmae.training.setup import prepare
 from convmae.training.state import Run, TrainingError
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from convmae.config import RunConfig
+    from convmae.training.distributed import World
     from convmae.training.task import Task
 
 INTERRUPTED = 130  # exit status of a run that Ctrl-C ended
@@ -45,7 +49,8 @@ class RunSummary:
         signal: the signal that ended it early, or None.
         unreadable: path and reason of every picture that could not be read.
         skipped: steps whose loss or gradient was not finite.
-        evaluation: the last evaluation: `acc1`, `acc5` (per cent) and `loss`; empty without one.
+        evaluation: the last evaluation: `acc1`, `acc5` (per cent; the latter of more than 5
+            classes only) and `loss`; empty without one.
     """
 
     output_dir: Path
@@ -68,14 +73,14 @@ class RunSummary:
 
     def __str__(self) -> str:
         log = RunFolder.of(self.output_dir).log.name
-        lines = [
-            f"{self.steps} steps, {self.epochs:.2f} epochs in {self.output_dir}: loss "
-            f"{self.first_loss:.4f} -> {self.last_loss:.4f}, {self.images_per_s:.1f} images/s "
-            f"over {self.seconds:.0f} s"
-        ]
+        lines = [f"{self.steps} steps, {self.epochs:.2f} epochs in {self.output_dir}"]
+        if not math.isnan(self.last_loss):
+            lines[0] += (
+                f": loss {self.first_loss:.4f} -> {self.last_loss:.4f}, "
+                f"{self.images_per_s:.1f} images/s over {self.seconds:.0f} s"
+            )
         if self.evaluation:
-            acc1, acc5 = self.evaluation["acc1"], self.evaluation["acc5"]
-            lines.append(f"accuracy {acc1:.2f} % (best of 5: {acc5:.2f} %)")
+            lines.append(accuracy_text(self.evaluation))
         if self.unreadable:
             count = len(self.unreadable)
             lines.append(f"{count} unreadable pictures were skipped (named in {log})")
@@ -90,56 +95,102 @@ class RunSummary:
             results: files of the run that its user will want to see.
         """
         if int(os.environ.get("RANK", "0")) == 0:
-            print(self)
+            say(self)
             if self.interrupted:
-                print(f"interrupted; go on with --output_dir {self.output_dir} --resume auto")
+                say(f"interrupted; go on with --output_dir {self.output_dir} --resume auto")
             else:
-                print("see " + " and ".join(map(str, results)))
+                say("see " + " and ".join(map(str, results)))
         return INTERRUPTED if self.signal == signal.SIGINT else 0
+
+
+def accuracy_text(figures: dict[str, float]) -> str:
+    """`accuracy 71.50 % (best of 5: 90.00 %)`; the second where there are more than 5 classes."""
+    five = f" (best of 5: {figures['acc5']:.2f} %)" if "acc5" in figures else ""
+    return f"accuracy {figures['acc1']:.2f} %{five}"
 
 
 def run_task(config: RunConfig, task: Task) -> RunSummary:
     """Trains as `config` says; the commands' functions describe what it leaves and raises."""
     config.validate()
-    with join(config.device, config.strategy) as world:
-        run, notes = prepare(config, task, world)
-        world.share(None)  # nobody writes before everybody has checked
-        if world.main:
-            run.folder.path.mkdir(parents=True, exist_ok=True)
-            run.folder.write_options(config_to_mapping(config))
-            _write_environment(run, task.command)
-        log = RunLog(
-            run.folder,
-            run.step,
-            run.total_steps,
-            run.images_per_step,
-            enabled=world.main,
-            wandb_project=config.wandb_project if config.log_wandb else None,
-            config=config_to_mapping(config),
-        )
-        try:
-            for note in notes:
-                log.say(note)
-            tally = UnreadableTally(run.source, config.max_unreadable)
-            tally.report(log, run.step)
-            began_at = run.step
-            with Interrupts() as interrupts, _failure_noted(run, log):
-                ended_by = train(run, task, log, tally, interrupts)
-            if ended_by is not None:
-                log.write({"event": "interrupted", "step": run.step})
-            return _finish(run, log, tally, began_at, ended_by)
-        finally:
-            log.close()
+    with Interrupts() as interrupts, join(config.device, config.strategy) as world:
+        if world.parallel:
+            interrupts.hold()  # the others would wait for a process that ends alone
+        with _locked(RunFolder.of(config.output_dir), world) as lock:
+            run, notes = prepare(config, task, world)
+            run.lock = lock
+            interrupts.hold()
+            if lock is not None and lock.problem is not None:
+                notes.append(lock.note())
+            world.share(None)  # nobody writes before everybody has checked
+            with _disk_failures_told(run):
+                return _go(run, task, notes, interrupts)
 
 
 @contextmanager
-def _failure_noted(run: Run, log: RunLog) -> Iterator[None]:
-    """Notes in log and report why a run failed; a log that cannot be written is a TrainingError."""
+def _locked(folder: RunFolder, world: World) -> Iterator[RunLock | None]:
+    """Keeps the folder for this run; the main process holds the lock, None in the others."""
+    lock = RunLock(folder) if world.main else None
+    refusal = None
+    if lock is not None:
+        try:
+            lock.acquire()
+        except OptionError as error:
+            refusal = error.with_flags
+    refusal = world.share(refusal)
+    if refusal is not None:
+        raise OptionError(refusal)
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _go(run: Run, task: Task, notes: list[str], interrupts: Interrupts) -> RunSummary:
+    """Begins the log, trains, and finishes."""
+    config = run.config
+    if run.world.main:
+        write_description(run, task.command)
+    log = RunLog(
+        run.folder,
+        run.step,
+        run.total_steps,
+        run.images_per_step,
+        enabled=run.world.main,
+        wandb_project=config.wandb_project if config.log_wandb else None,
+        config=config_to_mapping(config),
+    )
+    try:
+        for note in notes:
+            log.say(note)
+        tally = UnreadableTally(run.source, config.max_unreadable)
+        tally.report(log, run.step)
+        began_at = run.step
+        with _failure_noted(run, log):
+            ended_by = train(run, task, log, tally, interrupts)
+        if ended_by is not None:
+            name = signal.Signals(ended_by).name
+            log.write({"event": "interrupted", "step": run.step, "signal": name})
+        return _finish(run, log, tally, began_at, ended_by)
+    finally:
+        log.close()
+
+
+@contextmanager
+def _disk_failures_told(run: Run) -> Iterator[None]:
+    """Turns what the disk refuses into a `TrainingError`."""
     try:
         yield
     except OSError as error:
         raise TrainingError(f"the run cannot go on: {error}; {what_is_left(run)}") from error
-    except (DataError, TrainingError) as error:
+
+
+@contextmanager
+def _failure_noted(run: Run, log: RunLog) -> Iterator[None]:
+    """Notes in log and report why a run failed."""
+    try:
+        yield
+    except (DataError, LoadingError, TrainingError, OSError) as error:
         with suppress(OSError):
             log.write({"event": "failed", "step": run.step, "reason": str(error)})
             if run.world.main:
@@ -147,30 +198,18 @@ def _failure_noted(run: Run, log: RunLog) -> Iterator[None]:
         raise
 
 
-def _write_environment(run: Run, command: str) -> None:
-    """`environment.json`: versions, devices and processes, as text."""
-    world = run.world
-    entries = (
-        {"command": command}
-        | machine_info()
-        | {
-            "device": str(world.device),
-            "processes": f"{world.size} ({world.strategy})",
-            "arithmetic": str(run.dtype).removeprefix("torch."),
-        }
-    )
-    run.folder.write_environment(entries)
-
-
 def _finish(
     run: Run, log: RunLog, tally: UnreadableTally, began_at: int, ended_by: int | None
 ) -> RunSummary:
     entries = read_log(run.folder) if run.world.main else []
     losses = [entry for entry in entries if "event" not in entry and is_number(entry.get("loss"))]
-    if losses:
-        loss_picture(losses, run.folder.loss_picture)
-    if run.world.main:
-        run.report.write()
+    try:
+        if losses:
+            loss_picture(losses, run.folder.loss_picture)
+        if run.world.main:
+            run.report.write()
+    except OSError as error:  # the checkpoint is there
+        log.say(f"warning: {run.folder.report.name} was not written: {error}")
     evaluations: list[dict[str, Any]] = [e for e in entries if e.get("event") == "evaluation"]
     return RunSummary(
         output_dir=run.folder.path,

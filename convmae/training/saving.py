@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from convmae.config import config_to_mapping
+from convmae.config import OptionError, config_to_mapping
 from convmae.seeds import SCHEME
 from convmae.training.diagnosis import REMEDIES, not_finite, what_is_left
 from convmae.training.distributed import whole_model, whole_optimizer
+from convmae.training.machine import machine_info
 from convmae.training.state import Run, TrainingError
 from convmae.weights.checkpoint import save_checkpoint
 
@@ -38,6 +39,7 @@ def save(run: Run, task: Task, log: RunLog) -> None:
         "losses": list(run.losses),
         "nonfinite": run.nonfinite,
         "skipped": run.skipped,
+        "evaluation_pending": run.evaluation_pending,
         "optimizer": whole_optimizer(run.model, run.optimizer),
         "scaler": run.scaler.state_dict(),
         "options": config_to_mapping(run.config),
@@ -46,9 +48,61 @@ def save(run: Run, task: Task, log: RunLog) -> None:
     problem = run.world.share(_write(run, weights, state, task.classes) if run.world.main else None)
     if problem:
         raise TrainingError(problem)
+    run.saved_step = run.step
     picture = task.draw(run)
     if run.world.main:
         _show(run, log, picture)
+
+
+def write_description(run: Run, command: str) -> None:
+    """Writes `args.yaml` and `environment.json`: versions, devices and processes, as text."""
+    world = run.world
+    entries = (
+        {"command": command}
+        | machine_info()
+        | {
+            "device": str(world.device),
+            "processes": f"{world.size} ({world.strategy})",
+            "arithmetic": str(run.dtype).removeprefix("torch."),
+        }
+    )
+    run.folder.write_options(config_to_mapping(run.config))
+    run.folder.write_environment(entries)
+
+
+def restore_folder(run: Run, task: Task, log: RunLog) -> None:
+    """Makes the run's folder again, which somebody deleted; the checkpoint is left to `save`.
+
+    Raises:
+        TrainingError: it cannot be made, or another run is there.
+    """
+    problem = run.world.share(_remake(run, task, log) if run.lock is not None else None)
+    if problem:
+        raise TrainingError(problem)
+    task.folder_lost(run)
+
+
+def _remake(run: Run, task: Task, log: RunLog) -> str | None:
+    """Makes the folder with log and options; what prevented it, in words."""
+    assert run.lock is not None
+    try:
+        run.lock.renew()
+        write_description(run, task.command)
+        log.reopen()
+    except (OptionError, OSError) as error:
+        text = error.with_flags if isinstance(error, OptionError) else str(error)
+        return (
+            f"--output_dir {str(run.folder)!r} was deleted, and could not be made again: {text}; "
+            f"{what_is_left(run)}"
+        )
+    log.event(
+        "folder_lost",
+        run.step,
+        f"warning: --output_dir {str(run.folder)!r} was deleted while the run was going on; it is "
+        "made again, with log, options and a checkpoint. Lost are pictures of earlier steps, "
+        "TensorBoard's files and, until the next evaluation, the best weights",
+    )
+    return None
 
 
 def _write(

@@ -172,10 +172,17 @@ def _notes(run: Run, why: str) -> list[str]:
     ]
     if config.warmup_epochs >= config.epochs:
         notes.append(
-            f"note: --warmup_epochs {config.warmup_epochs:g} is not shorter than --epochs "
-            f"{config.epochs}: the learning rate only rises"
+            f"warning: --warmup_epochs {config.warmup_epochs:g} is not shorter than --epochs "
+            f"{config.epochs}: the learning rate only rises, to {_highest_rate(run):.3e} in the "
+            f"last step, and never reaches its peak {peak:.3e}; give fewer --warmup_epochs, or 0"
         )
     return notes
+
+
+def _highest_rate(run: Run) -> float:
+    """The learning rate of the last step."""
+    run.scheduler.step_update(run.total_steps - 1)
+    return max(group["lr"] for group in run.optimizer.param_groups)
 
 
 # -- the run's folder -----------------------------------------------------------------------------
@@ -183,7 +190,6 @@ def _notes(run: Run, why: str) -> list[str]:
 
 def what_to_resume(config: RunConfig, folder: RunFolder) -> Path | None:
     """The checkpoint folder to go on from; refuses to write over another run."""
-    folder.check_writable()
     if config.resume == "auto":
         return find_checkpoint(folder.path) if folder.has_checkpoint else None
     if config.resume:
@@ -222,12 +228,13 @@ def _resume(run: Run, task: Task, folder: Path) -> list[str]:
         done = state["step"] / state["steps_per_epoch"]  # in epochs, as batches may differ now
         run.losses = list(state["losses"])
         run.nonfinite, run.skipped = state["nonfinite"], state["skipped"]
+        run.evaluation_pending = state.get("evaluation_pending", False)
         if run.scaler.is_enabled() and state["scaler"]:
             run.scaler.load_state_dict(state["scaler"])
         task.load_state(run, state["task"])
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise OptionError(f"--resume: {folder} does not fit this run: {error}") from error
-    run.step = round(done * run.steps_per_epoch)
+    run.step = run.saved_step = round(done * run.steps_per_epoch)
     if run.step >= run.total_steps and config.resume != "auto":
         raise OptionError(
             f"--epochs {config.epochs}: {folder} has been trained for {done:g} epochs already; "

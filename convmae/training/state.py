@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from convmae.data import Source, Statistics
     from convmae.records.folder import RunFolder
     from convmae.training.distributed import World
+    from convmae.training.lock import RunLock
     from convmae.training.step_graph import StepGraph
 
 
@@ -41,11 +42,14 @@ class Run:
     scaler: torch.amp.GradScaler
     steps_per_epoch: int
     workers: int
+    lock: RunLock | None = None  # of the folder; in the main process
     graph: StepGraph | None = None  # runs whole steps, where that was asked for and can be
     step: int = 0  # optimizer steps done, skipped ones included
     losses: list[float] = field(default_factory=list)  # since the last line of the log
     nonfinite: int = 0  # steps skipped in a row
     skipped: int = 0  # steps skipped in all
+    saved_step: int = 0  # of the checkpoint in the folder; 0 without one
+    evaluation_pending: bool = False  # the evaluation of this step, where one is due, is to come
     report: Report = field(init=False)  # of the folder
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from convmae.data import normalise
+from convmae.data import DataError, LoadingError, normalise
 from convmae.seeds import Stream, derive_seed, seed_everything
 from convmae.training.distributed import gradients
 from convmae.training.step_graph import GraphError
@@ -46,18 +46,24 @@ def take_step(
     batches: Iterator[Batch],
     meter: Meter,
     log: RunLog,
-    report_failures: Callable[[list], None],
 ) -> StepResult:
-    """One optimizer step; it is skipped where loss or gradient is not finite."""
+    """One optimizer step; it is skipped where loss or gradient is not finite.
+
+    Where a batch cannot be had, the run is left as it was before the step.
+    """
     accum, world = run.config.accum_iter, run.world
     total = torch.zeros((), device=world.device)
     run.scheduler.step_update(run.step)
     rate = max(group["lr"] for group in run.optimizer.param_groups)
+    buffers = [b.clone() for b in run.model.buffers()] if accum > 1 else []
     for part in range(accum):
         began = time.perf_counter()
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except (DataError, LoadingError):
+            _forget_parts(run, buffers)
+            raise
         meter.batch(len(batch.images), batch.seconds, time.perf_counter() - began)
-        report_failures(batch.failures)
         if run.graph is not None:
             figures = _replay(run, task, batch, log)
             if figures is not None:
@@ -74,6 +80,14 @@ def take_step(
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return outcome
+
+
+@torch.no_grad()
+def _forget_parts(run: Run, buffers: list[Tensor]) -> None:
+    """Undoes what the parts of a step before this one left: gradients, statistics of norms."""
+    run.optimizer.zero_grad(set_to_none=True)
+    for now, before in zip(run.model.buffers(), buffers):
+        now.copy_(before)
 
 
 def _replay(run: Run, task: Task, batch: Batch, log: RunLog) -> tuple[float, float] | None:

@@ -66,8 +66,16 @@ class Task(ABC):
         """Called after every optimizer step that was not skipped."""
         return
 
+    def evaluation_due(self, run: Run) -> bool:
+        """Whether the step just done is followed by an evaluation."""
+        return False
+
     def evaluate(self, run: Run, log: RunLog) -> None:
-        """Called after the step; a task that evaluates does it when it is due."""
+        """Called after a step that an evaluation follows."""
+        return
+
+    def folder_lost(self, run: Run) -> None:
+        """Called when the run's folder was deleted and made again."""
         return
 
     def draw(self, run: Run) -> PILImage.Image | None:

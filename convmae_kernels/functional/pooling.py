@@ -52,7 +52,7 @@ def masked_max_pool2d(
         x, mask, kernel_size, stride, padding, dilation, float("-inf")
     )
     y = F.max_pool2d(windows, kernel, step, 0, dilation)
-    if max(dilation) > 1:
+    if max(pair("dilation", dilation)) > 1:
         ones = x.new_ones(x.shape[0], x.shape[1], 1)
         seen = _windows(ones, mask, kernel_size, stride, padding, dilation, 0.0)[0]
         y = torch.where(F.max_pool2d(seen, kernel, step, 0, dilation) > 0, y, 0)

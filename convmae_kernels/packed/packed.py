@@ -18,6 +18,7 @@ from convmae_kernels.zorder import block_side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from types import FrameType
 
     from convmae_kernels.block_mask import BlockMask
 
@@ -146,7 +147,7 @@ def _check_checkpointing(operands: Sequence[Any]) -> None:
     """
     if not any(isinstance(x, Packed) and x.requires_grad for x in operands):
         return
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code is CheckpointFunction.forward.__code__:
             raise RuntimeError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from convmae import PretrainConfig, ReconstructConfig, cli
+import convmae
+import convmae_kernels
+from convmae import OptionError, PretrainConfig, ReconstructConfig, cli
+from convmae.records.folder import RunFolder
 from tests.support.paths import FASHION, RECIPES
 from tests.support.training_runs import DEVICE
 
@@ -103,7 +109,23 @@ def test_recipes_are_read_by_their_command(file: Path) -> None:
         ("norm_pix_loss: 3", "--norm_pix_loss must be true or false, got 3 in --config"),
         ("- a list", "must hold options and values, found a list"),
         ("a: [", "cannot be read"),
-        (None, "cannot be read"),
+        (None, "cannot be read: No such file or directory"),
+        ("", "must hold options and values, found nothing"),
+        ("epochs: 1\nblr: 1e-3\nepochs: 2", "'epochs' is given twice, first in line 1 (line 3)"),
+        ("1: x", "a name must be text, found 1 (line 1)"),
+        ("yes: 1", "a name must be text, found yes"),
+        ("? [a, b]\n: 1", "a name must be text, found a list or mapping"),
+        ("seed: !!python/object/apply:os.getpid []", "os.getpid' is a tag, expected a plain value"),
+        ("a: 1\n---\nb: 2", "several documents (---), expected one (line 2)"),
+        ("seed: 2026-99-99", "a value that cannot be: month must be in 1..12"),
+        (f"seed: {'9' * 5000}", "a value that cannot be"),
+        (f"seed: 0b{'1' * 5000}", "a whole number of more than 64 bits"),
+        (f"model: [{'x, ' * 60}x]", "--model must be text, got ['x', 'x'"),
+        ("[" * 500_000, "nested more than 4 deep (line 1)"),
+        ("a: &a [x, x]\nb: *a", "*a is an alias, write the value out (line 2)"),
+        ("a: [" + "1, " * 30_000 + "1]", "more than 20,000 values"),
+        ("a: 1\n" * 300_000, "larger than 1 MiB"),
+        ("a: \x01", "cannot be read: unacceptable character"),
     ],
 )
 def test_bad_files_of_options(
@@ -112,7 +134,32 @@ def test_bad_files_of_options(
     if text is not None:
         (tmp_path / "args.yaml").write_text(text)
     assert cli.main(["pretrain", "--config", str(tmp_path / "args.yaml")]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and len(error) < 500
+
+
+def test_an_alias_bomb_takes_no_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nine lines that stand for a thousand million values; in options and in a run's folder."""
+    import tracemalloc
+
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    for before, name in zip("abcdefgh", "bcdefghi"):
+        lines.append(f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]")
+    file = tmp_path / "args.yaml"
+    file.write_text("\n".join(lines))
+    cli.main(["pretrain", "--config", str(file)])  # what is imported is imported
+    tracemalloc.start()
+    assert cli.main(["pretrain", "--config", str(file)]) == 2
+    assert RunFolder.of(tmp_path).read_options() == {}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "is an alias" in capsys.readouterr().err
+    assert peak < 10e6
+
+
+def test_a_file_of_options_that_never_ends_is_refused() -> None:
+    with pytest.raises(OptionError, match="larger than 1 MiB"):
+        cli._read_yaml("/dev/zero")
 
 
 @pytest.mark.parametrize(
@@ -135,11 +182,84 @@ def test_errors_are_one_line_and_status_2(
     assert not (tmp_path / "run").exists()
 
 
-def test_unknown_flags_and_commands_are_status_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["pretrain", "--mask_ration", "0.5"], ["pretrian"]):
-        with pytest.raises(SystemExit) as end:
-            cli.main(arguments)
-        assert end.value.code == 2
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("pretrain --epocs 3", "convmae pretrain has no option --epocs; did you mean --epochs?"),
+        (
+            "pretrain --mask-ration=1",
+            "pretrain has no option --mask_ration; did you mean --mask_ratio?",
+        ),
+        ("pretrain --no_pin_mm", "pretrain has no option --no_pin_mm; did you mean --no_pin_mem?"),
+        ("evaluate --epochs 3", "convmae evaluate has no option --epochs; see `convmae evaluate"),
+        ("stats --zzz", "convmae stats has no option --zzz; see `convmae stats --help`"),
+        ("stats -z 3", "convmae stats has no option -z; see `convmae stats --help`"),
+        ("pretrian", "unknown command 'pretrian'; did you mean pretrain?"),
+        ("--epochs 3", "unknown command '--epochs'; expected one of pretrain, finetune"),
+    ],
+)
+def test_unknown_options_and_commands_are_one_line_of_the_command_asked_for(
+    capsys: pytest.CaptureFixture[str], arguments: str, line: str
+) -> None:
+    assert cli.main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("convmae: error: ") and line in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_option_of_a_command_is_known(command: str) -> None:
+    for option in dataclasses.fields(cli.COMMANDS[command].options):
+        cli._check_names([command, f"--{option.name}", "x", "-h", f"--{option.name}=3"])
+        if option.type == "bool":
+            cli._check_names([command, f"--no_{option.name}", "--config", "-0.5", "-c", "x"])
+
+
+def test_version_tells_torch_and_the_kernels_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--version", "-V"):
+        assert cli.main([flag]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[:2] == [f"convmae {convmae.__version__}", f"torch {torch.__version__}"]
+        kernels = convmae_kernels.info()
+        assert lines[2:] == [f"kernels, {n}: {kernels[n]}" for n in ("cpu", "cuda", "triton")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP")
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_idle_threads_of_a_command_sleep_soon(given: dict[str, str], count: str | None) -> None:
+    """OpenMP says what it has read: the setting is made before torch loads it."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-m", "convmae", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=clean | {"OMP_DISPLAY_ENV": "VERBOSE"} | given,
+    )
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("torch has another OpenMP here")
+    found = re.findall("GOMP_SPINCOUNT = '(.*)'", done.stderr)[0]
+    assert found == count if count is not None else int(found) > 1000
+
+
+def test_a_warm_up_as_long_as_the_run_is_told_aloud_and_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pictures = ["--data_path", str(FASHION), "--max_samples", "4", "-b", "4", "--amp", "float32"]
+    steps = ["--epochs", "2", "--warmup_epochs", "40", "--lr", "3e-5"]
+    output = ["--output_dir", str(tmp_path / "run")]
+    assert cli.main(["pretrain", *TINY, *pictures, *steps, *output]) == 0
+    out, error = capfd.readouterr()
+    assert [line for line in out.splitlines() if "warmup" in line] == [
+        "warning: --warmup_epochs 40 is not shorter than --epochs 2: the learning rate only rises, "
+        "to 7.500e-07 in the last step, and never reaches its peak 3.000e-05; give fewer "
+        "--warmup_epochs, or 0"
+    ]
+    assert "Cosine" not in out + error and "timm" not in error
 
 
 def test_a_new_command_is_one_file_and_one_line(

@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convmae.records import log as logs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -73,3 +73,14 @@ def kill_at(process: subprocess.Popen[str], folder: Path, step: int) -> int:
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     return losses(folder)[-1][0]
+
+
+def children(process: int) -> list[int]:
+    """Processes that a process has started, in their order; needs Linux's `/proc`."""
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return sorted(int(word) for word in text.split())
+
+
+def cmdline(process: int) -> bytes:
+    """The command of a process; empty of one that has ended."""
+    return Path(f"/proc/{process}/cmdline").read_bytes()

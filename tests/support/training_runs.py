@@ -16,6 +16,7 @@ from convmae.training import step
 from convmae.weights import checkpoint as checkpoints
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 Image = pytest.importorskip("PIL.Image")
@@ -68,14 +69,23 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Sends this process SIGINT in the middle of step `steps` (from 1)."""
+def interrupt_after(
+    monkeypatch: pytest.MonkeyPatch, steps: int, number: int = signal.SIGINT
+) -> None:
+    """Sends this process a signal in the middle of step `steps` (from 1)."""
+    call_in_step(monkeypatch, steps, lambda: os.kill(os.getpid(), number))
+
+
+def call_in_step(
+    monkeypatch: pytest.MonkeyPatch, steps: int, function: Callable[[], object]
+) -> None:
+    """Calls a function in the middle of step `steps` (from 1)."""
     backward, count = step.backward, [0]
 
     def counting(*args: Any) -> torch.Tensor:
         count[0] += 1
         if count[0] == steps:
-            os.kill(os.getpid(), signal.SIGINT)
+            function()
         return backward(*args)
 
     monkeypatch.setattr(step, "backward", counting)

@@ -15,7 +15,7 @@ from convmae.records.folder import RunFolder
 from tests.support.paths import ROOT
 
 NAMES = [
-    *("log.txt", "args.yaml", "environment.json", "wandb_id.txt"),
+    *("run.lock", "log.txt", "args.yaml", "environment.json", "wandb_id.txt"),
     *("report.html", "loss.png", "reconstruction.png", "tensorboard", "reconstructions"),
 ]
 # Beside records/folder.py: the default of `convmae reconstruct --output`, and a help text.
@@ -53,7 +53,7 @@ def test_paths_are_in_the_folder_and_differ(tmp_path: Path) -> None:
     folder = RunFolder.of(tmp_path)
     properties = [n for n, value in vars(RunFolder).items() if isinstance(value, property)]
     paths = [value for n in properties if isinstance(value := getattr(folder, n), Path)]
-    assert len(paths) == 11 and len(set(paths)) == len(paths)
+    assert len(paths) == 12 and len(set(paths)) == len(paths)
     assert all(path.parent == tmp_path for path in paths)
     assert RunFolder.of(folder) is folder and str(folder) == str(tmp_path)
     assert RunFolder.of("~/run").path == Path.home() / "run"
@@ -87,7 +87,7 @@ def test_a_checkpoint_counts_while_it_is_replaced(tmp_path: Path, left: str) -> 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     file = tmp_path / "run"
     file.touch()
-    with pytest.raises(OptionError, match="^output_dir '.*run' is a file, not a folder"):
+    with pytest.raises(OptionError, match="^output_dir .*: '.*run' is a file, not a folder"):
         RunFolder(file).check_writable()
 
 
@@ -98,7 +98,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(OptionError, match="cannot be written: no permission in ") as caught:
         RunFolder(wanted).check_writable()
-    assert str(caught.value).endswith(str(tmp_path))
+    assert str(caught.value).endswith(repr(str(tmp_path)))
 
 
 # -- options and environment ----------------------------------------------------------------------
@@ -113,7 +113,9 @@ def test_options_and_environment_are_read_back(tmp_path: Path) -> None:
     assert folder.read_environment() == {"command": "pretrain", "device": "cpu"}
 
 
-@pytest.mark.parametrize("content", [b"[1", b"[1, 2]", b"\xff", b"{: :", b""])
+@pytest.mark.parametrize(
+    "content", [b"[1", b"[1, 2]", b"\xff", b"{: :", b"", b"[" * 100_000], ids=range(6)
+)
 def test_what_cannot_be_read_is_empty(tmp_path: Path, content: bytes) -> None:
     folder = RunFolder(tmp_path)
     assert folder.read_options() == {} and folder.read_environment() == {}

@@ -105,3 +105,13 @@ def test_a_disk_without_space_ends_a_run_with_its_checkpoint_intact(
     assert "Traceback" not in done.stderr
     assert same(tensors(folder), before)
     assert checkpoints.read_training_state(folder)[1]["step"] == 4
+
+
+def test_ends_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+    """A few of those that `python -m tests.support.endurance` tries."""
+    from tests.support.endurance import SIGNALS, endure
+
+    seed = time.time_ns() % 10**6
+    print("seed", seed)  # pytest shows it where the test fails
+    ends = ["SIGKILL", *random.Random(seed).sample(SIGNALS, 2)]
+    assert endure(tmp_path, ends, seed, epochs=4) == []

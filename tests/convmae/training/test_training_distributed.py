@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from convmae.records import log as logs
+from convmae.weights.checkpoint import read_training_state
 from tests.support.paths import FASHION
-from tests.support.training_processes import finish, flags, losses, start
+from tests.support.training_processes import children, cmdline, finish, flags, losses, start
 from tests.support.training_runs import DEVICE, folder_of, tensors
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 Options = dict[str, Any]
 
@@ -112,3 +114,43 @@ def test_what_does_not_suit_several_processes_is_refused(
     output = finish(start(["pretrain", *flags(**options)], processes=2), status=1)
     assert "in 2 processes needs 42 pictures a step" in output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
+def test_a_signal_to_one_process_stops_all_and_a_second_run_is_refused_by_all(
+    run_options: Options, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    options = run_options | {"batch_size": 2, "epochs": 4000, "output_dir": folder}
+    first = start(["pretrain", *flags(**options)], processes=2)
+    while not (folder.exists() and losses(folder)) and first.poll() is None:
+        time.sleep(0.02)
+    output = finish(start(["pretrain", *flags(**options)], processes=2), status=1)
+    workers = [pid for pid in children(first.pid) if b"convmae" in cmdline(pid)]
+    assert len(workers) == 2
+    for rank in ("", " (process 1)"):
+        assert f"convmae: error{rank}: --output_dir '{folder}' is in use by process" in output
+    assert "Traceback (most recent call last)" not in output.partition("is in use by")[0]
+    os.kill(workers[1], signal.SIGUSR1)
+    assert "interrupted; go on with" in finish(first)
+    reached = losses(folder)[-1][0]
+    assert read_training_state(folder)[1]["step"] == reached
+    assert not (folder / "run.lock").exists()
+
+
+def test_a_loading_process_that_dies_in_one_process_ends_all_saved(
+    run_options: Options, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    options = run_options | {"batch_size": 2, "epochs": 4000, "num_workers": 1}
+    process = start(["pretrain", *flags(**options, output_dir=folder)], processes=2)
+    while not (folder.exists() and losses(folder)) and process.poll() is None:
+        time.sleep(0.02)
+    second = [pid for pid in children(process.pid) if b"convmae" in cmdline(pid)][1]
+    (loading,) = [pid for pid in children(second) if b"convmae" in cmdline(pid)]
+    os.kill(loading, signal.SIGKILL)
+    output = finish(process, status=1)
+    assert "in process 1: a loading process was killed (SIGKILL)" in output
+    reached = losses(folder)[-1][0]
+    assert f"the state after step {reached} is saved in" in output
+    assert read_training_state(folder)[1]["step"] == reached
