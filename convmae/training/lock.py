@@ -74,10 +74,9 @@ class RunLock:
     def lost(self) -> bool:
         """Whether the folder was deleted, or another took its place."""
         try:
-            there = os.stat(self.folder.lock)
+            return not os.path.samestat(os.stat(self.folder.lock), os.fstat(self._handle))
         except OSError:
             return True
-        return not os.path.samestat(there, os.fstat(self._handle))
 
     def renew(self) -> None:
         """Makes the folder again, and locks it.

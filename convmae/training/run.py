@@ -193,7 +193,7 @@ def _failure_noted(run: Run, log: RunLog) -> Iterator[None]:
     except (DataError, LoadingError, TrainingError, OSError) as error:
         with suppress(OSError):
             log.write({"event": "failed", "step": run.step, "reason": str(error)})
-            if run.world.main:
+            if run.lock is not None and not run.lock.lost:  # else it may be another run's folder
                 run.report.write()
         raise
 

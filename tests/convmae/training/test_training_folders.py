@@ -10,9 +10,11 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -23,9 +25,6 @@ from convmae.training.lock import RunLock
 from convmae.weights.checkpoint import read_training_state
 from tests.support.training_processes import children, cmdline, finish, flags, losses, start
 from tests.support.training_runs import DEVICE, call_in_step, curve, options, same, tensors
-
-if TYPE_CHECKING:
-    import subprocess
 
 pytest.importorskip("torchvision")
 
@@ -191,18 +190,30 @@ def test_a_folder_that_cannot_be_made_again_ends_the_run_in_one_line(
 def test_a_run_does_not_write_into_the_folder_of_its_successor(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    holds = (
+        "import sys\n"
+        "from convmae.records.folder import RunFolder\n"
+        "from convmae.training.lock import RunLock\n"
+        "lock = RunLock(RunFolder.of(sys.argv[1]))\n"
+        "lock.acquire()\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
     others: list[subprocess.Popen[str]] = []
 
     def replace() -> None:
         shutil.rmtree(tmp_path / "run")
-        others.append(begin(pictures, tmp_path / "run"))
+        command = [sys.executable, "-c", holds, str(tmp_path / "run")]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        others.append(subprocess.Popen(command, text=True, **pipes))
+        assert others[0].stdout is not None and others[0].stdout.readline() == "held\n"
 
     call_in_step(monkeypatch, 2, replace)
-    with pytest.raises(TrainingError, match="was deleted, and .* in use by process"):
+    with pytest.raises(TrainingError, match="was deleted, and .* in use by process") as error:
         pretrain(options(pictures, tmp_path / "run"))
-    others[0].send_signal(signal.SIGTERM)
-    finish(others[0])
-    assert {e["event"] for e in logs.read_log(tmp_path / "run") if "event" in e} == {"interrupted"}
+    assert f"process {others[0].pid} on" in str(error.value)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
+    others[0].communicate()
 
 
 # -- impossible from the start --------------------------------------------------------------------
