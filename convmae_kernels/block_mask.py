@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from convmae_kernels.recording import is_recorded, leaves_pytorch
+
 
 class BlockMask:
     """Which blocks of a `[gh, gw]` grid are visible, for each image of a batch.
@@ -52,7 +54,7 @@ class BlockMask:
         self._asked = None
         if visible_per_image is not None:
             self._extremes = visible_per_image, visible_per_image
-        self._neighbours = torch.ops.convmae.neighbour_table(visible, block_index, 1)
+        self._neighbours = _neighbour_table(visible, block_index, 1)
 
     # -- constructors -----------------------------------------------------------------------------
 
@@ -110,7 +112,7 @@ class BlockMask:
         if not 0.0 <= mask_ratio < 1.0:
             raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
         keep = int(noise.shape[1] * (1 - mask_ratio))
-        return cls._of_ids(noise.argsort(dim=1, stable=True)[:, :keep], (gh, gw))
+        return cls._of_ids(_smallest(noise, keep), (gh, gw))
 
     @classmethod
     def from_ids(cls, ids: Tensor, grid: tuple[int, int], *, check: bool = True) -> BlockMask:
@@ -121,7 +123,8 @@ class BlockMask:
                 an image.
             grid: `(gh, gw)` blocks.
             check: whether to check the values, for which the host waits for a GPU. Pass False where
-                they cannot be wrong, as parts of an `argsort` cannot. Compiled code never checks.
+                they cannot be wrong, as parts of an `argsort` cannot. Compiled and exported code
+                never checks.
 
         Raises:
             TypeError: `ids` is not a tensor of integers.
@@ -138,7 +141,7 @@ class BlockMask:
                 f"{list(ids.shape)}"
             )
         ids = ids.long()
-        if check and not torch.compiler.is_compiling():
+        if check and not is_recorded():
             _check_ids(ids, gh * gw)
         return cls._of_ids(ids, (gh, gw))
 
@@ -147,7 +150,7 @@ class BlockMask:
         """`from_ids` of int64 values that are known to be right."""
         (batch_size, keep), length = ids.shape, grid[0] * grid[1]
         visible = torch.zeros(batch_size, length, dtype=torch.bool, device=ids.device)
-        visible = visible.scatter(1, ids, True)
+        visible = visible.scatter(1, ids, 1)  # 1: `torch.jit.trace` has no scatter of a bool
         first = torch.arange(batch_size, device=ids.device).unsqueeze(1) * length
         block_index = (ids.sort(dim=1).values + first).flatten()
         return cls(visible.view(batch_size, *grid), block_index, keep)
@@ -156,7 +159,9 @@ class BlockMask:
     def from_visible(cls, visible: Tensor) -> BlockMask:
         """A mask of one's own; the number of visible blocks may differ between images.
 
-        The host waits for a GPU once, as it has to know how many blocks are visible.
+        The host waits for a GPU once, as it has to know how many blocks are visible. A program that
+        is compiled or exported serves any mask: there the mask knows no numbers, like one from
+        `BlockMask(visible, block_index)`.
 
         Args:
             visible: bool `[B, gh, gw]`, True where a block is kept.
@@ -172,6 +177,8 @@ class BlockMask:
             raise ValueError(f"visible must be [B, gh, gw], got {list(visible.shape)}")
         _check_grid((visible.shape[1], visible.shape[2]))
         visible = visible.detach().clone()
+        if is_recorded():  # a program for any mask, whose numbers nobody knows yet
+            return cls(visible, visible.flatten().nonzero().squeeze(1))
         counts = visible.flatten(1).sum(1).tolist()
         # Block t is the first one up to which t + 1 are visible: `nonzero`, without its waiting.
         order = torch.arange(1, sum(counts) + 1, device=visible.device)
@@ -258,7 +265,7 @@ class BlockMask:
             raise ValueError(f"radius must not be negative, got {radius}")
         if radius == 1:
             return self._neighbours
-        return torch.ops.convmae.neighbour_table(self.visible, self.block_index, radius)
+        return _neighbour_table(self.visible, self.block_index, radius)
 
     def _known_extremes(self) -> tuple[int, int]:
         """The least and the largest number of an image; asks the device where they are unknown."""
@@ -294,6 +301,21 @@ class BlockMask:
         drawn = self.visible[: max(1, 100 // (self.grid[1] + 2))].tolist()
         rows = zip(*(["".join("#" if v else "." for v in row) for row in im] for im in drawn))
         return "\n".join([repr(self), *("  ".join(row) for row in rows)])
+
+
+def _smallest(noise: Tensor, keep: int) -> Tensor:
+    """`noise.argsort(dim=1, stable=True)[:, :keep]`; ONNX has no stable sort, but its TopK is."""
+    if leaves_pytorch():
+        return noise.topk(keep, dim=1, largest=False, sorted=True).indices
+    return noise.argsort(dim=1, stable=True)[:, :keep]
+
+
+def _neighbour_table(visible: Tensor, block_index: Tensor, radius: int) -> Tensor:
+    if leaves_pytorch():
+        import convmae_kernels.ops.reference as reference
+
+        return reference.neighbour_table(visible, block_index, radius)
+    return torch.ops.convmae.neighbour_table(visible, block_index, radius)
 
 
 _LEAVES = ("visible", "block_index", "_neighbours")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convmae.models.layers import TOKEN_EPS, LayerNorm, Linear, add_parameter, resample_pos_embed
+from convmae.models.maps import stage1_map, stage2_map, tokens_of_map
 from convmae.models.trunk import Trunk, check_img_size
 from convmae_kernels import BlockMask, scatter_visible
+from convmae_kernels.recording import is_exported
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -171,19 +174,29 @@ class ConvViT(Trunk):
         return x if pre_logits else self.head(x)
 
     def _stages(self, images: Tensor, last: int) -> list[Tensor]:
-        """Packed features of stages 1 and 2 and tokens `[N, L, D]`, up to stage `last` (from 0)."""
+        """Stages 1 and 2, then tokens `[N, L, D]`: up to stage `last` (from 0).
+
+        Stages 1 and 2 are packed features, which are computed faster; in exported programs they are
+        maps `[N, C, H, W]`, for which PyTorch's own ops do.
+        """
         self.check_images(images)
         if last > self.last_stage:
             raise ValueError(
                 f"stage {last + 1} is asked for, but prune_intermediate_layers left "
                 f"{self.last_stage + 1} of 3 stages"
             )
-        mask = BlockMask.full(images.shape[0], self.grid, images.device)
-        outputs = [self.stage1(images, mask)]
+        if is_exported():
+            stage1, stage2 = partial(stage1_map, self), partial(stage2_map, self)
+            tokens = partial(tokens_of_map, self)
+        else:
+            mask = BlockMask.full(images.shape[0], self.grid, images.device)
+            stage1, stage2 = partial(self.stage1, mask=mask), partial(self.stage2, mask=mask)
+            tokens = partial(self.tokens)
+        outputs = [stage1(images)]
         if last >= 1:
-            outputs.append(self.stage2(outputs[0], mask))
+            outputs.append(stage2(outputs[0]))
         if last >= 2:
-            x = self.tokens(outputs[1]).view(images.shape[0], self.num_patches, -1)
+            x = tokens(outputs[1]).view(images.shape[0], self.num_patches, -1)
             x = add_parameter(x, self.pos_embed)
             for block in self.blocks3:
                 x = self.run_block(block, x)
@@ -231,14 +244,15 @@ class ConvViT(Trunk):
         else:
             last = needed if stop_early else max(needed, self.last_stage)
         outputs = self._stages(images, last)
-        mask = BlockMask.full(images.shape[0], self.grid, images.device)
         last_norm = self.fc_norm if self.global_pool else self.norm
         maps = []
         for index in wanted:
             x = outputs[min(index, 2)]
             if index >= 2:
-                x = (last_norm(x) if norm else x).flatten(0, 1).unsqueeze(1)  # [N * L, 1, D]
-            x = scatter_visible(x, mask)
+                x = (last_norm(x) if norm else x).unflatten(1, self.grid)
+                x = x.permute(0, 3, 1, 2).clone()  # no view of tokens: it may be written into
+            elif x.dim() == 3:
+                x = scatter_visible(x, BlockMask.full(images.shape[0], self.grid, images.device))
             if index == 3:
                 x = F.max_pool2d(x, 2, ceil_mode=True)
             maps.append(x)

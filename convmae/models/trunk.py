@@ -13,6 +13,7 @@ from convmae.models.layers import Block, ConvBlock, Linear, PatchEmbed
 from convmae_kernels import BlockMask, gather_visible
 from convmae_kernels.ops.support.arithmetic import cast_together
 from convmae_kernels.ops.support.autocast import autocast_is_on
+from convmae_kernels.recording import is_exported
 
 PATCH_SIZE = 16
 
@@ -111,8 +112,8 @@ class Trunk(nn.Module):
                 module.compile(backend=backend, dynamic=False)
 
     def run_block(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """`block(*arguments)`, checkpointed if that is on."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
+        """`block(*arguments)`, checkpointed if that is on; exported programs do not train."""
+        if self.grad_checkpointing and torch.is_grad_enabled() and not is_exported():
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from convmae_kernels.recording import leaves_pytorch
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -293,13 +295,14 @@ def select(impl: Impl, name: str, reference: Callable, x: Tensor) -> Callable:
     """The callable that runs the op `name` on `x`: a registered op, or the reference.
 
     The reference is plain PyTorch, so "auto" takes it under `torch.func` transforms and
-    forward-mode differentiation too, which registered ops do not support.
+    forward-mode differentiation too, which registered ops do not support, and in programs that
+    leave PyTorch.
 
     Raises:
         RuntimeError: `impl` was asked for by name and cannot run.
     """
     check_impl(impl, x)
-    if impl == "reference" or transforms_active():
+    if impl == "reference" or transforms_active() or leaves_pytorch():
         return reference
     return getattr(torch.ops.convmae_triton if impl == "triton" else torch.ops.convmae, name)
 
