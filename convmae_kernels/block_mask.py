@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from convmae_kernels.recording import is_recorded, leaves_pytorch
+from convmae_kernels.recording import is_exported, is_onnx, is_recorded, leaves_pytorch
 
 
 class BlockMask:
@@ -54,7 +54,7 @@ class BlockMask:
         self._asked = None
         if visible_per_image is not None:
             self._extremes = visible_per_image, visible_per_image
-        self._neighbours = _neighbour_table(visible, block_index, 1)
+        self._neighbours = self._table(1)
 
     # -- constructors -----------------------------------------------------------------------------
 
@@ -228,6 +228,17 @@ class BlockMask:
         return self.num_visible / max(self.num_blocks, 1)
 
     @property
+    def hides_nothing(self) -> bool:
+        """Whether it is known on the host that every block is visible."""
+        gh, gw = self.grid
+        return self.visible_per_image is not None and self.visible_per_image == gh * gw
+
+    @property
+    def knows_numbers(self) -> bool:
+        """Whether the numbers of visible blocks of the images are known on the host."""
+        return self._extremes is not None
+
+    @property
     def min_per_image(self) -> int:
         """The least number of visible blocks of an image; 0 without images."""
         return self._known_extremes()[0]
@@ -265,7 +276,21 @@ class BlockMask:
             raise ValueError(f"radius must not be negative, got {radius}")
         if radius == 1:
             return self._neighbours
-        return _neighbour_table(self.visible, self.block_index, radius)
+        return self._table(radius)
+
+    def _table(self, radius: int) -> Tensor:
+        if self.wants_plain_ops():
+            import convmae_kernels.ops.reference as reference
+
+            return reference.neighbour_table(self.visible, self.block_index, radius)
+        return torch.ops.convmae.neighbour_table(self.visible, self.block_index, radius)
+
+    def wants_plain_ops(self) -> bool:
+        """Whether a program is recorded here that should be made of PyTorch's own ops.
+
+        One that leaves PyTorch, and an exported one in which it is certain that nothing is hidden.
+        """
+        return leaves_pytorch() or (self.hides_nothing and is_exported())
 
     def _known_extremes(self) -> tuple[int, int]:
         """The least and the largest number of an image; asks the device where they are unknown."""
@@ -273,6 +298,12 @@ class BlockMask:
             return self._extremes
         if self.batch_size == 0:
             return 0, 0
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace cannot record a mask whose numbers of visible blocks are unknown, "
+                "such as one from BlockMask.from_visible; expected torch.export.export, or a mask "
+                "from from_noise, from_ids or full"
+            )
         if self._asked is None:
             counts = self.visible.flatten(1).sum(1)
             least, most = torch.stack([counts.min(), counts.max()]).tolist()
@@ -305,17 +336,9 @@ class BlockMask:
 
 def _smallest(noise: Tensor, keep: int) -> Tensor:
     """`noise.argsort(dim=1, stable=True)[:, :keep]`; ONNX has no stable sort, but its TopK is."""
-    if leaves_pytorch():
+    if is_onnx():
         return noise.topk(keep, dim=1, largest=False, sorted=True).indices
     return noise.argsort(dim=1, stable=True)[:, :keep]
-
-
-def _neighbour_table(visible: Tensor, block_index: Tensor, radius: int) -> Tensor:
-    if leaves_pytorch():
-        import convmae_kernels.ops.reference as reference
-
-        return reference.neighbour_table(visible, block_index, radius)
-    return torch.ops.convmae.neighbour_table(visible, block_index, radius)
 
 
 _LEAVES = ("visible", "block_index", "_neighbours")

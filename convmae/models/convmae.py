@@ -280,8 +280,7 @@ class ConvMAE(Trunk):
 
     def embed(self, images: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:
         """The input of stage 3, and the outputs of stages 1 and 2 as tokens: `[T, D]` each."""
-        whole = mask.visible_per_image == self.num_patches and mask.batch_size == len(images)
-        if whole and is_exported():
+        if is_exported() and mask.hides_nothing and mask.batch_size == images.shape[0]:
             return self._embed_maps(images)
         x, decoded1, decoded2 = self.forward_stages(images, mask)
         position = self.pos_embed[0].index_select(0, mask.block_index % self.num_patches)
@@ -317,7 +316,8 @@ class ConvMAE(Trunk):
         rows = token_rows(mask)
         blocks, last = self.decoder_blocks[:-1], self.decoder_blocks[-1]
         # Before the first block hidden tokens are the same in all images.
-        if len(blocks) and len(x) < mask.num_blocks:
+        fewer = not is_exported() and x.shape[0] < mask.num_blocks  # one program for every batch
+        if len(blocks) and fewer:
             x = self.run_block(blocks[0], x, None, None, rows)
             blocks = blocks[1:]
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -237,7 +239,7 @@ class ConvViT(Trunk):
         """
         if output_fmt not in ("NCHW", "NHWC", "NLC"):
             raise ValueError(f"output_fmt must be NCHW, NHWC or NLC, got {output_fmt!r}")
-        wanted = _feature_indices(indices)
+        wanted = feature_indices(indices)
         needed = min(max(wanted), 2)
         if not intermediates_only:
             last = 2
@@ -277,7 +279,7 @@ class ConvViT(Trunk):
         Returns:
             `indices` as a list of numbers in `[0, 4)`.
         """
-        wanted = _feature_indices(indices)
+        wanted = feature_indices(indices)
         self.last_stage = min(max(wanted), self.last_stage)
         unused = {0: ["patch_embed2", "blocks2"], 1: ["patch_embed3", "patch_embed4", "blocks3"]}
         for stage in range(self.last_stage, 2):
@@ -378,17 +380,22 @@ def _check_pool(global_pool: bool | str) -> bool | str:
     return POOLS[global_pool]
 
 
-def _feature_indices(indices: int | Sequence[int] | None) -> list[int]:
-    """Map numbers in `[0, 4)`: of the last `indices` maps, of a list, or all."""
+def feature_indices(indices: int | Sequence[int] | None, name: str = "indices") -> list[int]:
+    """Map numbers in `[0, 4)`: of the last `indices` maps, of a list, or all.
+
+    Raises:
+        ValueError: a number is outside, or there is none; the message calls them `name`.
+    """
+    wanted: list[Any] = []
     if indices is None:
-        indices = NUM_FEATURES
-    if isinstance(indices, int):
-        wanted = list(range(NUM_FEATURES - indices, NUM_FEATURES)) if indices > 0 else []
-    else:
-        wanted = [i + NUM_FEATURES if i < 0 else i for i in indices]
+        wanted = list(range(NUM_FEATURES))
+    elif isinstance(indices, int) and 0 < indices <= NUM_FEATURES:
+        wanted = list(range(NUM_FEATURES - indices, NUM_FEATURES))
+    elif isinstance(indices, Iterable) and all(isinstance(i, Integral) for i in indices):
+        wanted = [int(i) + NUM_FEATURES if i < 0 else int(i) for i in indices]
     if not wanted or not all(0 <= i < NUM_FEATURES for i in wanted):
         raise ValueError(
-            f"indices must be some of 0 ... {NUM_FEATURES - 1} (strides 4, 8, 16, 32), or how many "
+            f"{name} must be some of 0 ... {NUM_FEATURES - 1} (strides 4, 8, 16, 32), or how many "
             f"of the last, got {indices!r}"
         )
     return wanted

@@ -201,6 +201,12 @@ class Trunk(nn.Module):
         self.check_mask_batch(images, mask)
         if mask.device != images.device:
             raise ValueError(f"mask is on {mask.device}, but images are on {images.device}")
+        if is_exported() and not mask.knows_numbers:
+            raise ValueError(
+                "mask does not know how many blocks of an image are visible, which an exported "
+                "program of this model must; expected a mask from from_noise, from_ids or full, or "
+                "one from from_visible that is made outside and is an input of the program"
+            )
         if mask.min_per_image == 0:
             raise ValueError(
                 "mask must leave at least one visible block in every image, got an image with "

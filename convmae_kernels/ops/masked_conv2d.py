@@ -150,11 +150,11 @@ def masked_conv2d(
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     neighbours = mask.neighbours(plan.radius)
     if plan.way == "depthwise":
-        run = select(impl, "masked_conv2d", reference.masked_conv2d, x)
+        run = select(impl, "masked_conv2d", reference.masked_conv2d, x, mask)
         y = run(x, weight, bias, neighbours, plan.dilation)
         stride = plan.stride
         return y if stride == 1 else y.unflatten(1, (-1, stride * stride))[:, :, 0].contiguous()
-    run = select(impl, "window_conv2d", reference.window_conv2d, x)
+    run = select(impl, "window_conv2d", reference.window_conv2d, x, mask)
     return run(x, weight, bias, neighbours, plan.stride, plan.padding, plan.dilation, groups)
 
 
