@@ -31,8 +31,9 @@ class MaskedConv2d(torch.nn.Conv2d):
             exactly; see `masked_conv2d`.
         dense_above: from this density of the mask on, a dense map is convolved by PyTorch's
             convolution of the map times the mask, as skipping does not pay; 0 always does so, and a
-            number above 1 never. Exported programs always do so. If None it is `DENSE_ABOVE`, and for depthwise convolutions, where
-            skipping always pays, never. Packed features are never made dense.
+            number above 1 never. Exported programs always do so. If None it is `DENSE_ABOVE`, and
+            for depthwise convolutions, where skipping always pays, never. Packed features are never
+            made dense.
 
     Raises:
         ValueError: `stride` or `padding` does not keep the grid of blocks.

@@ -9,10 +9,10 @@ timm does not find models of other packages by itself, so this module must be im
     maps = backbone(images)  # strides 4, 8, 16, 32; backbone.feature_info.channels()
 
 The names are `convvit_{tiny,small,base,large,huge}` and `convvit_base_patch16`. They take the
-arguments of `convmae.models.ConvViT`, `features_only` and `out_indices` (in any order, negative from
-the end). The maps come from `ConvViT.forward_intermediates`: hooks see no maps here, so `feature_cls`
-may only be "getter", timm's class for that. There are no weights to
-download: pass `checkpoint_path`, or `pretrained_cfg_overlay={"file": path}` with `pretrained=True`.
+arguments of `convmae.models.ConvViT`, `features_only` and `out_indices` (in any order, negative
+from the end). The maps come from `ConvViT.forward_intermediates`; hooks see no maps here, so
+`feature_cls` may only be "getter", timm's class for that. There are no weights to download: pass
+`checkpoint_path`, or `pretrained_cfg_overlay={"file": path}` with `pretrained=True`.
 """
 
 from __future__ import annotations
