@@ -15,7 +15,7 @@ from tests.support.onnx_files import check_plain, export_onnx, run_onnx
 SMALL = {
     "img_size": (32, 64),
     "embed_dim": (8, 12, 16),
-    "depth": (2, 2, 2),
+    "depth": (1, 2, 1),
     "num_heads": 2,
     "mlp_ratio": (4, 4, 4),
 }
@@ -74,14 +74,13 @@ class WholeEncoder(torch.nn.Module):
 
 def whole_encoder(dtype):
     options = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
-    return WholeEncoder(moved(ConvMAE(**SMALL, **options)).to(dtype))
+    return WholeEncoder(moved(ConvMAE(**SMALL, **options)).to(dtype)).eval()
 
 
 # -- torch.export ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "strict"), [*((v, False) for v in VARIANTS), ("token", True)])
 def test_an_exported_classifier_serves_every_batch(variant, strict):
     model = small(torch.float64, **VARIANTS[variant])
     program = export(model, images_for(model, 2), strict).module()
@@ -102,8 +101,9 @@ def test_an_exported_program_can_be_saved(tmp_path):
     check(loaded, model, images_for(model, 4))
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("indices", [(0, 1, 2, 3), (-1, 0), (1,)])
+@pytest.mark.parametrize(
+    ("indices", "strict"), [((0, 1, 2, 3), False), ((-1, 0), False), ((1,), True)]
+)
 def test_exports_of_backbones(indices, strict):
     timm = pytest.importorskip("timm")
     convmae.register_timm()
@@ -140,11 +140,8 @@ def test_a_pretraining_step_is_exported_with_a_dynamic_batch():
     model = whole_encoder(torch.float64).model
     loss = Loss(model)
     arguments = [(images_for(model, n), torch.rand(n, model.num_patches)) for n in (2, 5)]
-    for strict in (False, True):
-        program = torch.export.export(
-            loss, arguments[0], dynamic_shapes=({0: BATCH}, {0: BATCH}), strict=strict
-        )
-        torch.testing.assert_close(program.module()(*arguments[1]), loss(*arguments[1]))
+    program = torch.export.export(loss, arguments[0], dynamic_shapes=({0: BATCH}, {0: BATCH}))
+    torch.testing.assert_close(program.module()(*arguments[1]), loss(*arguments[1]))
 
 
 def test_an_exported_encoder_refuses_masks_of_unknown_numbers():
@@ -193,9 +190,8 @@ def test_a_traced_classifier_serves_every_batch(variant):
 
 def check_onnx(path, module, *batches):
     """onnxruntime's outputs are as near to float64's as PyTorch's; prints how they differ."""
-    exact_module = module
     expected = [module(images) for images in batches]
-    exact = [exact_module.double()(images.double()) for images in batches]
+    exact = [module.double()(images.double()) for images in batches]
     module.float()
     for images, ours, right in zip(batches, expected, exact, strict=True):
         lists = isinstance(ours, list)
