@@ -220,6 +220,7 @@ def test_options_of_features_that_do_not_fit():
             timm.create_model("convvit_tiny", **option)
 
 
+@torch.no_grad()
 def test_maps_may_be_written_into():
     """No map shares its memory with the tokens that come with it."""
     model = small((48, 64))
