@@ -13,6 +13,8 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+from convmae_kernels.recording import is_exported, is_onnx, is_recorded, leaves_pytorch
+
 
 class BlockMask:
     """Which blocks of a `[gh, gw]` grid are visible, for each image of a batch.
@@ -60,7 +62,7 @@ class BlockMask:
         self._asked = None
         if visible_per_image is not None:
             self._extremes = visible_per_image, visible_per_image
-        self._neighbours = torch.ops.convmae.neighbour_table(visible, block_index, 1)
+        self._neighbours = self._table(1)
 
     # -- constructors -----------------------------------------------------------------------------
 
@@ -118,7 +120,7 @@ class BlockMask:
         if not 0.0 <= mask_ratio < 1.0:
             raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
         keep = int(noise.shape[1] * (1 - mask_ratio))
-        return cls._of_ids(noise.argsort(dim=1, stable=True)[:, :keep], (gh, gw))
+        return cls._of_ids(_smallest(noise, keep), (gh, gw))
 
     @classmethod
     def from_ids(cls, ids: Tensor, grid: tuple[int, int], *, check: bool = True) -> BlockMask:
@@ -129,7 +131,8 @@ class BlockMask:
                 an image.
             grid: `(gh, gw)` blocks.
             check: whether to check the values, for which the host waits for a GPU. Pass False where
-                they cannot be wrong, as parts of an `argsort` cannot. Compiled code never checks.
+                they cannot be wrong, as parts of an `argsort` cannot. Compiled and exported code
+                never checks.
 
         Raises:
             TypeError: `ids` is not a tensor of integers.
@@ -146,7 +149,7 @@ class BlockMask:
                 f"{list(ids.shape)}"
             )
         ids = ids.long()
-        if check and not torch.compiler.is_compiling():
+        if check and not is_recorded():
             _check_ids(ids, gh * gw)
         return cls._of_ids(ids, (gh, gw))
 
@@ -155,7 +158,7 @@ class BlockMask:
         """`from_ids` of int64 values that are known to be right."""
         (batch_size, keep), length = ids.shape, grid[0] * grid[1]
         visible = torch.zeros(batch_size, length, dtype=torch.bool, device=ids.device)
-        visible = visible.scatter(1, ids, True)
+        visible = visible.scatter(1, ids, 1)  # 1: `torch.jit.trace` has no scatter of a bool
         first = torch.arange(batch_size, device=ids.device).unsqueeze(1) * length
         block_index = (ids.sort(dim=1).values + first).flatten()
         return cls(visible.view(batch_size, *grid), block_index, keep)
@@ -164,7 +167,9 @@ class BlockMask:
     def from_visible(cls, visible: Tensor) -> BlockMask:
         """A mask of one's own; the number of visible blocks may differ between images.
 
-        The host waits for a GPU once, as it has to know how many blocks are visible.
+        The host waits for a GPU once, as it has to know how many blocks are visible. A program that
+        is compiled or exported serves any mask: there the mask knows no numbers, like one from
+        `BlockMask(visible, block_index)`.
 
         Args:
             visible: bool `[B, gh, gw]`, True where a block is kept.
@@ -180,6 +185,8 @@ class BlockMask:
             raise ValueError(f"visible must be [B, gh, gw], got {list(visible.shape)}")
         _check_grid((visible.shape[1], visible.shape[2]))
         visible = visible.detach().clone()
+        if is_recorded():  # a program for any mask, whose numbers nobody knows yet
+            return cls(visible, visible.flatten().nonzero().squeeze(1))
         counts = visible.flatten(1).sum(1).tolist()
         # Block t is the first one up to which t + 1 are visible: `nonzero`, without its waiting.
         order = torch.arange(1, sum(counts) + 1, device=visible.device)
@@ -229,6 +236,17 @@ class BlockMask:
         return self.num_visible / max(self.num_blocks, 1)
 
     @property
+    def hides_nothing(self) -> bool:
+        """Whether it is known on the host that every block is visible."""
+        gh, gw = self.grid
+        return self.visible_per_image is not None and self.visible_per_image == gh * gw
+
+    @property
+    def knows_numbers(self) -> bool:
+        """Whether the numbers of visible blocks of the images are known on the host."""
+        return self._extremes is not None
+
+    @property
     def min_per_image(self) -> int:
         """The least number of visible blocks of an image; 0 without images."""
         return self._known_extremes()[0]
@@ -266,7 +284,21 @@ class BlockMask:
             raise ValueError(f"radius must not be negative, got {radius}")
         if radius == 1:
             return self._neighbours
+        return self._table(radius)
+
+    def _table(self, radius: int) -> Tensor:
+        if self.wants_plain_ops():
+            import convmae_kernels.ops.reference as reference
+
+            return reference.neighbour_table(self.visible, self.block_index, radius)
         return torch.ops.convmae.neighbour_table(self.visible, self.block_index, radius)
+
+    def wants_plain_ops(self) -> bool:
+        """Whether a program is recorded here that should be made of PyTorch's own ops.
+
+        One that leaves PyTorch, and an exported one in which it is certain that nothing is hidden.
+        """
+        return leaves_pytorch() or (self.hides_nothing and is_exported())
 
     def _known_extremes(self) -> tuple[int, int]:
         """The least and the largest number of an image; asks the device where they are unknown."""
@@ -274,6 +306,12 @@ class BlockMask:
             return self._extremes
         if self.batch_size == 0:
             return 0, 0
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace cannot record a mask whose numbers of visible blocks are unknown, "
+                "such as one from BlockMask.from_visible; expected torch.export.export, or a mask "
+                "from from_noise, from_ids or full"
+            )
         if self._asked is None:
             counts = self.visible.flatten(1).sum(1)
             least, most = torch.stack([counts.min(), counts.max()]).tolist()
@@ -318,6 +356,13 @@ class BlockMask:
         drawn = self.visible[: max(1, 100 // (self.grid[1] + 2))].tolist()
         rows = zip(*(["".join("#" if v else "." for v in row) for row in im] for im in drawn))
         return "\n".join([repr(self), *("  ".join(row) for row in rows)])
+
+
+def _smallest(noise: Tensor, keep: int) -> Tensor:
+    """`noise.argsort(dim=1, stable=True)[:, :keep]`; ONNX has no stable sort, but its TopK is."""
+    if is_onnx():
+        return noise.topk(keep, dim=1, largest=False, sorted=True).indices
+    return noise.argsort(dim=1, stable=True)[:, :keep]
 
 
 _LEAVES = ("visible", "block_index", "_neighbours")

@@ -12,6 +12,7 @@ from convmae_kernels.functional import masked_sync_batch_norm
 from convmae_kernels.ops import gather_visible, masked_conv2d, scatter_visible
 from convmae_kernels.ops.support.geometry import check_padding, pair
 from convmae_kernels.packed import Packed
+from convmae_kernels.recording import is_exported
 
 # The density from which a dense map is convolved densely: where both ways took as long on a CPU,
 # with 3x3 convolutions of 64 to 256 channels, forward and backward, from dense map to dense map.
@@ -31,8 +32,9 @@ class MaskedConv2d(torch.nn.Conv2d):
             exactly; see `masked_conv2d`.
         dense_above: from this density of the mask on, a dense map is convolved by PyTorch's
             convolution of the map times the mask, as skipping does not pay; 0 always does so, and a
-            number above 1 never. If None it is `DENSE_ABOVE`, and for depthwise convolutions, where
-            skipping always pays, never. Packed features are never made dense.
+            number above 1 never. Exported programs always do so. If None it is `DENSE_ABOVE`, and
+            for depthwise convolutions, where skipping always pays, never. Packed features are never
+            made dense.
 
     Raises:
         ValueError: `stride` or `padding` does not keep the grid of blocks, or `padding_mode` is not
@@ -107,7 +109,7 @@ class MaskedConv2d(torch.nn.Conv2d):
             return super().forward(x)
         if not isinstance(mask, BlockMask):
             raise TypeError(f"mask must be a BlockMask, got {type(mask).__name__}")
-        if x.dim() == 4 and mask.density >= self.dense_above:
+        if x.dim() == 4 and (is_exported() or mask.density >= self.dense_above):
             return self._dense(x, mask)
         dense = x.dim() == 4
         if dense:
@@ -131,7 +133,7 @@ class MaskedConv2d(torch.nn.Conv2d):
                 f"x of {x.shape[2]} x {x.shape[3]} does not divide into a grid of {mask.grid[0]} x "
                 f"{mask.grid[1]} square blocks whose side the stride {self.stride[0]} divides"
             )
-        if mask.num_visible == mask.num_blocks:
+        if mask.hides_nothing or (not is_exported() and mask.num_visible == mask.num_blocks):
             return super().forward(x)
         y = super().forward(torch.where(mask.to_dense(side), x, 0))
         return torch.where(mask.to_dense(side // self.stride[0]), y, 0)

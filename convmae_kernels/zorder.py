@@ -33,7 +33,7 @@ def to_zorder(x: Tensor) -> Tensor:
     A strided convolution with kernel = stride is then a reshape and a matrix product.
     """
     lead, side = x.shape[:-2], x.shape[-1]
-    bits = side.bit_length() - 1
+    bits = int(side).bit_length() - 1
     x = x.reshape(*lead, *(2,) * (2 * bits))
     first = len(lead)
     order = [first + axis * bits + bit for bit in range(bits) for axis in (0, 1)]
@@ -43,7 +43,7 @@ def to_zorder(x: Tensor) -> Tensor:
 def from_zorder(x: Tensor) -> Tensor:
     """`[..., s*s] -> [..., s, s]`: the inverse of `to_zorder`."""
     lead, side = x.shape[:-1], math.isqrt(x.shape[-1])
-    bits = side.bit_length() - 1
+    bits = int(side).bit_length() - 1
     x = x.reshape(*lead, *(2,) * (2 * bits))
     first = len(lead)
     order = [first + 2 * bit + axis for axis in (0, 1) for bit in range(bits)]
@@ -52,7 +52,7 @@ def from_zorder(x: Tensor) -> Tensor:
 
 def rows_to_zorder(x: Tensor) -> Tensor:
     """`[T, s, s, ...] -> [T, s*s, ...]`: `to_zorder` of axes 1 and 2, in one copy."""
-    bits = x.shape[1].bit_length() - 1
+    bits = int(x.shape[1]).bit_length() - 1
     split = x.reshape(x.shape[0], *(2,) * (2 * bits), *x.shape[3:])
     order = [1 + axis * bits + bit for bit in range(bits) for axis in (0, 1)]
     rest = range(1 + 2 * bits, split.dim())
@@ -75,7 +75,7 @@ def patch_matrix(weight: Tensor) -> Tensor:
     The matrix of a convolution whose stride is its kernel. It is written out because its gradient
     then copies whole rows of channels too: several times faster.
     """
-    side = weight.shape[2]
+    side = int(weight.shape[2])
     if side == 1:
         return weight.flatten(1)
     bits = side.bit_length() - 1

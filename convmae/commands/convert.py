@@ -1,4 +1,4 @@
-"""`convmae convert`: weights of the official code to ours, and back."""
+"""`convmae convert`: weights of the official code to ours, and back; and both to ONNX."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from convmae.commands.onnx_file import ONNX, OnnxReport, convert_to_onnx
 from convmae.config import OptionError, for_option
 from convmae.config.checks import as_pair
 from convmae.config.convert import OFFICIAL_SUFFIXES, SAFETENSORS
@@ -90,7 +91,7 @@ class ConversionReport:
 # -- convert --------------------------------------------------------------------------------------
 
 
-def convert(config: ConvertConfig) -> ConversionReport:
+def convert(config: ConvertConfig) -> ConversionReport | OnnxReport:
     """Writes the weights of `config.checkpoint` in the format that `config.output` asks for.
 
     Tensors that need no other shape are copied bit by bit, in their own dtype.
@@ -99,6 +100,8 @@ def convert(config: ConvertConfig) -> ConversionReport:
         OptionError: an option cannot work, or the file is no file of weights; nothing was written.
     """
     config.validate()
+    if config.output.lower().endswith(ONNX):
+        return convert_to_onnx(config, convert)
     target = _target(config)
     with for_option("checkpoint"):
         return _convert(config, target)
@@ -167,7 +170,7 @@ def _target(config: ConvertConfig) -> Path:
                 "weights would be hidden by others: give another"
             )
     else:
-        ends = ", ".join((SAFETENSORS, *OFFICIAL_SUFFIXES))
+        ends = ", ".join((SAFETENSORS, *OFFICIAL_SUFFIXES, ONNX))
         raise OptionError(
             f"--output must end in {ends}, or be a folder, got {config.output!r}, which is none yet"
         )

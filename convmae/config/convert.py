@@ -20,7 +20,7 @@ SAFETENSORS = ".safetensors"
 
 @dataclass
 class ConvertConfig:
-    """Convert weights: the official code's files to those of convmae, and back.
+    """Convert weights: the official code's files to those of convmae, and back, or to ONNX.
 
     The direction is decided by the end of --output. Files are read as data alone: one that asks
     for code to be run is refused.
@@ -29,7 +29,8 @@ class ConvertConfig:
     checkpoint: str
     """A .pth, .pt, .bin or .safetensors file, or a run's folder."""
     output: str
-    """To write: a .safetensors file or a folder is ours, .pth, .pt or .bin the official code's."""
+    """To write: a .safetensors file or a folder is ours, .pth, .pt or .bin the official code's,
+    .onnx a classifier (or an encoder) for ONNX runtimes."""
     kind: Literal["auto", "convmae", "convvit"] = "auto"
     """What to write: a pretraining model, a classifier, or what the file holds (auto)."""
     model: str | None = None

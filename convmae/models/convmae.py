@@ -15,6 +15,7 @@ from convmae.models.layers import (
     add_parameter,
     sincos_pos_embed,
 )
+from convmae.models.maps import conv_map, flat_map, stage1_map, stage2_map, tokens_of_map
 from convmae.models.tokens import (
     HiddenPatches,
     hidden_patches,
@@ -27,6 +28,7 @@ from convmae.models.tokens import (
 from convmae.models.trunk import Trunk, check_heads, check_positive
 from convmae_kernels import BlockMask
 from convmae_kernels.ops.support.arithmetic import cast_together, patch_conv2d
+from convmae_kernels.recording import is_exported
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -278,9 +280,20 @@ class ConvMAE(Trunk):
 
     def embed(self, images: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:
         """The input of stage 3, and the outputs of stages 1 and 2 as tokens: `[T, D]` each."""
+        if is_exported() and mask.hides_nothing and mask.batch_size == images.shape[0]:
+            return self._embed_maps(images)
         x, decoded1, decoded2 = self.forward_stages(images, mask)
         position = self.pos_embed[0].index_select(0, mask.block_index % self.num_patches)
         return add_parameter(self.tokens(x), position), decoded1, decoded2
+
+    def _embed_maps(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`embed` of whole images, made of PyTorch's convolutions."""
+        x = stage1_map(self, images)
+        decoded1 = flat_map(conv_map(x, self.stage1_output_decode))
+        x = stage2_map(self, x)
+        decoded2 = flat_map(conv_map(x, self.stage2_output_decode))
+        x = add_parameter(tokens_of_map(self, x), self.pos_embed)
+        return x.flatten(0, 1), decoded1.flatten(0, 1), decoded2.flatten(0, 1)
 
     def forward_decoder(
         self, latent: Tensor, mask: BlockMask, hidden: HiddenPatches | None = None
@@ -303,7 +316,8 @@ class ConvMAE(Trunk):
         rows = token_rows(mask)
         blocks, last = self.decoder_blocks[:-1], self.decoder_blocks[-1]
         # Before the first block hidden tokens are the same in all images.
-        if len(blocks) and len(x) < mask.num_blocks:
+        fewer = not is_exported() and x.shape[0] < mask.num_blocks  # one program for every batch
+        if len(blocks) and fewer:
             x = self.run_block(blocks[0], x, None, None, rows)
             blocks = blocks[1:]
         else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convmae.models.layers import TOKEN_EPS, LayerNorm, Linear, add_parameter, resample_pos_embed
+from convmae.models.maps import stage1_map, stage2_map, tokens_of_map
 from convmae.models.trunk import Trunk, check_img_size
 from convmae_kernels import BlockMask, scatter_visible
+from convmae_kernels.recording import is_exported
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -171,19 +176,29 @@ class ConvViT(Trunk):
         return x if pre_logits else self.head(x)
 
     def _stages(self, images: Tensor, last: int) -> list[Tensor]:
-        """Packed features of stages 1 and 2 and tokens `[N, L, D]`, up to stage `last` (from 0)."""
+        """Stages 1 and 2, then tokens `[N, L, D]`: up to stage `last` (from 0).
+
+        Stages 1 and 2 are packed features, which are computed faster; in exported programs they are
+        maps `[N, C, H, W]`, for which PyTorch's own ops do.
+        """
         self.check_images(images)
         if last > self.last_stage:
             raise ValueError(
                 f"stage {last + 1} is asked for, but prune_intermediate_layers left "
                 f"{self.last_stage + 1} of 3 stages"
             )
-        mask = BlockMask.full(images.shape[0], self.grid, images.device)
-        outputs = [self.stage1(images, mask)]
+        if is_exported():
+            stage1, stage2 = partial(stage1_map, self), partial(stage2_map, self)
+            tokens = partial(tokens_of_map, self)
+        else:
+            mask = BlockMask.full(images.shape[0], self.grid, images.device)
+            stage1, stage2 = partial(self.stage1, mask=mask), partial(self.stage2, mask=mask)
+            tokens = partial(self.tokens)
+        outputs = [stage1(images)]
         if last >= 1:
-            outputs.append(self.stage2(outputs[0], mask))
+            outputs.append(stage2(outputs[0]))
         if last >= 2:
-            x = self.tokens(outputs[1]).view(images.shape[0], self.num_patches, -1)
+            x = tokens(outputs[1]).view(images.shape[0], self.num_patches, -1)
             x = add_parameter(x, self.pos_embed)
             for block in self.blocks3:
                 x = self.run_block(block, x)
@@ -224,21 +239,22 @@ class ConvViT(Trunk):
         """
         if output_fmt not in ("NCHW", "NHWC", "NLC"):
             raise ValueError(f"output_fmt must be NCHW, NHWC or NLC, got {output_fmt!r}")
-        wanted = _feature_indices(indices)
+        wanted = feature_indices(indices)
         needed = min(max(wanted), 2)
         if not intermediates_only:
             last = 2
         else:
             last = needed if stop_early else max(needed, self.last_stage)
         outputs = self._stages(images, last)
-        mask = BlockMask.full(images.shape[0], self.grid, images.device)
         last_norm = self.fc_norm if self.global_pool else self.norm
         maps = []
         for index in wanted:
             x = outputs[min(index, 2)]
             if index >= 2:
-                x = (last_norm(x) if norm else x).flatten(0, 1).unsqueeze(1)  # [N * L, 1, D]
-            x = scatter_visible(x, mask)
+                x = (last_norm(x) if norm else x).unflatten(1, self.grid)
+                x = x.permute(0, 3, 1, 2).clone()  # no view of tokens: it may be written into
+            elif x.dim() == 3:
+                x = scatter_visible(x, BlockMask.full(images.shape[0], self.grid, images.device))
             if index == 3:
                 x = F.max_pool2d(x, 2, ceil_mode=True)
             maps.append(x)
@@ -263,7 +279,7 @@ class ConvViT(Trunk):
         Returns:
             `indices` as a list of numbers in `[0, 4)`.
         """
-        wanted = _feature_indices(indices)
+        wanted = feature_indices(indices)
         self.last_stage = min(max(wanted), self.last_stage)
         unused = {0: ["patch_embed2", "blocks2"], 1: ["patch_embed3", "patch_embed4", "blocks3"]}
         for stage in range(self.last_stage, 2):
@@ -364,17 +380,22 @@ def _check_pool(global_pool: bool | str) -> bool | str:
     return POOLS[global_pool]
 
 
-def _feature_indices(indices: int | Sequence[int] | None) -> list[int]:
-    """Map numbers in `[0, 4)`: of the last `indices` maps, of a list, or all."""
+def feature_indices(indices: int | Sequence[int] | None, name: str = "indices") -> list[int]:
+    """Map numbers in `[0, 4)`: of the last `indices` maps, of a list, or all.
+
+    Raises:
+        ValueError: a number is outside, or there is none; the message calls them `name`.
+    """
+    wanted: list[Any] = []
     if indices is None:
-        indices = NUM_FEATURES
-    if isinstance(indices, int):
-        wanted = list(range(NUM_FEATURES - indices, NUM_FEATURES)) if indices > 0 else []
-    else:
-        wanted = [i + NUM_FEATURES if i < 0 else i for i in indices]
+        wanted = list(range(NUM_FEATURES))
+    elif isinstance(indices, int) and 0 < indices <= NUM_FEATURES:
+        wanted = list(range(NUM_FEATURES - indices, NUM_FEATURES))
+    elif isinstance(indices, Iterable) and all(isinstance(i, Integral) for i in indices):
+        wanted = [int(i) + NUM_FEATURES if i < 0 else int(i) for i in indices]
     if not wanted or not all(0 <= i < NUM_FEATURES for i in wanted):
         raise ValueError(
-            f"indices must be some of 0 ... {NUM_FEATURES - 1} (strides 4, 8, 16, 32), or how many "
+            f"{name} must be some of 0 ... {NUM_FEATURES - 1} (strides 4, 8, 16, 32), or how many "
             f"of the last, got {indices!r}"
         )
     return wanted

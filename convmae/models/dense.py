@@ -7,18 +7,17 @@ and the arithmetic of products (`multiply`) are those that `ConvMAE` uses.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from convmae.models.convmae import ConvMAE
-from convmae.models.layers import ConvBlock, PatchEmbed, add_parameter
-from convmae_kernels.ops.support.arithmetic import cast_together, multiply
+from convmae.models.layers import add_parameter
+from convmae.models.maps import conv_map, flat_map, stage1_map, stage2_map, tokens_of_map
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from convmae_kernels import BlockMask
 
 
@@ -40,54 +39,18 @@ class DenseConvMAE(ConvMAE):
             stages 1 and 2 as tokens `[N, L, embed_dim[2]]`.
         """
         x = images.contiguous(memory_format=torch.channels_last)
-        x = _patch_embed(x, self.patch_embed1)
-        visible = mask.to_dense(4).to(x.dtype)
-        for block in self.blocks1:
-            x = self.run_block(_conv_block, x, block, visible)
-        decoded1 = _tokens(_conv2d(x, self.stage1_output_decode))
-        x = _patch_embed(x, self.patch_embed2)
-        visible = mask.to_dense(2).to(x.dtype)
-        for block in self.blocks2:
-            x = self.run_block(_conv_block, x, block, visible)
-        decoded2 = _tokens(_conv2d(x, self.stage2_output_decode))
+        x = stage1_map(self, x, mask.to_dense(4))
+        decoded1 = flat_map(conv_map(x, self.stage1_output_decode))
+        x = stage2_map(self, x, mask.to_dense(2))
+        decoded2 = flat_map(conv_map(x, self.stage2_output_decode))
         return x, decoded1, decoded2
 
     def embed(self, images: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:
         """As in `ConvMAE`: computed for all patches, then gathered to `[T, D]` each."""
         x, decoded1, decoded2 = self.forward_stages(images, mask)
-        x = self.patch_embed4(_tokens(_patch_embed(x, self.patch_embed3)))
-        x = add_parameter(x, self.pos_embed)
+        x = add_parameter(tokens_of_map(self, x), self.pos_embed)
         gathered = [
             tokens.reshape(mask.num_blocks, -1).index_select(0, mask.block_index)
             for tokens in (x, decoded1, decoded2)
         ]
         return gathered[0], gathered[1], gathered[2]
-
-
-def _conv2d(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    padding = conv.kernel_size[0] // 2 if conv.groups > 1 else 0
-    function = partial(F.conv2d, stride=conv.stride, padding=padding, groups=conv.groups)
-    return multiply(function, x, conv.weight, conv.bias)
-
-
-def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # views: x is channels-last
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """`[N, D, gh, gw] -> [N, L, D]`, a view of channels-last memory."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _patch_embed(x: Tensor, embed: PatchEmbed) -> Tensor:
-    with cast_together(list(embed.parameters()), x):
-        return embed.act(_layer_norm(_conv2d(x, embed.proj), embed.norm))
-
-
-def _conv_block(x: Tensor, block: nn.Module, visible: Tensor) -> Tensor:
-    assert isinstance(block, ConvBlock)
-    with cast_together(list(block.parameters()), x):
-        y = _conv2d(_layer_norm(x, block.norm1), block.conv1) * visible
-        x = x + _conv2d(_conv2d(y, block.attn), block.conv2)
-        y = block.mlp.act(_conv2d(_layer_norm(x, block.norm2), block.mlp.fc1))
-        return x + _conv2d(y, block.mlp.fc2)

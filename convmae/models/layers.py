@@ -184,7 +184,7 @@ class DropPath(nn.Module):
         self._drops, self._keep = rate > 0.0, torch.tensor(1.0 - rate, device="cpu")
 
     def forward(self, x: Tensor, mask: BlockMask | None = None) -> Tensor:
-        """Tokens `[N, K, D]`; or packed features `[T, P, C]` and their mask."""
+        """Tokens `[N, K, D]`, maps `[N, C, H, W]`, or packed `[T, P, C]` and their mask."""
         if not self._drops or not self.training:
             return x
         images = x.shape[0] if mask is None else mask.batch_size
@@ -195,7 +195,7 @@ class DropPath(nn.Module):
             scale = x.new_empty(images).bernoulli_(1 - self.rate) / (1 - self.rate)
         if mask is not None:
             scale = scale[mask.image_index]
-        return x * scale.view(-1, 1, 1)
+        return x * scale.view(-1, *[1] * (x.dim() - 1))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

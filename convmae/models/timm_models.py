@@ -9,8 +9,10 @@ timm does not find models of other packages by itself, so this module must be im
     maps = backbone(images)  # strides 4, 8, 16, 32; backbone.feature_info.channels()
 
 The names are `convvit_{tiny,small,base,large,huge}` and `convvit_base_patch16`. They take the
-arguments of `convmae.models.ConvViT`, `features_only` and `out_indices`. There are no weights to
-download: pass `checkpoint_path`, or `pretrained_cfg_overlay={"file": path}` with `pretrained=True`.
+arguments of `convmae.models.ConvViT`, `features_only` and `out_indices` (in any order, negative
+from the end). The maps come from `ConvViT.forward_intermediates`; hooks see no maps here, so
+`feature_cls` may only be "getter", timm's class for that. There are no weights to download: pass
+`checkpoint_path`, or `pretrained_cfg_overlay={"file": path}` with `pretrained=True`.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from convmae.models.convvit import NUM_FEATURES, ConvViT
+from convmae.models.convvit import NUM_FEATURES, ConvViT, feature_indices
 from convmae.models.registry import ALIASES, MODELS
 
 __all__: list[str] = []  # `register_model` adds the names
 
 _NAMES = [name for name in [*MODELS, *ALIASES] if name.startswith("convvit_")]
+MAX_STRIDE = 32
 _SOURCES = ("file", "url", "hf_hub_id", "state_dict")
 
 default_cfgs = generate_default_cfgs(
@@ -50,8 +53,10 @@ def _create(name: str, pretrained: bool = False, drop_rate: float = 0.0, **optio
     """`ConvViT(**sizes_of_name, **options)` by `timm.models.build_model_with_cfg`.
 
     Raises:
-        ValueError: `pretrained` without a file of weights, or `drop_rate` is not 0.
+        ValueError: `pretrained` without a file of weights, `drop_rate` is not 0, or an option of
+            `features_only` is none that this model has.
     """
+    _check_features(name, options)
     if drop_rate:
         raise ValueError(
             f"drop_rate must be 0, got {drop_rate}: {name} has no dropout, only drop_path_rate"
@@ -67,6 +72,33 @@ def _create(name: str, pretrained: bool = False, drop_rate: float = 0.0, **optio
     return build_model_with_cfg(
         ConvViT, name, pretrained, feature_cfg=feature_cfg, **{**config, **options}
     )
+
+
+def _check_features(name: str, options: dict[str, Any]) -> None:
+    """The options of `features_only` are some that ConvViT has; takes out what is as it is anyway.
+
+    Raises:
+        ValueError: one is not.
+    """
+    stride = options.pop("output_stride", MAX_STRIDE)
+    if stride != MAX_STRIDE:
+        raise ValueError(
+            f"output_stride must be {MAX_STRIDE}, got {stride!r}: {name} is not dilated; "
+            "out_indices=(0, 1, 2) has the maps of strides 4, 8 and 16"
+        )
+    if not options.get("features_only"):
+        given = [key for key in ("out_indices", "feature_cls") if key in options]
+        if given:
+            raise ValueError(f"{given[0]} is for features_only=True, which is not given")
+        return
+    kind = options.get("feature_cls", "getter")
+    if getattr(kind, "__name__", str(kind).lower()) not in ("getter", "FeatureGetterNet"):
+        raise ValueError(
+            f"feature_cls must be 'getter' (or not given), got {kind!r}: the stages of {name} are "
+            "no modules that return maps, so there is nothing for hooks or graphs to take"
+        )
+    if "out_indices" in options:
+        options["out_indices"] = feature_indices(options["out_indices"], "out_indices")
 
 
 @register_model

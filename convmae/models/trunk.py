@@ -13,6 +13,7 @@ from convmae.models.layers import Block, ConvBlock, Linear, PatchEmbed
 from convmae_kernels import BlockMask, gather_visible
 from convmae_kernels.ops.support.arithmetic import cast_together
 from convmae_kernels.ops.support.autocast import autocast_is_on
+from convmae_kernels.recording import is_exported
 
 PATCH_SIZE = 16
 
@@ -111,8 +112,8 @@ class Trunk(nn.Module):
                 module.compile(backend=backend, dynamic=False)
 
     def run_block(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """`block(*arguments)`, checkpointed if that is on."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
+        """`block(*arguments)`, checkpointed if that is on; exported programs do not train."""
+        if self.grad_checkpointing and torch.is_grad_enabled() and not is_exported():
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)
 
@@ -200,6 +201,12 @@ class Trunk(nn.Module):
         self.check_mask_batch(images, mask)
         if mask.device != images.device:
             raise ValueError(f"mask is on {mask.device}, but images are on {images.device}")
+        if is_exported() and not mask.knows_numbers:
+            raise ValueError(
+                "mask does not know how many blocks of an image are visible, which an exported "
+                "program of this model must; expected a mask from from_noise, from_ids or full, or "
+                "one from from_visible that is made outside and is an input of the program"
+            )
         if mask.min_per_image == 0:
             raise ValueError(
                 "mask must leave at least one visible block in every image, got an image with "

@@ -71,5 +71,5 @@ def gather_visible(images: Tensor, mask: BlockMask, *, impl: Impl = "auto") -> T
             f"images of {height} x {width} do not divide into a grid of {gh} x {gw} square blocks "
             f"of side {', '.join(map(str, BLOCK_SIZES))}"
         )
-    run = select(impl, "gather_visible", reference.gather_visible, images)
+    run = select(impl, "gather_visible", reference.gather_visible, images, mask)
     return run(images, mask.block_index, gh, gw)

@@ -104,4 +104,5 @@ def gather_windows(
     if min(halo) <= -side or min(top + bottom, left + right) <= -side:
         raise ValueError(f"halo {halo} leaves no window of blocks of side {side}")
     neighbours = mask.neighbours(geometry.reach(halo, side))
-    return select(impl, "gather_windows", reference.gather_windows, x)(x, neighbours, halo, fill)
+    run = select(impl, "gather_windows", reference.gather_windows, x, mask)
+    return run(x, neighbours, halo, fill)

@@ -152,12 +152,14 @@ def masked_conv2d(
     weight, bias = as_cast(weight), None if bias is None else as_cast(bias)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     neighbours = mask.neighbours(plan.radius)
-    if plan.way == "depthwise":
-        run = select(impl, "masked_conv2d", reference.masked_conv2d, x)
+    # In a program of plain ops the other way is one convolution, and this one a sum over taps.
+    plain = impl == "auto" and mask.wants_plain_ops()
+    if plan.way == "depthwise" and not plain:
+        run = select(impl, "masked_conv2d", reference.masked_conv2d, x, mask)
         y = run(x, weight, bias, neighbours, plan.dilation)
         stride = plan.stride
         return y if stride == 1 else y.unflatten(1, (-1, stride * stride))[:, :, 0].contiguous()
-    run = select(impl, "window_conv2d", reference.window_conv2d, x)
+    run = select(impl, "window_conv2d", reference.window_conv2d, x, mask)
     return run(x, weight, bias, neighbours, plan.stride, plan.padding, plan.dilation, groups)
 
 

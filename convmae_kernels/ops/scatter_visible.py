@@ -62,5 +62,5 @@ def scatter_visible(
         RuntimeError: `impl` was named and cannot run.
     """
     check_packed("x", x, mask)
-    run = select(impl, "scatter_visible", reference.scatter_visible, x)
+    run = select(impl, "scatter_visible", reference.scatter_visible, x, mask)
     return run(x, mask.block_index, mask.batch_size, *mask.grid, float(fill))

@@ -68,7 +68,12 @@ SUITES = {
         "convmae/data/test_data_transforms.py",
         "convmae/training/test_training_data.py",
     ),
-    "compile": ("convmae_kernels/test_compiled_networks.py", "convmae_kernels/test_transforms.py"),
+    "compile": (
+        "convmae_kernels/test_compiled_networks.py",
+        "convmae_kernels/test_recording.py",
+        "convmae_kernels/test_transforms.py",
+        "convmae/models/test_export.py",
+    ),
     "ahead of time": (
         "convmae_kernels/triton/test_triton_compile.py",
         "convmae_kernels/triton/test_triton_kernels.py",
@@ -81,6 +86,7 @@ PACKAGES = (
     *("torchvision", "numpy", "timm"),
     *("pillow", "pyyaml", "safetensors", "webdataset"),
     *("matplotlib", "scikit-image", "tensorboard", "torchmetrics", "tqdm"),
+    *("onnx", "onnxscript", "onnxruntime"),
     *("pytest", "pytest-xdist", "hypothesis"),
     *("setuptools", "wheel", "ninja"),
 )

@@ -41,7 +41,9 @@ def save(path: Path, value: Any, **options: Any) -> Path:
 
 
 def run(checkpoint: Path, output: Path, **options: Any) -> ConversionReport:
-    return convert(ConvertConfig(str(checkpoint), str(output), **options))
+    report = convert(ConvertConfig(str(checkpoint), str(output), **options))
+    assert isinstance(report, ConversionReport)
+    return report
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:

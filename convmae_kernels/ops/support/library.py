@@ -25,6 +25,8 @@ from convmae_kernels.ops.support.flops import add_flop_formula
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from convmae_kernels.block_mask import BlockMask
+
 Impl = Literal["auto", "reference", "cpu", "cuda", "triton"]
 
 LIB = torch.library.Library("convmae", "DEF")
@@ -295,17 +297,18 @@ def check_impl(impl: Impl, x: Tensor) -> None:
         raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
 
 
-def select(impl: Impl, name: str, reference: Callable, x: Tensor) -> Callable:
+def select(impl: Impl, name: str, reference: Callable, x: Tensor, mask: BlockMask) -> Callable:
     """The callable that runs the op `name` on `x`: a registered op, or the reference.
 
     The reference is plain PyTorch, so "auto" takes it under `torch.func` transforms and
-    forward-mode differentiation too, which registered ops do not support.
+    forward-mode differentiation too, which registered ops do not support, and in exported programs
+    where it should (`BlockMask.wants_plain_ops`).
 
     Raises:
         RuntimeError: `impl` was asked for by name and cannot run.
     """
     check_impl(impl, x)
-    if impl == "reference" or transforms_active():
+    if impl == "reference" or transforms_active() or mask.wants_plain_ops():
         return reference
     return getattr(torch.ops.convmae_triton if impl == "triton" else torch.ops.convmae, name)
 

@@ -350,7 +350,7 @@ def test_outputs_that_cannot_be(tmp_path: Path) -> None:
     for output, message in (
         ("run", "is the folder of a run"),
         ("x.pth", "is a folder, and named like a file"),
-        ("x.onnx", "must end in .safetensors, .pth, .pt, .bin, or be a folder"),
+        ("x.tflite", "must end in .safetensors, .pth, .pt, .bin, .onnx, or be a folder"),
         ("a.pth/x.safetensors", "cannot be written"),
     ):
         with pytest.raises(OptionError, match=message):

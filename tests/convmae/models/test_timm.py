@@ -183,6 +183,54 @@ def test_bad_indices(indices):
         small().forward_intermediates(torch.zeros(1, 3, 32, 64), output_fmt="CHW")
 
 
+@pytest.mark.parametrize("kind", ["hook", "dict", "fx", "list", timm.models.FeatureHookNet])
+def test_other_ways_to_take_features_are_refused(kind):
+    """Hooks on the stages would see nothing: timm then returns an empty list."""
+    with pytest.raises(ValueError, match=r"feature_cls must be 'getter' \(or not given\), got "):
+        timm.create_model("convvit_tiny", features_only=True, feature_cls=kind)
+    net = timm.create_model("convvit_tiny", features_only=True, feature_cls="getter", img_size=32)
+    assert len(net(torch.zeros(1, 3, 32, 32))) == 4
+
+
+@pytest.mark.parametrize(
+    ("indices", "strides"), [((3, 0), [32, 4]), ((-1, 1, 1), [32, 8, 8]), (2, [16, 32])]
+)
+def test_features_in_any_order(indices, strides):
+    options = {"features_only": True, "img_size": 64}
+    net = timm.create_model("convvit_tiny", out_indices=indices, **options).eval()
+    full = timm.create_model("convvit_tiny", **options).eval()
+    full.load_state_dict(net.state_dict(), strict=False)
+    images = torch.randn(1, 3, 64, 64)
+    expected = dict(zip([4, 8, 16, 32], full(images), strict=True))
+    assert net.feature_info.reduction() == strides
+    for found, stride in zip(net(images), strides, strict=True):
+        assert torch.equal(found, expected[stride])
+
+
+def test_options_of_features_that_do_not_fit():
+    for indices in (0, 5, -1, (), (4,), (0, -5), "12", (1.5,), 2.5):
+        with pytest.raises(ValueError, match="out_indices must be some of 0 ... 3 .*got"):
+            timm.create_model("convvit_tiny", features_only=True, out_indices=indices)
+    with pytest.raises(ValueError, match=r"output_stride must be 32, got 16: .*out_indices=\(0, 1"):
+        timm.create_model("convvit_tiny", features_only=True, output_stride=16)
+    net = timm.create_model("convvit_tiny", features_only=True, output_stride=32)
+    assert net.feature_info.reduction() == [4, 8, 16, 32]
+    for option in ({"out_indices": (1,)}, {"feature_cls": "hook"}):
+        with pytest.raises(ValueError, match="is for features_only=True, which is not given"):
+            timm.create_model("convvit_tiny", **option)
+
+
+@torch.no_grad()
+def test_maps_may_be_written_into():
+    """No map shares its memory with the tokens that come with it."""
+    model = small((48, 64))
+    final, maps = model.forward_intermediates(images_for(model))
+    before = final.clone()
+    for x in maps:
+        x.zero_()
+    assert torch.equal(final, before)
+
+
 # -- classifiers and sizes ------------------------------------------------------------------------
 
 

@@ -1,0 +1,241 @@
+"""`convmae convert --output model.onnx`: a classifier or an encoder for other runtimes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from convmae.config import OptionError, WeightsError, for_option
+from convmae.config.checks import as_pair
+from convmae.data import Statistics
+from convmae.files import replacing
+from convmae.models import ConvViT
+from convmae.weights.checkpoint import WEIGHTS, Weights, open_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from convmae.config import ConvertConfig
+
+ONNX = ".onnx"
+OPSET = 20  # the first with GELU as one operator
+LARGEST = 2**31 - 2**20  # bytes that one file holds, as its format counts them, less its graph
+# Of float32 kernels that add up in another order: convvit_tiny and convvit_base differ by 8e-7 of
+# their largest output at 224 x 224 pixels. Trained weights may lose more digits; a hundred times is
+# left for them.
+TOLERANCE = 1e-4
+
+
+@dataclass
+class OnnxReport:
+    """What was written.
+
+    Attributes:
+        checkpoint: the file read, and in words what it is.
+        output: the file written.
+        model: the model's name for `convmae.create_model`.
+        inputs: name and shape of the input, in words.
+        outputs: likewise of the output.
+        difference: the largest difference of an output of onnxruntime from ours, over the largest
+            output, at batches of 1 and 3 random images; None where onnxruntime is not installed.
+        notes: anything else to know.
+    """
+
+    checkpoint: str
+    output: Path
+    model: str
+    inputs: str
+    outputs: str
+    difference: float | None
+    notes: list[str]
+
+    def __str__(self) -> str:
+        compared = "onnxruntime is not installed: the outputs were not compared with PyTorch's"
+        if self.difference is not None:
+            compared = (
+                f"onnxruntime gives PyTorch's outputs: largest difference {self.difference:.1e} of "
+                "the largest output, at batches of 1 and 3 images"
+            )
+        return "\n".join(
+            [
+                f"read {self.checkpoint}",
+                f"wrote {self.output}: {self.model}, opset {OPSET}, {self.inputs} -> "
+                f"{self.outputs}, with any batch",
+                compared,
+                *(f"note: {note}" for note in self.notes),
+            ]
+        )
+
+
+class _Features(nn.Module):
+    """What an encoder without a classifier gives: the tokens of all patches, normed."""
+
+    def __init__(self, model: ConvViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[N, C, H, W] -> [N, gh * gw, D]`, in raster order."""
+        return self.model.forward_features(images)
+
+
+def convert_to_onnx(config: ConvertConfig, convert: Callable[[ConvertConfig], Any]) -> OnnxReport:
+    """Writes `config.output`, an ONNX file of a classifier, or of an encoder where there is none.
+
+    Its metadata are those of our `.safetensors` files (`model`, `config`, and where they are known
+    `mean`, `std` and `classes`, as JSON), `input_size` (height and width) and the options of it.
+
+    Args:
+        config: the options of `convmae convert`.
+        convert: what reads weights of any origin and writes ours.
+
+    Raises:
+        OptionError: an option cannot work, a package is missing, or onnxruntime gives other
+            outputs than PyTorch; nothing was written.
+    """
+    target = _target(config)
+    with for_option("checkpoint"):
+        weights, what, notes = _classifier(config, convert)
+        model = weights.build_model()
+    assert isinstance(model, ConvViT)
+    size = sum(p.numel() for p in model.parameters()) * 4
+    if size > LARGEST:
+        raise OptionError(
+            f"--output {config.output!r}: one ONNX file holds 2 GiB, but {weights.model} in "
+            f"float32 has {size / 2**30:.1f}; `torch.onnx.export(..., external_data=True)` in "
+            "Python writes its weights beside it"
+        )
+    if weights.pictures is None:
+        notes = [*notes, "nothing tells mean and deviation of the pictures: give --mean and --std"]
+    classifies = bool(model.num_classes)
+    output = "logits" if classifies else "features"
+    program = _export(model.float() if classifies else _Features(model.float()), model, output)
+    program.model.metadata_props.update(_metadata(weights, model))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as fresh:
+            program.save(fresh, external_data=False)
+            difference = _difference(fresh, model if classifies else _Features(model), model)
+            if difference is not None and difference > TOLERANCE:
+                raise OptionError(
+                    f"--output {config.output!r}: onnxruntime differs from PyTorch by "
+                    f"{difference:.1e} of the largest output, expected at most {TOLERANCE}"
+                )
+    except OSError as error:
+        raise OptionError(f"--output {config.output!r} cannot be written: {error}") from error
+    height, width = model.img_size
+    width_of_output = model.num_classes if classifies else model.embed_dim
+    patches = "" if classifies else f"{model.num_patches}, "
+    return OnnxReport(
+        checkpoint=what,
+        output=target,
+        model=weights.model,
+        inputs=f"images [batch, {model.in_chans}, {height}, {width}] (float32, normalised)",
+        outputs=f"{output} [batch, {patches}{width_of_output}]",
+        difference=difference,
+        notes=notes,
+    )
+
+
+def _target(config: ConvertConfig) -> Path:
+    """The file to write; that it can be, before anything is read."""
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise OptionError(
+            f"--output {config.output!r} needs {' and '.join(missing)}, which is not installed: "
+            "`pip install 'convmae[onnx]'`"
+        )
+    target = Path(config.output).expanduser()
+    if target.is_dir():
+        raise OptionError(f"--output {config.output!r} is a folder, and named like a file")
+    if target.exists() and not config.overwrite:
+        raise OptionError(f"--output: {target} exists; --overwrite replaces it")
+    if config.kind == "convmae":
+        raise OptionError(
+            "--kind convmae, a pretraining model, has no use in an ONNX file; expected --kind "
+            "convvit, its encoder, which is written if --kind is not given"
+        )
+    return target
+
+
+def _classifier(
+    config: ConvertConfig, convert: Callable[[ConvertConfig], Any]
+) -> tuple[Weights, str, list[str]]:
+    """The weights of a ConvViT, in words where they are from, and notes."""
+    try:
+        own = open_weights(config.checkpoint)
+    except WeightsError:  # of another origin: `convert` reads those too, or says why not
+        own = None
+    described = (config.model, config.num_heads, config.decoder_num_heads, config.key)
+    if own is None or not own.model.startswith("convvit") or described != (None,) * 4:
+        with tempfile.TemporaryDirectory() as folder:
+            file = str(Path(folder) / WEIGHTS)
+            report = convert(replace(config, output=file, kind="convvit"))
+            weights = open_weights(report.output)
+        head = [] if weights.config["num_classes"] else ["no classifier is in it: an encoder alone"]
+        return weights, report.checkpoint, [*head, *report.notes]
+    if config.mean is not None and config.std is not None:
+        channels = own.config.get("in_chans", 3)
+        if len(config.mean) != channels:
+            raise OptionError(
+                f"--mean has {len(config.mean)} numbers, but {own.path} is of {channels} channels"
+            )
+        own.pictures = Statistics(config.mean, config.std)
+    if config.input_size is not None:
+        model = own.build_model()
+        assert isinstance(model, ConvViT)
+        model.set_input_size(as_pair(config.input_size))
+        own.config, own.state = model.config, model.state_dict()
+    return own, f"{own.path}: weights of convmae: {own.model}", []
+
+
+def _export(module: nn.Module, model: ConvViT, output: str) -> Any:
+    images = torch.zeros(2, model.in_chans, *model.img_size)
+    with torch.no_grad():
+        return torch.onnx.export(
+            module.eval(),
+            (images,),
+            input_names=["images"],
+            output_names=[output],
+            dynamic_shapes=({0: "batch"},),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+
+
+def _metadata(weights: Weights, model: ConvViT) -> dict[str, str]:
+    """Names of the file's metadata and their values, JSON but for `model`."""
+    values: dict[str, Any] = {"config": model.config, "input_size": list(model.img_size)}
+    if weights.pictures is not None:
+        values |= {key: list(value) for key, value in weights.pictures._asdict().items()}
+    if weights.classes is not None:
+        values["classes"] = list(weights.classes)
+    return {"model": weights.model} | {key: json.dumps(value) for key, value in values.items()}
+
+
+@torch.no_grad()
+def _difference(path: Path, module: nn.Module, model: ConvViT) -> float | None:
+    """The largest difference of the file's outputs from the module's; None without onnxruntime."""
+    if find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    largest = 0.0
+    for batch in (1, 3):
+        images = torch.randn(batch, model.in_chans, *model.img_size, generator=generator)
+        expected = module.eval()(images)
+        (found,) = session.run(None, {"images": images.numpy()})
+        scale = expected.abs().max().clamp_min(1e-30)
+        difference = (torch.from_numpy(found) - expected).abs().max() / scale
+        largest = max(largest, float(difference.nan_to_num(torch.inf)))
+    return largest
