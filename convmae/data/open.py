@@ -11,18 +11,21 @@ from convmae.data.arrays import ARRAY_EXTENSION, ArrayPhotos
 from convmae.data.demo import CROPS_PER_PHOTO, DemoPhotos
 from convmae.data.errors import DataError, check_share
 from convmae.data.folder import FolderPhotos, check_readable, find_pictures, walk_pictures
-from convmae.data.idx import IdxPhotos, find_idx
+from convmae.data.idx import IdxPhotos, find_idx, is_idx
+from convmae.data.left_out import LeftOut, kind_of
 from convmae.data.pillow import EXTENSIONS
+from convmae.data.sizes import SHARD, SIZES_FILE
 from convmae.data.source import PhotoSource, Source, choose_balanced
 from convmae.data.stream import ShardSource, open_shards
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from convmae.data.errors import Failure
     from convmae.data.picture import Photos
 
 SPLITS = ("train", "val")
 VAL_FOLDERS = ("val", "test")
-SHARD = ".tar"
 
 
 def open_source(
@@ -77,11 +80,29 @@ def open_source(
         idx_photos = IdxPhotos(idx, split)
         description = f"{len(idx_photos)} pictures of {idx} ({split})"
         classes = list(idx_photos.classes)
-        return _photo_source(idx_photos, description, classes, max_unreadable, max_samples, seed)
+        limits = (max_unreadable, max_samples, seed)
+        left_out = _beside(idx, is_idx, "files beside the IDX files")
+        return _photo_source(idx_photos, description, classes, *limits, left_out=left_out)
     here = split_folder(folder, split, text)
+    beside: list[LeftOut] = []
+    if here != folder:
+        beside = _beside(folder, lambda name: name in (*SPLITS, *VAL_FOLDERS), "files")
     if _has_shards(here):
-        return _shard_source(str(here), None, max_unreadable, max_samples)
-    return _folder_source(here, folder, max_unreadable, max_samples, seed)
+        source: Source = _shard_source(str(here), None, max_unreadable, max_samples)
+        beside += _beside(here, lambda name: name.endswith(SHARD) or name == SIZES_FILE, "files")
+    else:
+        source = _folder_source(here, folder, max_unreadable, max_samples, seed)
+    source.left_out = [*beside, *source.left_out]
+    return source
+
+
+def _beside(folder: Path, is_read: Callable[[str], bool], what: str) -> list[LeftOut]:
+    """What lies in `folder` itself besides the names that are read; none if there is nothing."""
+    left_out = LeftOut(f"{what} in {folder}")
+    for entry in os.scandir(folder):
+        if not is_read(entry.name):
+            left_out.add("folders" if entry.is_dir() else kind_of(entry.name), entry.name)
+    return [left_out] if left_out.total else []
 
 
 def _has_scheme(text: str) -> bool:
@@ -143,8 +164,14 @@ def _mixed_kinds(folder: Path, one: str, other: str) -> DataError:
 def _folder_source(
     here: Path, root: Path, max_unreadable: float, max_samples: int | None, seed: int
 ) -> PhotoSource:
-    paths = find_pictures(here, extensions=EXTENSIONS | {ARRAY_EXTENSION})
+    left_out = LeftOut(f"files in {here}")
+    paths = find_pictures(here, extensions=EXTENSIONS | {ARRAY_EXTENSION}, left_out=left_out)
     classes = class_folders(root / "train" if (root / "train").is_dir() else here)
+    if classes is not None:
+        empty = [entry.name for entry in os.scandir(here) if entry.is_dir()]
+        for name in set(empty) - set(classes):
+            if not name.startswith("."):
+                left_out.add("folders without a picture", name)
     labels = None if classes is None else _labels(paths, here, classes)
     arrays = [path for path in paths if path.suffix.lower() == ARRAY_EXTENSION]
     description = f"{len(paths)} pictures in {here}"
@@ -166,7 +193,14 @@ def _folder_source(
     if classes is not None:
         description += f", {len(classes)} classes"
     return _photo_source(
-        photos, description, classes, max_unreadable, max_samples, seed, failures=tuple(failures)
+        photos,
+        description,
+        classes,
+        max_unreadable,
+        max_samples,
+        seed,
+        failures=tuple(failures),
+        left_out=[left_out] if left_out.total else [],
     )
 
 
@@ -216,6 +250,7 @@ def _photo_source(
     repeats: int = 1,
     workers: int | None = None,
     failures: tuple[Failure, ...] = (),
+    left_out: Sequence[LeftOut] = (),
 ) -> PhotoSource:
     if max_samples is not None:
         broken = {failure.name for failure in failures}
@@ -232,6 +267,7 @@ def _photo_source(
         workers=default_workers() if workers is None else workers,
         failures=list(failures),
         max_unreadable=max_unreadable,
+        left_out=left_out,
     )
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from convmae.data.crops import Size
+    from convmae.data.left_out import LeftOut
     from convmae.data.loader import Batch
     from convmae.data.picture import Photos
     from convmae.data.transforms import Transform
@@ -63,6 +64,8 @@ class Source(ABC):
         workers: loading processes by default.
         failures: what the check before the run found.
         max_unreadable: share of unreadable pictures that is allowed.
+        left_out: what lies beside the pictures and is not read.
+        notes: what else there is to tell of them.
     """
 
     channels: int
@@ -74,6 +77,8 @@ class Source(ABC):
     workers: int
     failures: list[Failure]
     max_unreadable: float
+    left_out: Sequence[LeftOut] = ()
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def _train(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
@@ -206,7 +211,7 @@ class PhotoSource(Source):
         photos: the pictures.
         classes: names of the labels.
         repeats: how often an epoch of training sees each picture.
-        description, workers, failures, max_unreadable: see `Source`.
+        description, workers, failures, max_unreadable, left_out: see `Source`.
     """
 
     def __init__(
@@ -218,12 +223,13 @@ class PhotoSource(Source):
         workers: int = 0,
         failures: Sequence[Failure] = (),
         max_unreadable: float = 0.1,
+        left_out: Sequence[LeftOut] = (),
     ) -> None:
         self.photos, self.classes, self.description = photos, classes, description
         self.channels, self.dtype = photos.channels, photos.dtype
         self.pictures, self.samples_per_epoch = len(photos), repeats * len(photos)
         self.workers, self.failures = workers, list(failures)
-        self.max_unreadable = max_unreadable
+        self.max_unreadable, self.left_out = max_unreadable, left_out
 
     def _train(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         sampler = RunSampler(

@@ -24,23 +24,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from convmae.data.archive import (
+    ARCHIVE_ERRORS,
+    FORMATS,
+    LABEL,
+    PICTURES,
+    error_reason,
+    is_address,
+    open_shard,
+    read_member,
+    read_samples,
+)
 from convmae.data.arrays import decode_array
 from convmae.data.errors import DataError, Failure, UnreadableError, check_share
 from convmae.data.loader import Batch, make_batch, run_batches
 from convmae.data.picture import NO_LABEL, Pixels
 from convmae.data.pillow import EncodedPicture
-from convmae.data.shards import (
-    ARCHIVE_ERRORS,
-    FORMATS,
-    LABEL,
-    PICTURES,
-    Shards,
-    error_reason,
-    is_address,
-    list_shards,
-    open_shard,
-    read_samples,
-)
+from convmae.data.shards import Shards, list_shards
+from convmae.data.sizes import SIZES_FILE, SIZES_HELP
 from convmae.data.source import Source
 from convmae.data.transforms import CentreTransform
 from convmae.seeds import Stream, derive_seed, generator_for, seeded
@@ -143,12 +144,18 @@ def read_shard(
                 if index < start:
                     continue
                 label = f"{name}: {sample['__key__']}"
-                content = _contents(archive, sample) if index in wanted else None
-                yield RawSample(epoch, offset + index, label, content)
+                content, problem = None, ""
+                if index in wanted:
+                    try:
+                        content = _contents(archive, sample)
+                    except UnreadableError as error:
+                        problem = str(error)
+                yield RawSample(epoch, offset + index, label, content, problem)
                 done = index + 1
             if stop == size and done == stop and next(samples, None) is not None:
                 raise DataError(
-                    f"{name} holds more than {size} samples, which sizes.json or its headers say"
+                    f"{name} holds more than {size} samples, which {SIZES_FILE} or its headers "
+                    f"said; if it has one, write {SIZES_FILE} again: {SIZES_HELP}"
                 )
     except DataError:
         raise
@@ -159,11 +166,18 @@ def read_shard(
 
 
 def _contents(archive: tarfile.TarFile, sample: dict[str, Any]) -> dict[str, bytes]:
-    return {
-        suffix: value if isinstance(value, bytes) else archive.extractfile(value).read()  # type: ignore[union-attr]
-        for suffix, value in sample.items()
-        if suffix in PICTURES or suffix == LABEL
-    }
+    """The picture of a sample, and its label if it has one.
+
+    Raises:
+        UnreadableError: the picture announces more than one may have.
+    """
+    contents = {}
+    for suffix, value in sample.items():
+        if isinstance(value, UnreadableError):
+            raise value
+        if suffix in PICTURES or suffix == LABEL:
+            contents[suffix] = value if isinstance(value, bytes) else read_member(archive, value)
+    return contents
 
 
 def read_in_order(
@@ -386,6 +400,8 @@ class ShardSource(Source):
         self.shards, self.failures = shards, list(shards.failures)
         self.pictures = self.samples_per_epoch = sum(shards.sizes)
         self.classes, self.workers, self.max_unreadable = shards.classes, workers, max_unreadable
+        self.left_out = [] if shards.left_out is None else [shards.left_out]
+        self.notes = shards.notes
         self._previews: dict[tuple[int, Size], Tensor] = {}
         picture, label = next(self._readable())
         image = picture.load()

@@ -273,7 +273,8 @@ def test_broken_idx_files_are_named(tmp_path: Path) -> None:
     packed = images.read_bytes()
     data = gzip.decompress(packed)
     broken = {
-        "cannot be read": [packed[:-100], packed[:200], b"plain"],
+        "cannot be read": [packed[:-100], packed[:2000], b"plain"],
+        "holds 200 bytes, .* cannot be packed into it": [packed[:200]],
         "holds .* bytes, but its header says": [gzip.compress(data[:-1])],
         "is no IDX file of unsigned bytes with 3 axes": [
             gzip.compress(b"\0\0\x0d\3" + data[4:]),
