@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from convmae.data.errors import printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -29,6 +31,7 @@ class LeftOut:
 
     def add(self, kind: str, *names: str, count: int = 1) -> None:
         """Counts `count` more of a kind, of which `names` are some."""
+        kind, *names = map(printable, (kind, *names))  # type: ignore[assignment]
         if kind not in self.counts and len(self.counts) >= KINDS_AT_MOST:
             kind = OTHER
         self.counts[kind] = self.counts.get(kind, 0) + count

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import random
 import time
+from bisect import bisect_left
 from collections import deque
-from itertools import islice
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -42,13 +43,13 @@ from convmae.data.picture import NO_LABEL, Pixels
 from convmae.data.pillow import EncodedPicture
 from convmae.data.shards import Shards, list_shards
 from convmae.data.sizes import SIZES_FILE, SIZES_HELP
-from convmae.data.source import Source
+from convmae.data.source import Source, evenly_spaced
 from convmae.data.transforms import CentreTransform
 from convmae.seeds import Stream, derive_seed, generator_for, seeded
 
 if TYPE_CHECKING:
     import tarfile
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from collections.abc import Set as AbstractSet
 
     from convmae.data.crops import Size
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 
 BUFFER = 1000  # samples, not decoded, that one loading process shuffles
 MAX_TRIES = 1000  # unreadable samples in a row
+SAMPLED_SHARDS = 64  # of more shards, an even sample of this many stands for all
 
 
 class RawSample(NamedTuple):
@@ -358,18 +360,18 @@ class _Lookahead:
 
 
 class _MapDataset(IterableDataset[Any]):
-    """`function` of the first `limit` whole pictures, shared among the loading processes."""
+    """`function` of the whole pictures `numbers`, shared among the loading processes."""
 
-    def __init__(self, shards: Shards, function: Callable[[Tensor], Any], limit: int) -> None:
-        self.shards, self.function, self.limit = shards, function, limit
+    def __init__(
+        self, shards: Shards, function: Callable[[Tensor], Any], numbers: Sequence[int]
+    ) -> None:
+        self.shards, self.function, self.numbers = shards, function, numbers
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        share = -(-self.limit // workers)
-        low = worker * share
-        count = max(0, min(share, self.limit - low))
-        for raw in read_in_order(self.shards, _all_shards(self.shards), 0, low, count, frozenset()):
+        share = -(-len(self.numbers) // workers)
+        for raw in read_chosen(self.shards, self.numbers[worker * share : (worker + 1) * share]):
             yield raw.sample, self._result(raw)
 
     def _result(self, raw: RawSample) -> Any:
@@ -377,6 +379,43 @@ class _MapDataset(IterableDataset[Any]):
             return self.function(decode_sample(raw)[0].load())
         except UnreadableError as error:
             return Failure(raw.name, str(error))
+
+
+def read_chosen(shards: Shards, numbers: Sequence[int]) -> Iterator[RawSample]:
+    """The samples `numbers`, in rising order; what lies between them is passed over."""
+    offset = 0
+    for name, size in zip(shards.names, shards.sizes):
+        first = bisect_left(numbers, offset)
+        wanted = [
+            number - offset for number in numbers[first : bisect_left(numbers, offset + size)]
+        ]
+        if wanted:
+            chosen = frozenset(wanted)
+            for raw in read_shard(name, size, wanted[0], wanted[-1] + 1, offset, 0, chosen):
+                if raw.sample - offset in chosen:
+                    yield raw
+        offset += size
+
+
+def chosen_samples(shards: Shards, count: int) -> list[int]:
+    """Up to `count` samples of `SAMPLED_SHARDS` shards at most, which are evenly spaced.
+
+    Of files these are evenly spaced too; at an address, where all that lies before a sample has to
+    be fetched, they are the first of each shard.
+    """
+    offsets = [0, *accumulate(shards.sizes)]
+    filled = [number for number, size in enumerate(shards.sizes) if size]
+    chosen = [filled[place] for place in evenly_spaced(len(filled), SAMPLED_SHARDS)]
+    if any(is_address(shards.names[number]) for number in chosen):
+        each = [-(-count // len(chosen))] * len(chosen)
+    else:
+        each = [shards.sizes[number] for number in chosen]
+    samples = [
+        offsets[number] + place
+        for number, limit in zip(chosen, each)
+        for place in range(min(limit, shards.sizes[number]))
+    ]
+    return [samples[place] for place in evenly_spaced(len(samples), count)]
 
 
 def _all_shards(shards: Shards) -> list[int]:
@@ -453,9 +492,12 @@ class ShardSource(Source):
         max_pictures: int | None = None,
         workers: int | None = None,
     ) -> Iterator[tuple[int, Any]]:
-        """`(index, function(picture))` of every picture, or of the first `max_pictures`."""
-        limit = min(self.pictures, max_pictures or self.pictures)
-        dataset = _MapDataset(self.shards, function, limit)
+        """`(index, function(picture))` of every picture, or of `chosen_samples`."""
+        if max_pictures is None or max_pictures >= self.pictures:
+            numbers: Sequence[int] = range(self.pictures)
+        else:
+            numbers = chosen_samples(self.shards, max_pictures)
+        dataset = _MapDataset(self.shards, function, numbers)
         return run_batches(dataset, None, self._workers(workers))
 
 
