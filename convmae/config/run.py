@@ -31,6 +31,8 @@ class RunConfig:
     """Where everything is written: args.yaml, log.txt, checkpoint/, tensorboard/, report.html."""
     resume: str | None = None
     """Go on from a checkpoint or run folder, or auto: from output_dir if a run is there."""
+    allow_changed_data: bool = False
+    """Go on with --resume although files were added to --data_path, removed or changed in size."""
     batch_size: int = 64
     """Pictures in a batch of one process."""
     epochs: int = 100

@@ -13,6 +13,7 @@ Members of other kinds are never read. All that is left out is counted, by kind,
 
 from __future__ import annotations
 
+import os
 import tarfile
 from contextlib import contextmanager
 from itertools import chain, groupby, islice
@@ -114,9 +115,10 @@ def read_samples(
             yielded.
     """
     left_out = LeftOut() if left_out is None else left_out
+    end = None if is_address(name) else os.fstat(stream.fileno()).st_size
     damage: list[Exception] = []
     sample: ShardSample | None = None
-    for key, members in _grouped(_until_damage(_members(archive, read, left_out), damage)):
+    for key, members in _grouped(_until_damage(_members(archive, end, read, left_out), damage)):
         if sample is not None:
             yield sample
         sample = _sample(key, members, left_out)
@@ -171,10 +173,19 @@ def _sample(key: str, members: Iterator[_Member], left_out: LeftOut) -> ShardSam
     return sample if label is None else sample | {LABEL: label.value}
 
 
-def _members(archive: tarfile.TarFile, read: bool, left_out: LeftOut) -> Iterator[_Member]:
+def _next(archive: tarfile.TarFile, end: int | None) -> tarfile.TarInfo | None:
+    """The next header of an archive of `end` bytes; None where it ends, or at a damaged header."""
+    if end is not None and archive.offset > end:
+        raise tarfile.ReadError("unexpected end of data")
+    return archive.next()
+
+
+def _members(
+    archive: tarfile.TarFile, end: int | None, read: bool, left_out: LeftOut
+) -> Iterator[_Member]:
     """The files of an archive with an ending; those that are not read count in `left_out` too."""
     offset = -1
-    while (header := archive.next()) is not None:
+    while (header := _next(archive, end)) is not None:
         archive.members = []  # type: ignore[attr-defined] # else all headers stay in memory
         if header.size < 0 or archive.offset <= offset:
             raise tarfile.ReadError(f"damaged: {header.name} announces {header.size} bytes")

@@ -137,12 +137,14 @@ class IdxPhotos:
     dtype = torch.uint8
 
     def __init__(self, folder: Path, split: str) -> None:
-        arrays = []
+        arrays: list[np.ndarray] = []
+        self.paths: list[Path] = []
         for what, dims in (("images", 3), ("labels", 1)):
             path = _find_file(folder, what, split)
             if path is None:
                 raise DataError(f"{folder} lacks {_file_name(what, split)} (or the same with .gz)")
             arrays.append(read_idx(path, dims))
+            self.paths.append(path)
         self.folder, self.split = folder, split
         self.images, self.labels = arrays
         if len(self.images) != len(self.labels) or not len(self.images):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convmae.data.arrays import ARRAY_EXTENSION, ArrayPhotos
-from convmae.data.demo import CROPS_PER_PHOTO, DemoPhotos
+from convmae.data.demo import CROPS_PER_PHOTO, DEMO_FILES, DemoPhotos
 from convmae.data.errors import DataError, check_share
+from convmae.data.fingerprint import file_entries
 from convmae.data.folder import FolderPhotos, check_readable, find_pictures, walk_pictures
 from convmae.data.idx import IdxPhotos, find_idx, is_idx
 from convmae.data.left_out import LeftOut, kind_of
@@ -68,7 +70,9 @@ def open_source(
     if text == "demo":
         demo, limits = DemoPhotos(), (max_unreadable, max_samples, seed)
         description = f"demo: {len(demo)} photographs of scikit-image"
-        return _photo_source(demo, description, None, *limits, repeats=CROPS_PER_PHOTO, workers=0)
+        source = _photo_source(demo, description, None, *limits, repeats=CROPS_PER_PHOTO, workers=0)
+        source.entries = lambda: [(name, "") for name in DEMO_FILES]
+        return source
     folder = Path(text).expanduser()
     if not folder.is_dir():
         if text.endswith(SHARD) or _has_scheme(text):
@@ -82,16 +86,19 @@ def open_source(
         classes = list(idx_photos.classes)
         limits = (max_unreadable, max_samples, seed)
         left_out = _beside(idx, is_idx, "files beside the IDX files")
-        return _photo_source(idx_photos, description, classes, *limits, left_out=left_out)
+        source = _photo_source(idx_photos, description, classes, *limits, left_out=left_out)
+        source.entries = partial(file_entries, idx_photos.paths, idx)
+        return source
     here = split_folder(folder, split, text)
     beside: list[LeftOut] = []
     if here != folder:
         beside = _beside(folder, lambda name: name in (*SPLITS, *VAL_FOLDERS), "files")
     if _has_shards(here):
-        source: Source = _shard_source(str(here), None, max_unreadable, max_samples)
+        shards = _shard_source(str(here), None, max_unreadable, max_samples)
         beside += _beside(here, lambda name: name.endswith(SHARD) or name == SIZES_FILE, "files")
-    else:
-        source = _folder_source(here, folder, max_unreadable, max_samples, seed)
+        shards.left_out = [*beside, *shards.left_out]
+        return shards
+    source = _folder_source(here, folder, max_unreadable, max_samples, seed)
     source.left_out = [*beside, *source.left_out]
     return source
 
@@ -192,7 +199,7 @@ def _folder_source(
         description = f"{len(photos)} arrays of {kind} in {here}"
     if classes is not None:
         description += f", {len(classes)} classes"
-    return _photo_source(
+    source = _photo_source(
         photos,
         description,
         classes,
@@ -202,6 +209,8 @@ def _folder_source(
         failures=tuple(failures),
         left_out=[left_out] if left_out.total else [],
     )
+    source.entries = partial(file_entries, paths, here)
+    return source
 
 
 def class_folders(folder: Path) -> list[str] | None:

@@ -19,13 +19,13 @@ and what is left out, a count and first names for each kind, under `"left_out"`:
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import tarfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -60,6 +60,16 @@ class Shards:
     failures: list[Failure] = field(default_factory=list)
     left_out: LeftOut | None = None  # members; None where `sizes.json` does not tell
     notes: tuple[str, ...] = ()  # what else to tell of them
+
+    def entries(self) -> list[tuple[str, str]]:
+        """The name of each shard, and its samples; of files the size in bytes too."""
+        counts = [f"{size} samples" for size in self.sizes]
+        if any(is_address(name) for name in self.names):
+            names = [urlsplit(name).path.rpartition("/")[2] for name in self.names]
+            return list(zip(names, counts))
+        paths = [Path(name) for name in self.names]
+        each = zip(paths, counts)
+        return [(path.name, f"{count}, {path.stat().st_size} bytes") for path, count in each]
 
 
 # -- one shard ------------------------------------------------------------------------------------
@@ -147,15 +157,16 @@ def _check_scheme(name: str) -> None:
 def _expand_pattern(pattern: str) -> list[str]:
     from braceexpand import braceexpand
 
-    try:
-        names = list(islice(braceexpand(pattern), SHARDS_AT_MOST + 1))
-    except ValueError as error:
-        raise DataError(f"--data_path {pattern!r} is no pattern of shards: {error}") from error
-    if len(names) > SHARDS_AT_MOST:
+    spans = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in spans) > SHARDS_AT_MOST:
         raise DataError(
             f"--data_path {pattern!r} stands for more than {SHARDS_AT_MOST:,} shards; expected "
             "fewer, or a folder"
         )
+    try:
+        names = list(braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(f"--data_path {pattern!r} is no pattern of shards: {error}") from error
     for name in names:
         _check_scheme(name)
         if is_address(name) != is_address(pattern):

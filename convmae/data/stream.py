@@ -43,7 +43,7 @@ from convmae.data.picture import NO_LABEL, Pixels
 from convmae.data.pillow import EncodedPicture
 from convmae.data.shards import Shards, list_shards
 from convmae.data.sizes import SIZES_FILE, SIZES_HELP
-from convmae.data.source import Source, evenly_spaced
+from convmae.data.source import MAX_TRIES, Source, evenly_spaced
 from convmae.data.transforms import CentreTransform
 from convmae.seeds import Stream, derive_seed, generator_for, seeded
 
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     from convmae.data.transforms import Transform
 
 BUFFER = 1000  # samples, not decoded, that one loading process shuffles
-MAX_TRIES = 1000  # unreadable samples in a row
 SAMPLED_SHARDS = 64  # of more shards, an even sample of this many stands for all
 
 
@@ -440,23 +439,24 @@ class ShardSource(Source):
         self.pictures = self.samples_per_epoch = sum(shards.sizes)
         self.classes, self.workers, self.max_unreadable = shards.classes, workers, max_unreadable
         self.left_out = [] if shards.left_out is None else [shards.left_out]
-        self.notes = shards.notes
-        self._previews: dict[tuple[int, Size], Tensor] = {}
-        picture, label = next(self._readable())
+        self.notes, self.entries = shards.notes, shards.entries
+        self._crops: dict[tuple[int, Size], tuple[Tensor, list[Failure]]] = {}
+        picture, label = next(self._readable([]))
         image = picture.load()
         self.channels, self.dtype = len(image), image.dtype
         self.kind = SampleKind(self.channels, self.dtype, self.classes, label is not None)
         text = f"{self.pictures} samples in {len(shards.names)} shards of {shards.where}"
         self.description = text + (f", {len(self.classes)} classes" if self.classes else "")
 
-    def _readable(self) -> Iterator[tuple[Picture, str | None]]:
+    def _readable(self, tried: list[Failure]) -> Iterator[tuple[Pixels, str | None]]:
         """The first samples that can be read, of the first `MAX_TRIES`, and their labels.
+
+        What cannot be read on the way is added to `tried`.
 
         Raises:
             DataError: there is none.
         """
         limit = min(self.pictures, MAX_TRIES)
-        tried: list[Failure] = []
         for raw in read_in_order(self.shards, _all_shards(self.shards), 0, 0, limit, frozenset()):
             try:
                 picture, text = decode_sample(raw)
@@ -477,14 +477,19 @@ class ShardSource(Source):
     def _evaluate(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         return StreamDataset(self.shards, self.kind, transform, plan, training=False), None
 
-    def preview(self, count: int, size: Size) -> Tensor:
-        """Centre crops of the first `count` readable samples at most, read once: `[N, C, H, W]`."""
-        if (count, size) not in self._previews:
+    def crops(self, count: int, size: Size) -> tuple[Tensor, list[Failure]]:
+        """Centre crops of the first `count` readable samples at most, read once; see `Source`."""
+        if (count, size) not in self._crops:
             transform = CentreTransform(size)
-            alike = (p for p, _ in self._readable() if len(p.load()) == self.channels)
-            crops = [transform(picture).contiguous() for picture in islice(alike, count)]
-            self._previews[count, size] = torch.stack(crops)
-        return self._previews[count, size]
+            failures: list[Failure] = []
+            alike = (
+                pixels
+                for pixels, _ in self._readable(failures)
+                if (len(pixels.image), pixels.image.dtype) == (self.channels, self.dtype)
+            )
+            crops = [transform(pixels).contiguous() for pixels in islice(alike, count)]
+            self._crops[count, size] = torch.stack(crops), failures
+        return self._crops[count, size]
 
     def map(
         self,

@@ -120,6 +120,9 @@ def run_task(config: RunConfig, task: Task) -> RunSummary:
         try:
             for note in notes:
                 log.say(note)
+            if run.data_changes is not None:
+                message = f"note: {run.data_changes}"
+                log.event("data", run.step, message, what=run.data_changes)
             tally = UnreadableTally(run.source, config.max_unreadable)
             tally.report(log, run.step)
             began_at = run.step

@@ -8,6 +8,8 @@ import torch
 
 from convmae.config import OptionError, config_to_mapping, for_option
 from convmae.data import IMAGENET, IMAGENET_MEAN, DataError, Statistics, open_source
+from convmae.data.apart import check_apart
+from convmae.data.fingerprint import Fingerprint
 from convmae.data.statistics import check_deviations, far_apart, in_words, measure
 from convmae.records.folder import RunFolder
 from convmae.records.trackers import import_wandb
@@ -40,6 +42,7 @@ COMPARED = 64  # pictures that tell whether a given mean is of such pictures at 
 def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]]:
     """Checks everything and builds the run; writes nothing. Also what to tell about it."""
     folder = RunFolder.of(config.output_dir)
+    check_apart(folder.path, config.data_path)
     with for_option("resume"):
         resume = what_to_resume(config, folder)
         saved = None if resume is None else read_training_state(resume)
@@ -54,6 +57,8 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
         max_samples=config.max_samples,
         seed=config.seed,
     )
+    fingerprint = world.share(source.fingerprint() if world.main else None)
+    changes = None if saved is None else _changes(config, fingerprint, saved[1])
     steps_per_epoch = _steps_per_epoch(config, source, world)
     torch.manual_seed(config.seed)
     task.transform(config).check(source.channels, source.dtype)
@@ -78,6 +83,8 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
         scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
         steps_per_epoch=steps_per_epoch,
         workers=source.workers if config.num_workers is None else config.num_workers,
+        fingerprint=fingerprint,
+        data_changes=changes,
     )
     notes = [source.description, *model_notes, *_notes(run, why), *origin]
     if resume is not None and saved is not None:
@@ -85,6 +92,35 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     notes += _use_graph(run, task)
     task.begin(run)
     return run, notes
+
+
+def _changes(
+    config: RunConfig, fingerprint: Fingerprint | None, state: dict[str, Any]
+) -> str | None:
+    """How the pictures differ from those of the checkpoint to go on from, or that it is not known.
+
+    Raises:
+        OptionError: they differ, and that was not allowed.
+    """
+    before = Fingerprint.from_state(state.get("data"))
+    if before is None or fingerprint is None:
+        return (
+            f"--resume {config.resume}: whether the pictures are those of before is not known, as "
+            "the checkpoint does not tell which they were"
+        )
+    changes = fingerprint.changes_since(before)
+    if changes is None:
+        return None
+    said = (
+        f"--resume {config.resume}: the pictures of --data_path {config.data_path!r} are not those "
+        f"of before: {changes}"
+    )
+    if not config.allow_changed_data:
+        raise OptionError(
+            f"{said}; give those of before, or --allow_changed_data to go on with these, whose "
+            "order and number of steps are others"
+        )
+    return f"{said}; going on with these (--allow_changed_data)"
 
 
 def _steps_per_epoch(config: RunConfig, source: Source, world: World) -> int:
