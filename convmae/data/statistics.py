@@ -115,12 +115,16 @@ def check_deviations(measured: Measured, data: str) -> None:
         )
 
 
-def far_apart(used: Statistics, measured: Statistics, limit: float = 2.0) -> list[int]:
-    """The channels whose measured mean is more than `limit` deviations from the mean used."""
+def far_apart(used: Statistics, measured: Statistics) -> list[int]:
+    """The channels that `used` was not made for.
+
+    The measured mean is more than two deviations from the mean used, or the deviation more than
+    ten times another.
+    """
     return [
         channel
-        for channel, (centre, spread, found) in enumerate(zip(*used, measured.mean))
-        if not abs(found - centre) <= limit * spread
+        for channel, (centre, spread, mean, std) in enumerate(zip(*used, *measured))
+        if not (abs(mean - centre) <= 2 * spread and std / 10 <= spread <= std * 10)
     ]
 
 

@@ -14,6 +14,7 @@ from convmae.data import (
     open_source,
 )
 from convmae.models import ConvViT, create_model, full_name, list_models
+from convmae.records.unreadable import UnreadableTally
 from convmae.tasks.accuracy import accuracy, better, check_channels, check_labels
 from convmae.training.distributed import whole_model
 from convmae.training.state import Run, TrainingError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from convmae.config.classify import ClassifyConfig
-    from convmae.data import Batch, Source, Statistics
+    from convmae.data import Batch, Failure, Source, Statistics
     from convmae.records.log import RunLog
 
 
@@ -58,7 +59,9 @@ class Classification(Task):
         name = config.model or fitting or "convvit_base"
         model = self._create(name, config, source.channels)
         check_channels(self.val, model, config.data_path)
+        self.val_tally = UnreadableTally(self.val, config.max_unreadable)
         notes = [f"{self.nb_classes} classes; {self.val.description} (val)"]
+        notes += [f"note: {left_out} (val)" for left_out in self.val.left_out]
         if initial is None:
             notes.append("starting from random weights (no --finetune)")
         else:
@@ -113,9 +116,11 @@ class Classification(Task):
             pin=config.pin_mem and run.world.device.type == "cuda",
         )
         model = run.model if self.ema is None else self.ema.module
+        failures: list[Failure] = []
         figures = accuracy(
-            model, batches, self.nb_classes, run.statistics, run.world, run.autocast()
+            model, batches, self.nb_classes, run.statistics, run.world, run.autocast(), failures
         )
+        self.val_tally.add(failures, log, run.step)
         figures["seconds"] = round(time.perf_counter() - began, 2)
         log.evaluation(run.step, run.epoch, figures)
         if better(figures, self.best):

@@ -211,9 +211,9 @@ def _compared(
         return []
     mean, std = map(in_words, measured.statistics)
     return [
-        f"note: the mean {where} is more than two deviations from that of the pictures in "
-        f"{len(far)} of {len(statistics.mean)} channels: {_which(measured, source)}, have mean "
-        f"{mean}, deviation {std}; convmae stats measures --mean and --std (full scale is 1)"
+        f"note: mean and deviation {where} are not those of such pictures in {len(far)} of "
+        f"{len(statistics.mean)} channels: {_which(measured, source)} have mean {mean}, deviation "
+        f"{std}; convmae stats measures --mean and --std (full scale is 1)"
     ]
 
 
