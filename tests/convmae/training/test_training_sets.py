@@ -26,6 +26,8 @@ from convmae.data import IMAGENET, DataError, open_source
 from convmae.data.fingerprint import Fingerprint
 from convmae.data.statistics import measure
 from convmae.records.log import read_log
+from convmae.training import setup
+from convmae.training.distributed import World
 from convmae.weights.checkpoint import STATE, open_weights
 from tests.support.training_runs import curve, folder_of, interrupt_after, options, same, tensors
 
@@ -89,6 +91,41 @@ def test_an_even_sample_is_measured(tmp_path: Path) -> None:
     assert found[0] == found[1] == found[2]
     assert found[0].statistics.mean == pytest.approx(every_fourth.mean((0, 1, 2)))
     assert (found[0].pictures, len(found[0].failures)) == (2, 1)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_statistics_are_measured_once_for_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readable: bool
+) -> None:
+    """The main process measures; the others take what it found, an error too."""
+    data = random_arrays(tmp_path / "data", np.float32, count=4)
+    source = open_source(data)
+    if not readable:
+        for path in data.iterdir():
+            path.write_bytes(b"broken")
+    config, sent = options(data, tmp_path / "run"), []
+    measuring: list[bool] = []
+    measure_here = setup.measure
+
+    class TwoProcesses(World):
+        def share(self, value: Any) -> Any:
+            sent.append(value)
+            return sent[0]
+
+    def noted(*arguments: Any) -> Any:
+        measuring.append(True)
+        return measure_here(*arguments)
+
+    monkeypatch.setattr(setup, "measure", noted)
+    found = []
+    for rank in range(2):
+        world = TwoProcesses(rank, 2, torch.device("cpu"), "ddp")
+        try:
+            found.append(setup._measured(config, source, world, 4))
+        except DataError as error:
+            found.append(str(error))
+    assert measuring == [True] and found[0] == found[1]
+    assert ("4 of 4 pictures cannot be read" in str(found[0])) != readable
 
 
 def test_a_resumed_run_keeps_its_statistics(
