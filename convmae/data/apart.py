@@ -6,18 +6,12 @@ import os
 from pathlib import Path
 
 from convmae.config import OptionError
-from convmae.data.archive import is_address
 
 
 def local_folder(data_path: str | os.PathLike[str]) -> Path | None:
-    """The folder that `data_path` is read from; None of `demo`, an address, or nothing there."""
-    text = os.fspath(data_path)
-    if text == "demo" or is_address(text):
-        return None
-    folder = Path(text).expanduser()
-    if not folder.is_dir():  # a shard, or a pattern of shards
-        folder = Path(f"{text.partition('{')[0]}_").expanduser().parent
-    return folder if folder.is_dir() else None
+    """The folder `data_path`; None of `demo`, an address or a pattern, which names each file."""
+    folder = Path(data_path).expanduser()
+    return folder if os.fspath(data_path) != "demo" and folder.is_dir() else None
 
 
 def check_apart(output_dir: str | os.PathLike[str], data_path: str) -> None:

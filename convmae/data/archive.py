@@ -250,6 +250,5 @@ def _check_end(archive: tarfile.TarFile, stream: BinaryIO) -> None:
 
 
 def error_reason(error: Exception) -> str:
-    """The first line of an error; without the arguments that webdataset adds to a ValueError."""
-    text = str(error.args[0]) if isinstance(error, ValueError) and error.args else str(error)
-    return text.partition("\n")[0] or type(error).__name__
+    """The first line of an error, or its name."""
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -438,7 +438,7 @@ class ShardSource(Source):
         self.shards, self.failures = shards, list(shards.failures)
         self.pictures = self.samples_per_epoch = sum(shards.sizes)
         self.classes, self.workers, self.max_unreadable = shards.classes, workers, max_unreadable
-        self.left_out = [] if shards.left_out is None else [shards.left_out]
+        self.left_out = [shards.left_out] if shards.left_out and shards.left_out.total else []
         self.notes, self.entries = shards.notes, shards.entries
         self._crops: dict[tuple[int, Size], tuple[Tensor, list[Failure]]] = {}
         picture, label = next(self._readable([]))

@@ -150,7 +150,7 @@ def test_dots_in_the_names_of_samples(tmp_path: Path, beside: bool) -> None:
         shards.write_sizes(tmp_path)
     source = open_source(tmp_path)
     assert source.pictures == len(stems) and keys_of(source) == stems
-    assert kinds(source) == {} and source.failures == [] and list(source.notes) == []
+    assert list(source.left_out) == [] and source.failures == [] and list(source.notes) == []
     (batch,) = source.evaluation_batches(TINY, 6, workers=1)
     assert values(batch) == [1, 2, 3, 4, 5, 6] and batch.failures == []
     assert batch.labels.tolist() == [0, 1, 0, 1, 0, 1]
