@@ -11,14 +11,17 @@ import pytest
 import torch
 
 from convmae import (
+    EvaluateConfig,
     FinetuneConfig,
     ReconstructConfig,
     StatsConfig,
+    evaluate,
     finetune,
     pretrain,
     reconstruct,
     stats,
 )
+from convmae.commands import evaluate as evaluation
 from convmae.commands import reconstruct as reconstruction
 from convmae.commands.reconstruct import draw
 from convmae.data import IMAGENET, DataError, open_source
@@ -371,3 +374,41 @@ def test_reconstruct_writes_nothing_among_its_pictures(tmp_path: Path) -> None:
     mixed = (str(tmp_path / "a.npy"), str(data / "000.png"))
     with pytest.raises(ValueError, match="images are of two kinds"):
         reconstruction._open(mixed)
+
+
+def test_evaluation_counts_what_it_cannot_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, count in (("train", 4), ("val", 10)):
+        for name in ("a", "b"):
+            folder_of(tmp_path / "data" / split / name, count)
+    broken = tmp_path / "data" / "val" / "a" / "003.png"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:60] + bytes(len(content) - 60))  # the header is good
+    (tmp_path / "data" / "val" / "list.txt").write_text("no picture")
+    config = FinetuneConfig(
+        data_path=str(tmp_path / "data"),
+        output_dir=str(tmp_path / "run"),
+        model="convvit_tiny",
+        input_size=32,
+        epochs=1,
+        batch_size=4,
+        num_workers=0,
+    )
+    finetune(config)
+    said = capsys.readouterr().out
+    assert (
+        f"note: 1 file in {tmp_path / 'data' / 'val'} is left out: 1 .txt (list.txt) (val)" in said
+    )
+    (entry,) = told(tmp_path / "run", "unreadable")
+    assert entry["path"] == str(broken)
+    assert told(tmp_path / "run", "evaluation")[-1]["unreadable"] == 1
+    asked = EvaluateConfig(str(tmp_path / "run"), str(tmp_path / "data"), num_workers=0)
+    result = evaluate(asked)
+    assert (result["images"], result["unreadable"]) == (19, 1)
+    assert (
+        list(result["failures"]) == [str(broken)] and "1 .txt (list.txt)" in result["left_out"][0]
+    )
+    capsys.readouterr()
+    assert evaluation.main(asked) == 0
+    assert "1 pictures could not be read and do not count:" in capsys.readouterr().out
