@@ -102,7 +102,7 @@ def main(config: EvaluateConfig) -> int:
             f"{result['images_per_s']:.1f} images/s"
         )
         if "unreadable" in result:
-            print(f"{result['unreadable']:,} pictures could not be read and do not count:")
+            print(f"unreadable, not counted: {result['unreadable']:,}")
             for name, reason in result.get("failures", {}).items():
                 print(f"  {name}: {reason}")
         for left_out in result.get("left_out", ()):

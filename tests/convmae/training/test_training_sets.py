@@ -411,4 +411,4 @@ def test_evaluation_counts_what_it_cannot_read(
     )
     capsys.readouterr()
     assert evaluation.main(asked) == 0
-    assert "1 pictures could not be read and do not count:" in capsys.readouterr().out
+    assert "unreadable, not counted: 1\n" in capsys.readouterr().out
