@@ -12,8 +12,10 @@ import torch
 
 from convmae.config import OptionError, for_option
 from convmae.data import EvalTransform, open_source
+from convmae.data.errors import printable
 from convmae.files import replacing
 from convmae.models import ConvViT
+from convmae.records.unreadable import NAMED_AT_MOST
 from convmae.tasks.accuracy import accuracy, check_channels
 from convmae.tasks.matching import match_labels
 from convmae.training.distributed import join
@@ -23,6 +25,7 @@ from convmae.weights.checkpoint import open_weights
 
 if TYPE_CHECKING:
     from convmae.config import EvaluateConfig
+    from convmae.data import Failure
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -33,7 +36,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Returns:
         `acc1` in per cent, `acc5` too where there are more than 5 classes, `loss`, `images`,
         `images_per_s`, `checkpoint`, `model`, and `notes`, what is to be known of how classes were
-        matched; written to `config.output` as JSON too, if that is given.
+        matched; where there are any, `unreadable`, how many pictures could not be read, `failures`,
+        the first of them, and `left_out`, what is no picture. Written to `config.output` as JSON
+        too, if that is given.
 
     Raises:
         OptionError (a ValueError): an option cannot work, the checkpoint is no classifier, or the
@@ -74,15 +79,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             pin=world.device.type == "cuda",
         )
         began = time.perf_counter()
-        figures = accuracy(model, world.together(batches), nb_classes, statistics, world, autocast)
+        failures: list[Failure] = []
+        figures = accuracy(
+            model, world.together(batches), nb_classes, statistics, world, autocast, failures
+        )
         seconds = time.perf_counter() - began
-        result = figures | {
-            "images": source.samples_per_epoch,
+        result: dict[str, Any] = figures | {
+            "images": source.samples_per_epoch - int(figures.get("unreadable", 0)),
             "images_per_s": round(source.samples_per_epoch / seconds, 2),
             "model": weights.model,
             "checkpoint": str(weights.path),
             "notes": notes,
         }
+        if failures:
+            result["failures"] = {printable(name): why for name, why in failures[:NAMED_AT_MOST]}
+        if source.left_out:
+            result["left_out"] = [str(left_out) for left_out in source.left_out]
         if config.output and world.main:
             path = Path(config.output).expanduser()
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,4 +114,10 @@ def main(config: EvaluateConfig) -> int:
             f"{result['loss']:.4f} on {result['images']} pictures, "
             f"{result['images_per_s']:.1f} images/s"
         )
+        if "unreadable" in result:
+            print(f"unreadable, not counted: {result['unreadable']:,}")
+            for name, reason in result.get("failures", {}).items():
+                print(f"  {name}: {reason}")
+        for left_out in result.get("left_out", ()):
+            print(f"note: {left_out}")
     return 0

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convmae.config import OptionError, ReconstructConfig, check_patches, for_option
-from convmae.data import DataError, FolderPhotos, PhotoSource, find_pictures, open_source
-from convmae.data.arrays import ArrayPhotos
+from convmae.data import (
+    DataError,
+    Failure,
+    FolderPhotos,
+    PhotoSource,
+    find_pictures,
+    open_source,
+)
+from convmae.data.apart import check_picture_apart
+from convmae.data.arrays import ARRAY_EXTENSION, ArrayPhotos
+from convmae.data.errors import printable
+from convmae.data.pillow import EXTENSIONS
 from convmae.models import ConvMAE
 from convmae.records.pictures import reconstruction_picture, save_picture
+from convmae.records.unreadable import NAMED_AT_MOST
 from convmae.training.machine import pick_device
 from convmae.weights.checkpoint import open_weights
 
@@ -17,17 +30,51 @@ if TYPE_CHECKING:
     from convmae.data import Source
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What `draw` left.
+
+    Attributes:
+        output: the picture.
+        failures: what could not be read.
+        failed: whether that is more than the options allow.
+    """
+
+    output: Path
+    failures: list[Failure]
+    failed: bool
+
+    def __str__(self) -> str:
+        lines = [f"wrote {self.output}"]
+        if self.failures:
+            plural = "s" if len(self.failures) > 1 else ""
+            lines.append(f"{len(self.failures):,} picture{plural} could not be read:")
+            lines += [f"  {name}: {reason}" for name, reason in self.failures[:NAMED_AT_MOST]]
+            lines += ["  ..."] * (len(self.failures) > NAMED_AT_MOST)
+        return "\n".join(map(printable, lines))
+
+
 def reconstruct(config: ReconstructConfig) -> Path:
     """Draws a labelled grid, one row a picture; returns the path of what was written.
 
     Every picture is cut to a centred crop of the size that the model was trained at. An unreadable
-    picture is replaced by the next.
+    picture is replaced by another, if there are more than are drawn, and named in a warning.
 
     Raises:
         OptionError (a ValueError): an option cannot work, no such checkpoint or picture.
         convmae.data.DataError (a ValueError): a folder without pictures, or none is readable.
     """
+    drawn = draw(config)
+    if drawn.failures:
+        warnings.warn(str(drawn), stacklevel=2)
+    return drawn.output
+
+
+def draw(config: ReconstructConfig) -> Drawn:
+    """`reconstruct`, and what could not be read."""
     config.validate()
+    for name in config.images:
+        check_picture_apart(config.output, name)
     device = pick_device(config.device)
     with for_option("checkpoint"):
         weights = open_weights(config.checkpoint)
@@ -45,15 +92,23 @@ def reconstruct(config: ReconstructConfig) -> Path:
             f"--images have {source.channels} channels, but the model of --checkpoint takes "
             f"{model.in_chans}"
         )
-    images = source.preview(config.max_images, model.img_size)
+    images, failures = source.crops(config.max_images, model.img_size)
     picture = reconstruction_picture(model, images, config.mask_ratio, config.seed, *statistics)
     output = Path(config.output).expanduser()
     save_picture(picture, output)
-    return output
+    reasons = {failure.name: failure.reason for failure in (*source.failures, *failures)}
+    given = {str(Path(name).expanduser()) for name in config.images}
+    failed = not given.isdisjoint(reasons)
+    failed |= len(reasons) > config.max_unreadable * source.pictures
+    return Drawn(output, [Failure(*item) for item in reasons.items()], failed)
 
 
 def _open(names: tuple[str, ...]) -> Source:
-    """One folder, set of shards or demo as `--data_path` takes it; or files and folders of them."""
+    """One folder, set of shards or demo as `--data_path` takes it; or files and folders of them.
+
+    Raises:
+        OptionError: nothing of that name, or pictures and arrays together.
+    """
     if len(names) == 1 and not Path(names[0]).expanduser().is_file():
         try:
             return open_source(names[0], max_unreadable=1.0)
@@ -65,14 +120,23 @@ def _open(names: tuple[str, ...]) -> Source:
         if path.is_file():
             paths.append(path)
         elif path.is_dir():
-            paths += find_pictures(path, "--images")
+            paths += find_pictures(path, "--images", EXTENSIONS | {ARRAY_EXTENSION})
         else:
             raise OptionError(f"--images {name!r} does not exist; expected a file or a folder")
-    arrays = [path for path in paths if path.suffix.lower() == ".npy"]
-    return PhotoSource(ArrayPhotos(arrays) if arrays else FolderPhotos(paths))
+    arrays = [path for path in paths if path.suffix.lower() == ARRAY_EXTENSION]
+    if not arrays:
+        return PhotoSource(FolderPhotos(paths))
+    if len(arrays) < len(paths):
+        other = next(path for path in paths if path not in arrays)
+        raise OptionError(
+            f"--images are of two kinds, {arrays[0]} and {other}; expected pictures or .npy arrays"
+        )
+    photos = ArrayPhotos(arrays)
+    return PhotoSource(photos, failures=photos.failures)
 
 
 def main(config: ReconstructConfig) -> int:
     """The command: `reconstruct`, and what it says of itself; returns the exit status."""
-    print(f"wrote {reconstruct(config)}")
-    return 0
+    drawn = draw(config)
+    print(drawn)
+    return int(drawn.failed)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convmae.data import channel_statistics, open_source
+from convmae.data import open_source
+from convmae.data.errors import printable
+from convmae.data.statistics import check_deviations, measure
 from convmae.files import replacing
+from convmae.records.unreadable import NAMED_AT_MOST
 
 if TYPE_CHECKING:
     from convmae.config import StatsConfig
@@ -17,15 +20,26 @@ def stats(config: StatsConfig) -> str:
 
     Raises:
         OptionError (a ValueError): an option cannot work.
-        convmae.data.DataError (a ValueError): no such pictures, or too many unreadable.
+        convmae.data.DataError (a ValueError): no such pictures, too many unreadable, or a channel
+            that is the same everywhere, which no run could normalise. Nothing is written then.
     """
     config.validate()
     source = open_source(
         config.data_path, split=config.split, max_samples=config.max_samples, seed=config.seed
     )
-    mean, std = channel_statistics(source, workers=config.num_workers)
+    measured = measure(source, workers=config.num_workers)
+    check_deviations(measured, f"--data_path {config.data_path!r}")
     lines = [f"# {source.description}; full scale is 1"]
-    for name, values in (("mean", mean), ("std", std)):
+    if measured.failures:
+        total = measured.pictures + len(measured.failures)
+        lines.append(f"# {len(measured.failures):,} of {total:,} cannot be read and are left out:")
+        lines += [f"# {name}: {reason}" for name, reason in measured.failures[:NAMED_AT_MOST]]
+        if len(measured.failures) > NAMED_AT_MOST:
+            lines.append("# ...")
+    lines += [f"# {left_out}" for left_out in source.left_out]
+    lines += [f"# {note}" for note in source.notes]
+    lines = [printable(line) for line in lines]
+    for name, values in zip(("mean", "std"), measured.statistics):
         lines.append(f"{name}: [{', '.join(f'{value:.6g}' for value in values)}]")
     text = "\n".join(lines) + "\n"
     if config.output:

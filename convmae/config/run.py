@@ -31,6 +31,8 @@ class RunConfig:
     """Where everything is written: args.yaml, log.txt, checkpoint/, tensorboard/, report.html."""
     resume: str | None = None
     """Go on from a checkpoint or run folder, or auto: from output_dir if a run is there."""
+    allow_changed_data: bool = False
+    """Go on with --resume although files were added to --data_path, removed or changed in size."""
     batch_size: int = 64
     """Pictures in a batch of one process."""
     epochs: int = 100
@@ -43,7 +45,7 @@ class RunConfig:
     """Train on this many of the pictures, evenly over their classes, chosen by --seed."""
     mean: tuple[float, ...] | None = None
     """Mean of every channel, full scale being 1; by default the checkpoint's, else ImageNet's for
-    3 channels, else measured on up to 1,000 of the pictures. convmae stats measures it."""
+    3 channels of 8 bits, else measured on up to 1,000 pictures. convmae stats measures it."""
     std: tuple[float, ...] | None = None
     """Deviation of every channel, as --mean."""
     weight_decay: float = 0.05

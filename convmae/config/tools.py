@@ -29,6 +29,9 @@ class ReconstructConfig:
     """Of the masks."""
     max_images: int = 16
     """Of more pictures, an even sample of this many is drawn."""
+    max_unreadable: float = 0.1
+    """Share of unreadable pictures above which the exit status is 1; of pictures that are given by
+    name, none may be unreadable. The others are drawn in any case."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
 
@@ -41,6 +44,7 @@ class ReconstructConfig:
         check_mask_ratio(self.mask_ratio)
         check_number("seed", self.seed, whole=True, at_least=0)
         check_number("max_images", self.max_images, whole=True, above=0)
+        check_number("max_unreadable", self.max_unreadable, at_least=0, at_most=1)
         if not self.images:
             raise OptionError("--images needs at least one file or folder, got none")
         if not self.output.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):

@@ -15,6 +15,7 @@ from torch import Tensor
 from convmae.data.crops import resized_crop
 from convmae.data.errors import DataError, Failure, UnreadableError
 from convmae.data.folder import check_readable
+from convmae.data.npy import ARRAY_ERRORS, check_header
 from convmae.data.picture import NO_LABEL, Pixels
 
 if TYPE_CHECKING:
@@ -74,8 +75,10 @@ def open_array(path: Path) -> np.ndarray:
         UnreadableError: not a whole `.npy` file of numbers.
     """
     try:
+        with path.open("rb") as file:
+            check_header(file, path.stat().st_size)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, MemoryError) as error:
+    except ARRAY_ERRORS as error:
         raise UnreadableError(_reason(error)) from error
     if not isinstance(array, np.ndarray):
         array.close()
@@ -90,8 +93,10 @@ def decode_array(content: bytes) -> Pixels:
         UnreadableError: not a whole `.npy` file of numbers, or not one picture.
     """
     try:
-        array = np.load(io.BytesIO(content), allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, MemoryError) as error:
+        file = io.BytesIO(content)
+        check_header(file, len(content))
+        array = np.load(file, allow_pickle=False)
+    except ARRAY_ERRORS as error:
         raise UnreadableError(_reason(error)) from error
     if not isinstance(array, np.ndarray):
         raise UnreadableError("an .npz archive; expected a single .npy array")

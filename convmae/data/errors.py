@@ -30,6 +30,14 @@ class Failure(NamedTuple):
     reason: str
 
 
+def printable(text: str) -> str:
+    """`text` in one line of UTF-8: what names of files may hold besides is written as escapes."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 def check_share(
     failures: Sequence[Failure], total: int, limit: float, what: str = "pictures"
 ) -> None:

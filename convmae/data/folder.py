@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from convmae.data.errors import DataError, Failure
+from convmae.data.left_out import LeftOut, kind_of
 from convmae.data.picture import NO_LABEL
 from convmae.data.pillow import EXTENSIONS, EncodedPicture, why_unreadable
 
@@ -28,6 +29,7 @@ def find_pictures(
     folder: str | Path,
     option: str = "--data_path",
     extensions: AbstractSet[str] = frozenset(EXTENSIONS),
+    left_out: LeftOut | None = None,
 ) -> list[Path]:
     """Every picture file under `folder`, at any depth, in the same order on every machine.
 
@@ -38,6 +40,7 @@ def find_pictures(
         folder: where to look.
         option: the flag to name in the error.
         extensions: in lower case, with the dot.
+        left_out: counts what is no picture.
 
     Raises:
         DataError: `folder` does not exist, is not a folder, or holds no picture.
@@ -46,28 +49,48 @@ def find_pictures(
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise DataError(f"{option} {str(folder)!r} {what}; expected 'demo' or a folder of pictures")
-    found = list(walk_pictures(root, extensions))
+    others = LeftOut() if left_out is None else left_out
+    found = list(walk_pictures(root, extensions, others))
     if not found:
         kinds = " ".join(sorted(extension[1:] for extension in extensions))
-        raise DataError(f"{option} {str(folder)!r} holds no picture (looked for: {kinds})")
+        there = f"; {others}" if others.total else ""
+        raise DataError(f"{option} {str(folder)!r} holds no picture (looked for: {kinds}){there}")
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
 def walk_pictures(
-    root: Path, extensions: AbstractSet[str] = frozenset(EXTENSIONS)
+    root: Path,
+    extensions: AbstractSet[str] = frozenset(EXTENSIONS),
+    left_out: LeftOut | None = None,
 ) -> Iterator[Path]:
-    """The files that `find_pictures` finds, one by one, in no order."""
+    """The files that `find_pictures` finds, one by one, in no order; counts the others."""
+    left_out = LeftOut() if left_out is None else left_out
+
+    def name_of(path: str) -> str:
+        return Path(path).relative_to(root).as_posix()
+
+    def unopened(error: OSError) -> None:
+        left_out.add("folders that cannot be opened", name_of(error.filename))
+
     seen: set[str] = set()
-    for here, folders, files in os.walk(root, followlinks=True):
+    for here, folders, files in os.walk(root, onerror=unopened, followlinks=True):
         real = os.path.realpath(here)
         if real in seen:
             folders.clear()
+            left_out.add("folders that a link shows again", name_of(here))
             continue
         seen.add(real)
+        for name in (*folders, *files):
+            if name.startswith("."):
+                left_out.add("hidden", name_of(os.path.join(here, name)))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:
+            if name.startswith("."):
+                continue
+            if os.path.splitext(name)[1].lower() in extensions:
                 yield Path(here, name)
+            else:
+                left_out.add(kind_of(name), name_of(os.path.join(here, name)))
 
 
 def check_readable(

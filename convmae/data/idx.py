@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 PREFIX = {"train": "train", "val": "t10k"}
 UNSIGNED_BYTE = 8  # the code of the dtype in the third byte of the file
 CLASSES_AT_LEAST = 10
+GZIP_AT_MOST = 1032  # times as large as it is, no file of gzip unpacks to more
+PIECE = 2**22  # bytes unpacked at a time
+UNPACKED_AT_MOST = 2**32  # bytes of a packed file, which go to memory
 
 
 def find_idx(folder: Path) -> Path | None:
@@ -45,28 +49,78 @@ def _file_name(what: str, split: str) -> str:
     return f"{PREFIX[split]}-{what}-idx{3 if what == 'images' else 1}-ubyte"
 
 
+def is_idx(name: str) -> bool:
+    """Whether a file of that name is one of the family's."""
+    names = {_file_name(what, split) for what in ("images", "labels") for split in PREFIX}
+    return name.removesuffix(".gz") in names
+
+
 def read_idx(path: Path, dims: int) -> np.ndarray:
     """The array of an IDX file of unsigned bytes with `dims` axes; unpacked if it ends in `.gz`.
+
+    A file that is not packed is mapped into memory. Of one that is packed no more is unpacked than
+    its header announces, and that at most `UNPACKED_AT_MOST`.
 
     Raises:
         DataError: the file cannot be unpacked, is no such IDX file, or has another length than its
             header says.
     """
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            shape, start = _read_header(path, file, dims)
+            expected = start + math.prod(shape)
+            if path.suffix == ".gz":
+                _check_packed(path, shape, expected)
+                data = _read_at_most(file, expected - start + 1)  # one more: there is more
+                more = " or more" if len(data) > expected - start else ""
+                size = start + len(data)
+            else:
+                size, more = path.stat().st_size, ""
     except (OSError, EOFError, zlib.error) as error:  # BadGzipFile is an OSError
         raise DataError(f"{path} cannot be read: {error}") from error
-    start = 4 + 4 * dims
-    if len(data) < start or data[:4] != bytes((0, 0, UNSIGNED_BYTE, dims)):
-        raise DataError(f"{path} is no IDX file of unsigned bytes with {dims} axes")
-    shape = np.frombuffer(data, ">u4", dims, 4).astype(int).tolist()
-    expected = start + int(np.prod(shape))
-    if len(data) != expected:
+    if size != expected:
         raise DataError(
-            f"{path} holds {len(data)} bytes, but its header says {shape}, which are {expected}"
+            f"{path} holds {size}{more} bytes, but its header says {shape}, which are {expected}"
         )
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    if path.suffix == ".gz":
+        return np.frombuffer(data, np.uint8).reshape(shape)
+    return np.memmap(path, np.uint8, "r", start, tuple(shape))
+
+
+def _read_at_most(file: BinaryIO | gzip.GzipFile, count: int) -> bytearray:
+    """`file.read(count)`, which takes no memory for what is not there."""
+    data = bytearray()
+    while len(data) < count and (piece := file.read(min(PIECE, count - len(data)))):
+        data += piece
+    return data
+
+
+def _read_header(path: Path, file: BinaryIO | gzip.GzipFile, dims: int) -> tuple[list[int], int]:
+    """The shape that the header tells, and how many bytes the header has."""
+    start = 4 + 4 * dims
+    header = file.read(start)
+    if len(header) < start or header[:4] != bytes((0, 0, UNSIGNED_BYTE, dims)):
+        raise DataError(f"{path} is no IDX file of unsigned bytes with {dims} axes")
+    shape = np.frombuffer(header, ">u4", dims, 4).astype(int).tolist()
+    if 0 in shape:
+        raise DataError(f"{path} is empty: its header says {shape}")
+    return shape, start
+
+
+def _check_packed(path: Path, shape: list[int], expected: int) -> None:
+    """Raises `DataError` where a packed file announces more than it can hold, or memory should."""
+    packed = path.stat().st_size
+    if expected > packed * GZIP_AT_MOST:
+        raise DataError(
+            f"{path} holds {packed} bytes, but its header says {shape}, which are {expected}; so "
+            "much cannot be packed into it"
+        )
+    if expected > UNPACKED_AT_MOST:
+        raise DataError(
+            f"{path} announces {shape}, which are {expected} bytes; expected at most "
+            f"{UNPACKED_AT_MOST} in a packed file. Unpack it with gunzip: it is then not read into "
+            "memory"
+        )
 
 
 class IdxPhotos:
@@ -84,12 +138,14 @@ class IdxPhotos:
     dtype = torch.uint8
 
     def __init__(self, folder: Path, split: str) -> None:
-        arrays = []
+        arrays: list[np.ndarray] = []
+        self.paths: list[Path] = []
         for what, dims in (("images", 3), ("labels", 1)):
             path = _find_file(folder, what, split)
             if path is None:
                 raise DataError(f"{folder} lacks {_file_name(what, split)} (or the same with .gz)")
             arrays.append(read_idx(path, dims))
+            self.paths.append(path)
         self.folder, self.split = folder, split
         self.images, self.labels = arrays
         if len(self.images) != len(self.labels) or not len(self.images):

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convmae.data.arrays import ARRAY_EXTENSION, ArrayPhotos
 from convmae.data.classes import normal_form
-from convmae.data.demo import CROPS_PER_PHOTO, DemoPhotos
+from convmae.data.demo import CROPS_PER_PHOTO, DEMO_FILES, DemoPhotos
 from convmae.data.errors import DataError, check_share
+from convmae.data.fingerprint import file_entries
 from convmae.data.folder import FolderPhotos, check_readable, find_pictures, walk_pictures
-from convmae.data.idx import IdxPhotos, find_idx
+from convmae.data.idx import IdxPhotos, find_idx, is_idx
+from convmae.data.left_out import LeftOut, kind_of
 from convmae.data.pillow import EXTENSIONS
+from convmae.data.sizes import SHARD, SIZES_FILE
 from convmae.data.source import PhotoSource, Source, choose_balanced
 from convmae.data.stream import ShardSource, open_shards
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from convmae.data.classes import NumberLabels
     from convmae.data.errors import Failure
     from convmae.data.picture import Photos
 
 SPLITS = ("train", "val")
 VAL_FOLDERS = ("val", "test")
-SHARD = ".tar"
 
 
 def open_source(
@@ -69,7 +74,9 @@ def open_source(
     if text == "demo":
         demo, limits = DemoPhotos(), (max_unreadable, max_samples, seed)
         description = f"demo: {len(demo)} photographs of scikit-image"
-        return _photo_source(demo, description, None, *limits, repeats=CROPS_PER_PHOTO, workers=0)
+        source = _photo_source(demo, description, None, *limits, repeats=CROPS_PER_PHOTO, workers=0)
+        source.entries = lambda: [(name, "") for name in DEMO_FILES]
+        return source
     folder = Path(text).expanduser()
     if not folder.is_dir():
         if text.endswith(SHARD) or _has_scheme(text):
@@ -82,11 +89,33 @@ def open_source(
         description = f"{len(idx_photos)} pictures of {idx} ({split})"
         classes, numbers = list(idx_photos.classes), idx_photos.number_labels()
         limits = (max_unreadable, max_samples, seed)
-        return _photo_source(idx_photos, description, classes, *limits, numbers=numbers)
+        left_out = _beside(idx, is_idx, "files beside the IDX files")
+        source = _photo_source(
+            idx_photos, description, classes, *limits, numbers=numbers, left_out=left_out
+        )
+        source.entries = partial(file_entries, idx_photos.paths, idx)
+        return source
     here = split_folder(folder, split, text, undivided)
+    beside: list[LeftOut] = []
+    if here != folder:
+        beside = _beside(folder, lambda name: name in (*SPLITS, *VAL_FOLDERS), "files")
     if _has_shards(here):
-        return _shard_source(str(here), None, max_unreadable, max_samples)
-    return _folder_source(here, max_unreadable, max_samples, seed)
+        shards = _shard_source(str(here), None, max_unreadable, max_samples)
+        beside += _beside(here, lambda name: name.endswith(SHARD) or name == SIZES_FILE, "files")
+        shards.left_out = [*beside, *shards.left_out]
+        return shards
+    source = _folder_source(here, max_unreadable, max_samples, seed)
+    source.left_out = [*beside, *source.left_out]
+    return source
+
+
+def _beside(folder: Path, is_read: Callable[[str], bool], what: str) -> list[LeftOut]:
+    """What lies in `folder` itself besides the names that are read; none if there is nothing."""
+    left_out = LeftOut(f"{what} in {folder}")
+    for entry in os.scandir(folder):
+        if not is_read(entry.name):
+            left_out.add("folders" if entry.is_dir() else kind_of(entry.name), entry.name)
+    return [left_out] if left_out.total else []
 
 
 def _has_scheme(text: str) -> bool:
@@ -166,8 +195,12 @@ def _mixed_kinds(folder: Path, one: str, other: str) -> DataError:
 def _folder_source(
     here: Path, max_unreadable: float, max_samples: int | None, seed: int
 ) -> PhotoSource:
-    paths = find_pictures(here, extensions=EXTENSIONS | {ARRAY_EXTENSION})
+    left_out = LeftOut(f"files in {here}")
+    paths = find_pictures(here, extensions=EXTENSIONS | {ARRAY_EXTENSION}, left_out=left_out)
     classes, labels = class_folders(paths, here) or (None, None)
+    empty = () if classes is None else empty_folders(here, classes)
+    for name in empty:
+        left_out.add("folders without a picture", name)
     arrays = [path for path in paths if path.suffix.lower() == ARRAY_EXTENSION]
     description = f"{len(paths)} pictures in {here}"
     if not arrays:
@@ -188,11 +221,18 @@ def _folder_source(
     if classes is not None:
         description += f", {len(classes)} classes"
     limits = (max_unreadable, max_samples, seed)
-    source = _photo_source(photos, description, classes, *limits, failures=tuple(failures))
+    source = _photo_source(
+        photos,
+        description,
+        classes,
+        *limits,
+        failures=tuple(failures),
+        left_out=[left_out] if left_out.total else [],
+    )
+    source.entries = partial(file_entries, paths, here)
+    source.empty_classes = empty
     if classes is None:
         source.no_classes = _why_no_classes(paths, here)
-    else:
-        source.empty_classes = empty_folders(here, classes)
     return source
 
 
@@ -240,6 +280,7 @@ def _photo_source(
     workers: int | None = None,
     failures: tuple[Failure, ...] = (),
     numbers: NumberLabels | None = None,
+    left_out: Sequence[LeftOut] = (),
 ) -> PhotoSource:
     if max_samples is not None:
         broken = {failure.name for failure in failures}
@@ -257,6 +298,7 @@ def _photo_source(
         failures=list(failures),
         max_unreadable=max_unreadable,
         numbers=numbers,
+        left_out=left_out,
     )
 
 

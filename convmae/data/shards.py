@@ -1,14 +1,16 @@
 """WebDataset shards: which there are, how many samples each has, and their members one by one.
 
 A shard is a `.tar` file of samples: members `<key>.jpg`, `.jpeg`, `.png`, `.webp` or `.npy`, and
-`<key>.cls`, the label as text (`convmae.data.labels`), side by side. Members of other kinds are
-never read.
+`<key>.cls`, the label as text (`convmae.data.labels`), side by side (`convmae.data.archive` tells
+which members are one sample). All that is left out is counted, by kind, with first names.
 
 How many samples a shard has must be known before training. Of local shards it is counted from
 the headers in the archive; at an http address it is read from `sizes.json` beside the shards, an
-object of shard names and counts, with the names of the classes under `"classes"` if there are any:
+object of shard names and counts, with the names of the classes under `"classes"` if there are any,
+and what is left out, a count and first names for each kind, under `"left_out"`:
 
-    {"shard-000000.tar": 10000, "shard-000001.tar": 9312, "classes": ["cat", "dog"]}
+    {"shard-000000.tar": 10000, "shard-000001.tar": 9312, "classes": ["cat", "dog"],
+     "left_out": {".json": [19312, "s0.json", "s1.json"]}}
 
 `python -m convmae.data.shards FOLDER` writes it; labels that are words, or whole numbers of which
 none could be a place, become the names of the classes, sorted. Local shards are not counted where a
@@ -18,34 +20,35 @@ none could be a place, become the names of the classes, sorted. Local shards are
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import tarfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from convmae.data.classes import listed, name_problem
+from convmae.data.archive import (
+    ARCHIVE_ERRORS,
+    error_reason,
+    is_address,
+    open_shard,
+    read_samples,
+)
+from convmae.data.classes import listed
 from convmae.data.errors import DataError, Failure
 from convmae.data.labels import LABEL, LONGEST_LABEL, LabelTally, label_text
+from convmae.data.left_out import LeftOut
+from convmae.data.sizes import SHARD, SIZES_AT_MOST, SIZES_FILE, SIZES_HELP, Sizes, parse_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-SIZES_FILE = "sizes.json"
-SHARD = ".tar"
-FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}  # Pillow's names
-PICTURES = {*FORMATS, "npy"}
-SIZES_HELP = (
-    f"python -m convmae.data.shards FOLDER writes {SIZES_FILE} for the shards in a local folder; "
-    'it is an object like {"shard-000000.tar": 10000}'
-)
-
-ARCHIVE_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError)  # what reading an archive raises
-ShardSample = dict[str, Any]  # __key__, and for each extension the member or its contents
+SHARDS_AT_MOST = 10**6  # names that a pattern stands for
+MIDDLE_NAMES_AT_MOST = 8  # as many middle names are told
 
 
 @dataclass(frozen=True)
@@ -61,91 +64,21 @@ class Shards:
     classes: list[str] | None = None
     failures: list[Failure] = field(default_factory=list)
     labels: LabelTally | None = None
+    left_out: LeftOut | None = None  # members; None where `sizes.json` does not tell
+    notes: tuple[str, ...] = ()  # what else to tell of them
+
+    def entries(self) -> list[tuple[str, str]]:
+        """The name of each shard, and its samples; of files the size in bytes too."""
+        counts = [f"{size} samples" for size in self.sizes]
+        if any(is_address(name) for name in self.names):
+            names = [urlsplit(name).path.rpartition("/")[2] for name in self.names]
+            return list(zip(names, counts))
+        paths = [Path(name) for name in self.names]
+        each = zip(paths, counts)
+        return [(path.name, f"{count}, {path.stat().st_size} bytes") for path, count in each]
 
 
 # -- one shard ------------------------------------------------------------------------------------
-
-
-def is_address(name: str) -> bool:
-    """Whether a shard is to be fetched, rather than opened as a file."""
-    return name.startswith(("http://", "https://"))
-
-
-@contextmanager
-def open_shard(name: str) -> Iterator[tuple[tarfile.TarFile, BinaryIO]]:
-    """The archive of a shard, which can seek if it is a file, and the stream it is read from.
-
-    Raises:
-        OSError, tarfile.TarError: it cannot be opened.
-    """
-    if is_address(name):
-        from webdataset.gopen import gopen
-
-        stream, mode = gopen(name), "r|"
-    else:
-        stream, mode = open(name, "rb"), "r:"  # noqa: SIM115
-    try:
-        with tarfile.open(fileobj=stream, mode=mode) as archive:  # type: ignore[call-overload]
-            yield archive, stream
-    finally:
-        stream.close()
-
-
-def read_samples(
-    archive: tarfile.TarFile, stream: BinaryIO, name: str, read: bool = False
-) -> Iterator[ShardSample]:
-    """The samples of an archive that have a picture, members as headers or, if `read`, contents.
-
-    Raises:
-        OSError, EOFError, ValueError, tarfile.TarError: the archive is damaged; the sample
-            that the damage cuts is not yielded.
-    """
-    from webdataset.tariterators import group_by_keys
-
-    def members() -> Iterator[dict[str, Any]]:
-        for member in _headers(archive):
-            data: Any = member
-            if read:
-                try:
-                    data = archive.extractfile(member).read()  # type: ignore[union-attr]
-                except ARCHIVE_ERRORS:
-                    yield {}  # makes `group_by_keys` yield the sample before
-                    raise
-            yield {"fname": member.name, "data": data, "__url__": name}
-        yield {}  # makes `group_by_keys` yield the last sample
-        if not is_address(name):
-            _check_end(archive, stream)
-
-    for sample in group_by_keys(members()):
-        if PICTURES & sample.keys():
-            yield sample
-
-
-def _headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members that may be read: files with a known suffix."""
-    from webdataset.tariterators import base_plus_ext
-
-    while (member := archive.next()) is not None:
-        archive.members = []  # type: ignore[attr-defined] # else all headers stay in memory
-        suffix = base_plus_ext(member.name)[1]
-        if member.isreg() and suffix is not None and suffix.lower() in PICTURES | {LABEL}:
-            yield member
-
-
-def _check_end(archive: tarfile.TarFile, stream: BinaryIO) -> None:
-    """Raises `tarfile.ReadError` where the archive does not end as a whole one does.
-
-    tarfile itself ends silently at a damaged header.
-    """
-    stream.seek(archive.offset)
-    if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("damaged or cut short: the archive's end mark is missing")
-
-
-def error_reason(error: Exception) -> str:
-    """The first line of an error; without the arguments that webdataset adds to a ValueError."""
-    text = str(error.args[0]) if isinstance(error, ValueError) and error.args else str(error)
-    return text.partition("\n")[0] or type(error).__name__
 
 
 @dataclass
@@ -155,18 +88,22 @@ class _ShardCount:
     size: int = 0
     labels: LabelTally = field(default_factory=LabelTally)
     failure: Failure | None = None
+    left_out: LeftOut = field(default_factory=lambda: LeftOut("members of shards"))
+    middles: Counter[str] = field(default_factory=Counter)  # of names with further dots
 
 
 def _count_samples(path: Path) -> _ShardCount:
     count, last = _ShardCount(), "none"
     try:
         with open_shard(str(path)) as (archive, stream):
-            for sample in read_samples(archive, stream, str(path)):
+            for sample in read_samples(archive, stream, str(path), left_out=count.left_out):
                 if LABEL in sample:
                     member = archive.extractfile(sample[LABEL])
                     text = label_text(member.read(LONGEST_LABEL))  # type: ignore[union-attr]
                     count.labels.add(text, f"{path}: {sample['__key__']}")
                 count.size, last = count.size + 1, sample["__key__"]
+                if len(count.middles) <= MIDDLE_NAMES_AT_MOST:
+                    count.middles[last.rpartition("/")[2].partition(".")[2]] += 1
     except ARCHIVE_ERRORS as error:
         reason = (
             f"{error_reason(error)}; {count.size} samples before that are good, the last is {last}"
@@ -205,7 +142,7 @@ def list_shards(where: str, split: str | None, undivided: bool = False) -> Shard
     names = _expand_pattern(where)
     if is_address(where):
         sizes_file = _sibling_address(names[0], SIZES_FILE)
-        return _shards_with_sizes(where, names, *_fetch_sizes(sizes_file), sizes_file)
+        return _shards_with_sizes(where, names, _fetch_sizes(sizes_file), sizes_file)
     paths = [Path(name).expanduser() for name in names]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
@@ -228,6 +165,12 @@ def _check_scheme(name: str) -> None:
 def _expand_pattern(pattern: str) -> list[str]:
     from braceexpand import braceexpand
 
+    spans = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in spans) > SHARDS_AT_MOST:
+        raise DataError(
+            f"--data_path {pattern!r} stands for more than {SHARDS_AT_MOST:,} shards; expected "
+            "fewer, or a folder"
+        )
     try:
         names = list(braceexpand(pattern))
     except ValueError as error:
@@ -240,84 +183,82 @@ def _expand_pattern(pattern: str) -> list[str]:
 
 
 def _local_shards(where: str, paths: list[Path]) -> Shards:
-    given = _read_sizes(paths)
-    if given is not None:
-        return _shards_with_sizes(
-            where, [str(path) for path in paths], *given, str(paths[0].parent / SIZES_FILE)
-        )
-    return _count_shards(where, paths)
+    listed_sizes = _read_sizes(paths)
+    if listed_sizes is None:
+        return _count_shards(where, paths)
+    sizes_file = str(paths[0].parent / SIZES_FILE)
+    for path in paths:
+        at_most = path.stat().st_size // tarfile.BLOCKSIZE  # each has a header
+        if listed_sizes.counts[path.name] > at_most:
+            raise DataError(
+                f"{sizes_file} says that {path.name} holds {listed_sizes.counts[path.name]:,} "
+                f"samples, but its size has room for {at_most:,} at most. {SIZES_HELP}"
+            )
+    return _shards_with_sizes(where, [str(path) for path in paths], listed_sizes, sizes_file)
 
 
 def _count_shards(where: str, paths: list[Path]) -> Shards:
     """The local shards, their samples counted and their labels read."""
     sizes: list[int] = []
     failures: list[Failure] = []
-    labels = LabelTally()
+    labels, left_out = LabelTally(), LeftOut("members of shards")
+    middles: Counter[str] = Counter()
     with ThreadPoolExecutor(8) as pool:
         for count in pool.map(_count_samples, paths):
             sizes.append(count.size)
             labels.update(count.labels)
+            left_out.merge([count.left_out])
+            middles += count.middles
             if count.failure is not None:
                 failures.append(count.failure)
     names = tuple(str(path) for path in paths)
-    return Shards(where, names, tuple(sizes), None, failures, labels)
+    notes = _middle_names(middles)
+    return Shards(where, names, tuple(sizes), None, failures, labels, left_out, notes)
 
 
-def _read_sizes(paths: list[Path]) -> tuple[dict[str, int], list[str] | None] | None:
+def _middle_names(middles: Counter[str]) -> tuple[str, ...]:
+    """A note where pictures that belong together may count as several."""
+    few = 2 <= len(middles) <= MIDDLE_NAMES_AT_MOST and min(middles.values()) >= 2
+    if not few or "" in middles:
+        return ()
+    each = ", ".join(f"{count:,} {middle!r}" for middle, count in sorted(middles.items()))
+    return (
+        f"note: the names of the samples have parts in common after their first dot ({each}); each "
+        "counts as a picture of its own",
+    )
+
+
+def _read_sizes(paths: list[Path]) -> Sizes | None:
     """The local `sizes.json`, if it can stand for counting."""
     file = paths[0].parent / SIZES_FILE
     try:
         written = file.stat().st_mtime_ns
         if any(path.parent != file.parent or path.stat().st_mtime_ns > written for path in paths):
             return None
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as opened:
+            data = opened.read(SIZES_AT_MOST + 1)
     except OSError:
         return None
-    sizes, classes = parse_sizes(text, str(file))
-    return (sizes, classes) if all(path.name in sizes for path in paths) else None
+    sizes = parse_sizes(data, str(file))
+    return sizes if all(path.name in sizes.counts for path in paths) else None
 
 
-def parse_sizes(text: str, sizes_file: str) -> tuple[dict[str, int], list[str] | None]:
-    """`sizes.json` to counts and class names.
-
-    Raises:
-        DataError: it does not have that form.
-    """
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{sizes_file} is no JSON: {error}. {SIZES_HELP}") from error
-    classes = values.pop("classes", None) if isinstance(values, dict) else None
-    right = isinstance(values, dict) and all(
-        type(size) is int and size >= 0 and name.endswith(SHARD) and not re.search(r"[/\\:]", name)
-        for name, size in values.items()
-    )
-    named = classes is None or (
-        isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    )
-    if not right or not named:
-        raise DataError(
-            f"{sizes_file} does not hold names of shards and their counts. {SIZES_HELP}"
-        )
-    problem = None if classes is None else name_problem(classes)
-    if problem is not None:
-        raise DataError(
-            f'{sizes_file}: "classes": {problem}; expected a name for each class, all different'
-        )
-    return values, classes or None
-
-
-def _shards_with_sizes(
-    where: str, names: list[str], sizes: dict[str, int], classes: list[str] | None, sizes_file: str
-) -> Shards:
+def _shards_with_sizes(where: str, names: list[str], sizes: Sizes, sizes_file: str) -> Shards:
     short = [
         urlsplit(name).path.rpartition("/")[2] if is_address(name) else Path(name).name
         for name in names
     ]
-    missing = [name for name in short if name not in sizes]
+    missing = [name for name in short if name not in sizes.counts]
     if missing:
         raise DataError(f"{sizes_file} lacks {', '.join(missing[:3])}. {SIZES_HELP}")
-    return Shards(where, tuple(names), tuple(sizes[name] for name in short), classes)
+    counts = tuple(sizes.counts[name] for name in short)
+    notes: tuple[str, ...] = ()
+    if sizes.left_out is None:
+        notes = (
+            f"note: {sizes_file} does not tell whether shards hold members that are left out; "
+            "`python -m convmae.data.shards FOLDER` counts them",
+        )
+    return Shards(where, tuple(names), counts, sizes.classes, left_out=sizes.left_out, notes=notes)
 
 
 def _shards_at_address(address: str, split: str | None, undivided: bool) -> Shards:
@@ -329,12 +270,12 @@ def _shards_at_address(address: str, split: str | None, undivided: bool) -> Shar
     reasons = []
     for sizes_file in tried:
         try:
-            sizes, classes = _fetch_sizes(sizes_file)
+            sizes = _fetch_sizes(sizes_file)
         except DataError as error:
             reasons.append(str(error))
             continue
-        names = [_sibling_address(sizes_file, name) for name in sorted(sizes)]
-        return _shards_with_sizes(address, names, sizes, classes, sizes_file)
+        names = [_sibling_address(sizes_file, name) for name in sorted(sizes.counts)]
+        return _shards_with_sizes(address, names, sizes, sizes_file)
     raise DataError("; ".join(reasons))
 
 
@@ -344,18 +285,18 @@ def _sibling_address(address: str, name: str) -> str:
     return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}"))
 
 
-def _fetch_sizes(address: str) -> tuple[dict[str, int], list[str] | None]:
+def _fetch_sizes(address: str) -> Sizes:
     from urllib.request import urlopen
 
     try:
         with urlopen(address, timeout=30) as answer:  # http or https: checked before
-            text = answer.read().decode("utf-8")
+            data = answer.read(SIZES_AT_MOST + 1)
     except (OSError, ValueError) as error:
         raise DataError(
             f"--data_path: the sizes of the shards are needed, but {address} cannot be read "
             f"({error}). {SIZES_HELP}"
         ) from error
-    return parse_sizes(text, address)
+    return parse_sizes(data, address)
 
 
 def write_sizes(folder: str | Path, say: Callable[[str], None] = print) -> Path:
@@ -372,7 +313,7 @@ def write_sizes(folder: str | Path, say: Callable[[str], None] = print) -> Path:
     if shards.failures:
         raise DataError("; ".join(f"{name}: {reason}" for name, reason in shards.failures))
     values: dict[str, Any] = {Path(n).name: size for n, size in zip(shards.names, shards.sizes)}
-    assert shards.labels is not None
+    assert shards.labels is not None and shards.left_out is not None  # counted just now
     classes, problem = shards.labels.classes(), shards.labels.problem()
     if problem is not None:
         classes = shards.labels.names()
@@ -381,6 +322,10 @@ def write_sizes(folder: str | Path, say: Callable[[str], None] = print) -> Path:
         say(f"{len(classes)} classes are named by their labels: {listed(classes)}")
     if classes is not None:
         values["classes"] = classes
+    values["left_out"] = {
+        kind: [count, *shards.left_out.names[kind]]
+        for kind, count in shards.left_out.counts.items()
+    }
     file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     return file
 

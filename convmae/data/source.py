@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,15 +13,15 @@ from torch.utils.data import Dataset
 
 from convmae.data.classes import NumberLabels, shown_number
 from convmae.data.errors import DataError, Failure, UnreadableError
+from convmae.data.fingerprint import Fingerprint
 from convmae.data.loader import (
     EvaluationDataset,
     EvaluationSampler,
     PictureDataset,
     RunSampler,
-    read_or_next,
     run_batches,
 )
-from convmae.data.picture import Subset
+from convmae.data.picture import ChosenPicture, Subset
 from convmae.data.transforms import CentreTransform
 from convmae.seeds import Stream, generator_for
 
@@ -30,9 +32,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from convmae.data.crops import PickBox, Size
+    from convmae.data.left_out import LeftOut
     from convmae.data.loader import Batch
     from convmae.data.picture import Photos
     from convmae.data.transforms import Transform
+
+MAX_TRIES = 1000  # unreadable pictures in a row
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,9 @@ class Source(ABC):
         workers: loading processes by default.
         failures: what the check before the run found.
         max_unreadable: share of unreadable pictures that is allowed.
+        left_out: what lies beside the pictures and is not read.
+        notes: what else there is to tell of them.
+        entries: relative names and sizes of the files, for a fingerprint; None if unknown.
     """
 
     channels: int
@@ -108,6 +116,13 @@ class Source(ABC):
     workers: int
     failures: list[Failure]
     max_unreadable: float
+    left_out: Sequence[LeftOut] = ()
+    notes: Sequence[str] = ()
+    entries: Callable[[], list[tuple[str, str]]] | None = None
+
+    def fingerprint(self) -> Fingerprint | None:
+        """Which files the data set consists of; None if that is not known."""
+        return None if self.entries is None else Fingerprint.of(self.entries())
 
     @abstractmethod
     def _train(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
@@ -126,12 +141,21 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def preview(self, count: int, size: Size) -> Tensor:
-        """Centre crops of `count` pictures at most: `[N, C, H, W]`, as stored.
+    def crops(self, count: int, size: Size) -> tuple[Tensor, list[Failure]]:
+        """Centre crops of `count` different pictures at most, `[N, C, H, W]`, as stored.
+
+        One that cannot be read is replaced by another, if there are more.
+
+        Returns:
+            The crops, and what could not be read on the way.
 
         Raises:
             DataError: none can be read.
         """
+
+    def preview(self, count: int, size: Size) -> Tensor:
+        """The crops alone."""
+        return self.crops(count, size)[0]
 
     @abstractmethod
     def map(
@@ -248,7 +272,7 @@ class PhotoSource(Source):
         photos: the pictures.
         classes: names of the labels.
         repeats: how often an epoch of training sees each picture.
-        description, workers, failures, max_unreadable, numbers: see `Source`.
+        description, workers, failures, max_unreadable, numbers, left_out: see `Source`.
     """
 
     def __init__(
@@ -261,6 +285,7 @@ class PhotoSource(Source):
         failures: Sequence[Failure] = (),
         max_unreadable: float = 0.1,
         numbers: NumberLabels | None = None,
+        left_out: Sequence[LeftOut] = (),
     ) -> None:
         self.photos, self.classes, self.description = photos, classes, description
         self.numbers = numbers
@@ -268,7 +293,7 @@ class PhotoSource(Source):
         self.channels, self.dtype = photos.channels, photos.dtype
         self.pictures, self.samples_per_epoch = len(photos), repeats * len(photos)
         self.workers, self.failures = workers, list(failures)
-        self.max_unreadable = max_unreadable
+        self.max_unreadable, self.left_out = max_unreadable, left_out
 
     def _train(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         sampler = RunSampler(
@@ -294,16 +319,26 @@ class PhotoSource(Source):
         """The pictures, with the labels that are expected."""
         return self.photos if self.expected is None else Relabelled(self.photos, self.expected)
 
-    def preview(self, count: int, size: Size) -> Tensor:
-        """Centre crops of `count` pictures at most, evenly spaced: `[N, C, H, W]`, as stored.
-
-        Raises:
-            DataError: none can be read.
-        """
-        transform = CentreTransform(size)
+    def crops(self, count: int, size: Size) -> tuple[Tensor, list[Failure]]:
+        """Centre crops of `count` different pictures at most, evenly spaced; see `Source`."""
+        transform, images = CentreTransform(size), []
+        failures: list[Failure] = []
         chosen = evenly_spaced(self.pictures, count)
-        crops = [read_or_next(self.photos, index, transform)[0][0] for index in chosen]
-        return torch.stack([crop.contiguous() for crop in crops])
+        waiting, taken = deque(chosen), frozenset(chosen)
+        others = (index for index in range(self.pictures) if index not in taken)
+        while waiting and len(failures) < MAX_TRIES:
+            index = waiting.popleft()
+            try:
+                images.append(transform(ChosenPicture(self.photos, index)).contiguous())
+            except UnreadableError as error:
+                failures.append(Failure(self.photos.name(index), str(error)))
+                waiting.extendleft(islice(others, 1))
+        if not images:
+            name, reason = failures[0]
+            raise DataError(
+                f"no picture can be read; the first of {len(failures)}, {name}: {reason}"
+            )
+        return torch.stack(images), failures
 
     def map(
         self,

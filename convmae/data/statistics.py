@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convmae.data.errors import Failure, check_share
-from convmae.data.normalisation import full_scale
+from convmae.data.errors import DataError, Failure, check_share
+from convmae.data.normalisation import Statistics, full_scale
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from convmae.data.source import Source
+
+CONSTANT = 1e-6  # times the mean: a smaller deviation is what rounding leaves of a constant
+SMALLEST = 1e-30  # a smaller deviation cannot be divided by in float32
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Mean and deviation of a source, and of how many pictures.
+
+    Attributes:
+        statistics: a number a channel, in full scales.
+        pictures: how many were measured.
+        failures: which could not be read.
+    """
+
+    statistics: Statistics
+    pictures: int
+    failures: list[Failure]
 
 
 def channel_statistics(
@@ -26,7 +48,7 @@ def channel_statistics(
 
     Args:
         source: where the pictures come from.
-        max_pictures: of more pictures, this many: an even sample, or of shards the first.
+        max_pictures: of more pictures, this many: the sample that `source.map` takes.
         workers: loading processes; the source's default if None.
 
     Returns:
@@ -37,15 +59,24 @@ def channel_statistics(
         ValueError: `max_pictures` is below 1.
         DataError: more pictures are unreadable than the source's `max_unreadable` allows.
     """
+    mean, std = measure(source, max_pictures, workers).statistics
+    return list(mean), list(std)
+
+
+def measure(
+    source: Source, max_pictures: int | None = None, workers: int | None = None
+) -> Measured:
+    """`channel_statistics`, and what they were measured on."""
     if max_pictures is not None and max_pictures < 1:
         raise ValueError(f"max_pictures must be at least 1, got {max_pictures}")
     measured: dict[int, np.ndarray] = {}  # [3, C]: pixels, mean, squared deviations
-    failures: list[Failure] = []
+    failed: dict[int, Failure] = {}
     for index, result in source.map(_moments, max_pictures, workers):
         if isinstance(result, Failure):
-            failures.append(result)
+            failed[index] = result
         else:
             measured[index] = result
+    failures = [failed[index] for index in sorted(failed)]
     check_share(failures, len(measured) + len(failures), source.max_unreadable)
     moments = np.stack([measured[index] for index in sorted(measured)])
     pixels, means, squares = moments[:, 0], moments[:, 1], moments[:, 2]
@@ -53,7 +84,53 @@ def channel_statistics(
     mean = (pixels * means).sum(0) / total
     variance = (squares + pixels * (means - mean) ** 2).sum(0) / total
     scale = full_scale(source.dtype)
-    return (mean / scale).tolist(), (np.sqrt(variance) / scale).tolist()
+    statistics = Statistics(
+        tuple((mean / scale).tolist()), tuple((np.sqrt(variance) / scale).tolist())
+    )
+    return Measured(statistics, len(measured), failures)
+
+
+def check_deviations(measured: Measured, data: str) -> None:
+    """Raises `DataError` where a channel is the same everywhere, and so cannot be normalised.
+
+    Args:
+        measured: what was measured.
+        data: how to call the pictures.
+    """
+    mean, std = measured.statistics
+    wrong = [
+        channel
+        for channel, (centre, spread) in enumerate(zip(mean, std))
+        if not math.isfinite(centre)
+        or not math.isfinite(spread)
+        or spread <= max(SMALLEST, CONSTANT * abs(centre))
+    ]
+    if wrong:
+        named = ", ".join(f"{c} (mean {mean[c]:.6g}, deviation {std[c]:.6g})" for c in wrong)
+        plural = "s" if len(wrong) > 1 else ""
+        raise DataError(
+            f"channel{plural} {named} of {len(mean)}, counted from 0, of {data} cannot be "
+            f"normalised: the same everywhere in {measured.pictures:,} pictures, or not finite. "
+            "Leave it out by --bands, or give the --mean and --std of all channels"
+        )
+
+
+def far_apart(used: Statistics, measured: Statistics) -> list[int]:
+    """The channels that `used` was not made for.
+
+    The measured mean is more than two deviations from the mean used, or the deviation more than
+    ten times another.
+    """
+    return [
+        channel
+        for channel, (centre, spread, mean, std) in enumerate(zip(*used, *measured))
+        if not (abs(mean - centre) <= 2 * spread and std / 10 <= spread <= std * 10)
+    ]
+
+
+def in_words(values: Sequence[float]) -> str:
+    """Four digits each."""
+    return " ".join(f"{value:.4g}" for value in values)
 
 
 def _moments(image: Tensor) -> np.ndarray:

@@ -16,14 +16,25 @@ from __future__ import annotations
 
 import random
 import time
+from bisect import bisect_left
 from collections import deque
-from itertools import islice
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from convmae.data.archive import (
+    ARCHIVE_ERRORS,
+    FORMATS,
+    PICTURES,
+    error_reason,
+    is_address,
+    open_shard,
+    read_member,
+    read_samples,
+)
 from convmae.data.arrays import decode_array
 from convmae.data.classes import NumberLabels, number_classes
 from convmae.data.errors import DataError, Failure, UnreadableError, check_share
@@ -31,24 +42,15 @@ from convmae.data.labels import LABEL, NAMES_HELP, LabelReader, label_text
 from convmae.data.loader import Batch, make_batch, run_batches
 from convmae.data.picture import NO_LABEL, Pixels
 from convmae.data.pillow import EncodedPicture
-from convmae.data.shards import (
-    ARCHIVE_ERRORS,
-    FORMATS,
-    PICTURES,
-    Shards,
-    error_reason,
-    is_address,
-    list_shards,
-    open_shard,
-    read_samples,
-)
-from convmae.data.source import ExpectedLabels, Source
+from convmae.data.shards import Shards, list_shards
+from convmae.data.sizes import SIZES_FILE, SIZES_HELP
+from convmae.data.source import MAX_TRIES, ExpectedLabels, Source, evenly_spaced
 from convmae.data.transforms import CentreTransform
 from convmae.seeds import Stream, derive_seed, generator_for, seeded
 
 if TYPE_CHECKING:
     import tarfile
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from collections.abc import Set as AbstractSet
 
     from convmae.data.crops import Size
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
 
 LABELS_BELOW = 2**63  # those that an int64 holds
 BUFFER = 1000  # samples, not decoded, that one loading process shuffles
-MAX_TRIES = 1000  # unreadable samples in a row
+SAMPLED_SHARDS = 64  # of more shards, an even sample of this many stands for all
 
 
 class RawSample(NamedTuple):
@@ -150,12 +152,18 @@ def read_shard(
                 if index < start:
                     continue
                 label = f"{name}: {sample['__key__']}"
-                content = _contents(archive, sample) if index in wanted else None
-                yield RawSample(epoch, offset + index, label, content)
+                content, problem = None, ""
+                if index in wanted:
+                    try:
+                        content = _contents(archive, sample)
+                    except UnreadableError as error:
+                        problem = str(error)
+                yield RawSample(epoch, offset + index, label, content, problem)
                 done = index + 1
             if stop == size and done == stop and next(samples, None) is not None:
                 raise DataError(
-                    f"{name} holds more than {size} samples, which sizes.json or its headers say"
+                    f"{name} holds more than {size} samples, which {SIZES_FILE} or its headers "
+                    f"said; if it has one, write {SIZES_FILE} again: {SIZES_HELP}"
                 )
     except DataError:
         raise
@@ -166,11 +174,18 @@ def read_shard(
 
 
 def _contents(archive: tarfile.TarFile, sample: dict[str, Any]) -> dict[str, bytes]:
-    return {
-        suffix: value if isinstance(value, bytes) else archive.extractfile(value).read()  # type: ignore[union-attr]
-        for suffix, value in sample.items()
-        if suffix in PICTURES or suffix == LABEL
-    }
+    """The picture of a sample, and its label if it has one.
+
+    Raises:
+        UnreadableError: the picture announces more than one may have.
+    """
+    contents = {}
+    for suffix, value in sample.items():
+        if isinstance(value, UnreadableError):
+            raise value
+        if suffix in PICTURES or suffix == LABEL:
+            contents[suffix] = value if isinstance(value, bytes) else read_member(archive, value)
+    return contents
 
 
 def read_in_order(
@@ -351,18 +366,18 @@ class _Lookahead:
 
 
 class _MapDataset(IterableDataset[Any]):
-    """`function` of the first `limit` whole pictures, shared among the loading processes."""
+    """`function` of the whole pictures `numbers`, shared among the loading processes."""
 
-    def __init__(self, shards: Shards, function: Callable[[Tensor], Any], limit: int) -> None:
-        self.shards, self.function, self.limit = shards, function, limit
+    def __init__(
+        self, shards: Shards, function: Callable[[Tensor], Any], numbers: Sequence[int]
+    ) -> None:
+        self.shards, self.function, self.numbers = shards, function, numbers
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        share = -(-self.limit // workers)
-        low = worker * share
-        count = max(0, min(share, self.limit - low))
-        for raw in read_in_order(self.shards, _all_shards(self.shards), 0, low, count, frozenset()):
+        share = -(-len(self.numbers) // workers)
+        for raw in read_chosen(self.shards, self.numbers[worker * share : (worker + 1) * share]):
             yield raw.sample, self._result(raw)
 
     def _result(self, raw: RawSample) -> Any:
@@ -370,6 +385,43 @@ class _MapDataset(IterableDataset[Any]):
             return self.function(decode_sample(raw)[0].load())
         except UnreadableError as error:
             return Failure(raw.name, str(error))
+
+
+def read_chosen(shards: Shards, numbers: Sequence[int]) -> Iterator[RawSample]:
+    """The samples `numbers`, in rising order; what lies between them is passed over."""
+    offset = 0
+    for name, size in zip(shards.names, shards.sizes):
+        first = bisect_left(numbers, offset)
+        wanted = [
+            number - offset for number in numbers[first : bisect_left(numbers, offset + size)]
+        ]
+        if wanted:
+            chosen = frozenset(wanted)
+            for raw in read_shard(name, size, wanted[0], wanted[-1] + 1, offset, 0, chosen):
+                if raw.sample - offset in chosen:
+                    yield raw
+        offset += size
+
+
+def chosen_samples(shards: Shards, count: int) -> list[int]:
+    """Up to `count` samples of `SAMPLED_SHARDS` shards at most, which are evenly spaced.
+
+    Of files these are evenly spaced too; at an address, where all that lies before a sample has to
+    be fetched, they are the first of each shard.
+    """
+    offsets = [0, *accumulate(shards.sizes)]
+    filled = [number for number, size in enumerate(shards.sizes) if size]
+    chosen = [filled[place] for place in evenly_spaced(len(filled), SAMPLED_SHARDS)]
+    if any(is_address(shards.names[number]) for number in chosen):
+        each = [-(-count // len(chosen))] * len(chosen)
+    else:
+        each = [shards.sizes[number] for number in chosen]
+    samples = [
+        offsets[number] + place
+        for number, limit in zip(chosen, each)
+        for place in range(min(limit, shards.sizes[number]))
+    ]
+    return [samples[place] for place in evenly_spaced(len(samples), count)]
 
 
 def _all_shards(shards: Shards) -> list[int]:
@@ -393,8 +445,10 @@ class ShardSource(Source):
         self.shards, self.failures = shards, list(shards.failures)
         self.pictures = self.samples_per_epoch = sum(shards.sizes)
         self.workers, self.max_unreadable = workers, max_unreadable
-        self._previews: dict[tuple[int, Size], Tensor] = {}
-        picture, label = next(self._readable())
+        self.left_out = [shards.left_out] if shards.left_out and shards.left_out.total else []
+        self.notes, self.entries = shards.notes, shards.entries
+        self._crops: dict[tuple[int, Size], tuple[Tensor, list[Failure]]] = {}
+        picture, label = next(self._readable([]))
         image = picture.load()
         self.channels, self.dtype = len(image), image.dtype
         self._describe_labels(label is not None)
@@ -421,14 +475,15 @@ class ShardSource(Source):
     def expect_labels(self, expected: ExpectedLabels) -> None:
         self.kind = self.kind._replace(expected=expected)
 
-    def _readable(self) -> Iterator[tuple[Picture, str | None]]:
+    def _readable(self, tried: list[Failure]) -> Iterator[tuple[Pixels, str | None]]:
         """The first samples that can be read, of the first `MAX_TRIES`, and their labels.
+
+        What cannot be read on the way is added to `tried`.
 
         Raises:
             DataError: there is none.
         """
         limit = min(self.pictures, MAX_TRIES)
-        tried: list[Failure] = []
         for raw in read_in_order(self.shards, _all_shards(self.shards), 0, 0, limit, frozenset()):
             try:
                 picture, text = decode_sample(raw)
@@ -449,14 +504,19 @@ class ShardSource(Source):
     def _evaluate(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         return StreamDataset(self.shards, self.kind, transform, plan, training=False), None
 
-    def preview(self, count: int, size: Size) -> Tensor:
-        """Centre crops of the first `count` readable samples at most, read once: `[N, C, H, W]`."""
-        if (count, size) not in self._previews:
+    def crops(self, count: int, size: Size) -> tuple[Tensor, list[Failure]]:
+        """Centre crops of the first `count` readable samples at most, read once; see `Source`."""
+        if (count, size) not in self._crops:
             transform = CentreTransform(size)
-            alike = (p for p, _ in self._readable() if len(p.load()) == self.channels)
-            crops = [transform(picture).contiguous() for picture in islice(alike, count)]
-            self._previews[count, size] = torch.stack(crops)
-        return self._previews[count, size]
+            failures: list[Failure] = []
+            alike = (
+                pixels
+                for pixels, _ in self._readable(failures)
+                if (len(pixels.image), pixels.image.dtype) == (self.channels, self.dtype)
+            )
+            crops = [transform(pixels).contiguous() for pixels in islice(alike, count)]
+            self._crops[count, size] = torch.stack(crops), failures
+        return self._crops[count, size]
 
     def map(
         self,
@@ -464,9 +524,12 @@ class ShardSource(Source):
         max_pictures: int | None = None,
         workers: int | None = None,
     ) -> Iterator[tuple[int, Any]]:
-        """`(index, function(picture))` of every picture, or of the first `max_pictures`."""
-        limit = min(self.pictures, max_pictures or self.pictures)
-        dataset = _MapDataset(self.shards, function, limit)
+        """`(index, function(picture))` of every picture, or of `chosen_samples`."""
+        if max_pictures is None or max_pictures >= self.pictures:
+            numbers: Sequence[int] = range(self.pictures)
+        else:
+            numbers = chosen_samples(self.shards, max_pictures)
+        dataset = _MapDataset(self.shards, function, numbers)
         return run_batches(dataset, None, self._workers(workers))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from convmae.data import Failure, check_share
+from convmae.data.errors import printable
 
 if TYPE_CHECKING:
     from convmae.data import Source
@@ -21,7 +22,12 @@ class UnreadableTally:
         self.reasons: dict[str, str] = {}
 
     def report(self, log: RunLog, step: int) -> None:
-        """Notes the pictures that the check before the run could not read."""
+        """Notes what is left out, and the pictures that the check before the run could not read."""
+        for left_out in self.source.left_out:
+            message = str(left_out)
+            log.event("left_out", step, f"note: {message}", count=left_out.total, what=message)
+        for note in self.source.notes:
+            log.say(note)
         self._note(self.source.failures, log, step)
 
     def add(self, failures: list[Failure], log: RunLog, step: int) -> None:
@@ -37,7 +43,7 @@ class UnreadableTally:
             check_share(known, self.source.pictures, self.limit)
 
     def _note(self, failures: list[Failure], log: RunLog, step: int) -> None:
-        for name, reason in failures:
+        for name, reason in (map(printable, failure) for failure in failures):
             if name in self.reasons:
                 continue
             self.reasons[name] = reason

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from convmae.data import Batch, Source, Statistics
+    from convmae.data import Batch, Failure, Source, Statistics
     from convmae.training.distributed import World
 
 
@@ -27,10 +27,16 @@ def accuracy(
     statistics: Statistics,
     world: World,
     autocast: torch.autocast,
+    failures: list[Failure] | None = None,
 ) -> dict[str, float]:
     """`acc1`, `acc5` (per cent; the second where there are more than 5 classes), mean `loss`.
 
-    Fillers, whose label is -1, count for nothing. Every process gets the figures of all.
+    Fillers, whose label is -1, count for nothing. Every process gets the figures of all; where
+    pictures could not be read, `unreadable` says how many.
+
+    Args:
+        model, batches, nb_classes, statistics, world, autocast: what is evaluated, and how.
+        failures: the pictures that this process could not read are added here.
 
     Raises:
         DataError: a label is not below `nb_classes`, or there is no picture.
@@ -47,9 +53,12 @@ def accuracy(
         compute_groups=False,
     ).to(world.device)
     losses = MeanMetric().to(world.device)
+    failures = [] if failures is None else failures
+    before = len(failures)
     was_training = model.training
     model.eval()
     for batch in batches:
+        failures += batch.failures
         labels = batch.labels.to(world.device)
         if int(labels.max()) >= nb_classes:
             raise DataError(
@@ -67,6 +76,9 @@ def accuracy(
     model.train(was_training)
     figures = {name: 100 * float(value) for name, value in metrics.compute().items()}
     figures["loss"] = float(losses.compute())
+    unreadable = round(world.mean(float(len(failures) - before))[0] * world.size)
+    if unreadable:
+        figures["unreadable"] = unreadable
     return figures
 
 

@@ -10,6 +10,7 @@ import torch
 from convmae.config import OptionError, for_option, suggest
 from convmae.data import DataError, EvalTransform, open_source
 from convmae.models import ConvViT, create_model, full_name, list_models
+from convmae.records.unreadable import UnreadableTally
 from convmae.tasks.accuracy import accuracy, better, check_channels
 from convmae.tasks.matching import classes_to_learn, match_labels
 from convmae.training.distributed import whole_model
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from convmae.config.classify import ClassifyConfig
-    from convmae.data import Batch, Source, Statistics
+    from convmae.data import Batch, Failure, Source, Statistics
     from convmae.records.log import RunLog
     from convmae.weights.checkpoint import Weights
 
@@ -58,7 +59,9 @@ class Classification(Task):
         name = config.model or fitting or "convvit_base"
         model = self._create(name, config, source.channels)
         check_channels(self.val, model, config.data_path)
+        self.val_tally = UnreadableTally(self.val, config.max_unreadable)
         notes = [f"{self.nb_classes} classes; {self.val.description} (val)", *class_notes]
+        notes += [f"note: {left_out} (val)" for left_out in self.val.left_out]
         if initial is None:
             notes.append("starting from random weights (no --finetune)")
         else:
@@ -125,6 +128,7 @@ class Classification(Task):
             pin=config.pin_mem and run.world.device.type == "cuda",
         )
         model = run.model if self.ema is None else self.ema.module
+        failures: list[Failure] = []
         figures = accuracy(
             model,
             run.world.together(batches),
@@ -132,7 +136,9 @@ class Classification(Task):
             run.statistics,
             run.world,
             run.autocast(),
+            failures,
         )
+        self.val_tally.add(failures, log, run.step)
         figures["seconds"] = round(time.perf_counter() - began, 2)
         log.evaluation(run.step, run.epoch, figures)
         if better(figures, self.best):

@@ -163,6 +163,9 @@ def _go(run: Run, task: Task, notes: list[str], interrupts: Interrupts) -> RunSu
     try:
         for note in notes:
             log.say(note)
+        if run.data_changes is not None:
+            message = f"note: {run.data_changes}"
+            log.event("data", run.step, message, what=run.data_changes)
         tally = UnreadableTally(run.source, config.max_unreadable)
         tally.report(log, run.step)
         began_at = run.step

@@ -42,6 +42,7 @@ def save(run: Run, task: Task, log: RunLog) -> None:
         "evaluation_pending": run.evaluation_pending,
         "optimizer": whole_optimizer(run.model, run.optimizer),
         "scaler": run.scaler.state_dict(),
+        "data": None if run.fingerprint is None else run.fingerprint.state(),
         "options": config_to_mapping(run.config),
         "task": task.state(run),
     }

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convmae.config import OptionError, config_to_mapping, for_option
-from convmae.data import IMAGENET_MEAN, IMAGENET_STD, Statistics, channel_statistics, open_source
+from convmae.data import IMAGENET, IMAGENET_MEAN, DataError, Statistics, open_source
+from convmae.data.apart import check_apart
+from convmae.data.fingerprint import Fingerprint
+from convmae.data.statistics import check_deviations, far_apart, in_words, measure
 from convmae.records.folder import RunFolder
 from convmae.records.trackers import import_wandb
 from convmae.seeds import SCHEME
@@ -26,18 +29,23 @@ if TYPE_CHECKING:
 
     from convmae.config import RunConfig
     from convmae.data import Source
+    from convmae.data.statistics import Measured
     from convmae.training.distributed import World
     from convmae.training.task import Task
+    from convmae.weights.checkpoint import Weights
 
 BLOCKS = "blocks"  # a mode of --torchcompile
 MEASURED = 1000  # pictures whose mean and deviation stand for all
+COMPARED = 64  # pictures that tell whether a given mean is of such pictures at all
 
 
 def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]]:
     """Checks everything and builds the run; writes nothing. Also what to tell about it."""
     folder = RunFolder.of(config.output_dir)
+    check_apart(folder.path, config.data_path)
     with for_option("resume"):
         resume = what_to_resume(config, folder)
+        saved = None if resume is None else read_training_state(resume)
     config.check_rates(world.size)
     dtype, why = pick_dtype(config.amp, world.device)
     if config.log_wandb:
@@ -49,11 +57,14 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
         max_samples=config.max_samples,
         seed=config.seed,
     )
+    fingerprint = world.share(source.fingerprint() if world.main else None)
+    changes = None if saved is None else _changes(config, fingerprint, saved[1])
     steps_per_epoch = _steps_per_epoch(config, source, world)
     torch.manual_seed(config.seed)
     task.transform(config).check(source.channels, source.dtype)
     model, name, model_notes = task.build(config, source)
-    statistics, origin = _statistics(config, task, source)
+    stored = None if saved is None else saved[0].pictures
+    statistics, origin = _statistics(config, task, source, world, stored)
     _prepare_model(model, config, world)
     step_model = spread(model, world)
     optimizer = task.optimizer(task.groups(model, config), config)
@@ -72,13 +83,44 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
         scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
         steps_per_epoch=steps_per_epoch,
         workers=source.workers if config.num_workers is None else config.num_workers,
+        fingerprint=fingerprint,
+        data_changes=changes,
     )
-    notes = [source.description, *model_notes, *_notes(run, why), origin]
-    if resume is not None:
-        notes += _resume(run, task, resume)
+    notes = [source.description, *model_notes, *_notes(run, why), *origin]
+    if resume is not None and saved is not None:
+        notes += _resume(run, task, resume, *saved)
     notes += _use_graph(run, task)
     task.begin(run)
     return run, notes
+
+
+def _changes(
+    config: RunConfig, fingerprint: Fingerprint | None, state: dict[str, Any]
+) -> str | None:
+    """How the pictures differ from those of the checkpoint to go on from, or that it is not known.
+
+    Raises:
+        OptionError: they differ, and that was not allowed.
+    """
+    before = Fingerprint.from_state(state.get("data"))
+    if before is None or fingerprint is None:
+        return (
+            f"--resume {config.resume}: whether the pictures are those of before is not known, as "
+            "the checkpoint does not tell which they were"
+        )
+    changes = fingerprint.changes_since(before)
+    if changes is None:
+        return None
+    said = (
+        f"--resume {config.resume}: the pictures of --data_path {config.data_path!r} are not those "
+        f"of before: {changes}"
+    )
+    if not config.allow_changed_data:
+        raise OptionError(
+            f"{said}; give those of before, or --allow_changed_data to go on with these, whose "
+            "order and number of steps are others"
+        )
+    return f"{said}; going on with these (--allow_changed_data)"
 
 
 def _steps_per_epoch(config: RunConfig, source: Source, world: World) -> int:
@@ -93,26 +135,86 @@ def _steps_per_epoch(config: RunConfig, source: Source, world: World) -> int:
     )
 
 
-def _statistics(config: RunConfig, task: Task, source: Source) -> tuple[Statistics, str]:
-    """Mean and deviation to normalise with, and where they come from, in words."""
+def _statistics(
+    config: RunConfig, task: Task, source: Source, world: World, stored: Statistics | None
+) -> tuple[Statistics, list[str]]:
+    """Mean and deviation to normalise with, and what to tell about them.
+
+    Args:
+        config, task, source, world: of the run.
+        stored: those of the checkpoint to go on from, if it tells them.
+    """
     learnt = task.statistics(config)
+    measured = None
     if config.mean is not None and config.std is not None:
-        mean, std, where = config.mean, config.std, "as given"
+        statistics, where = Statistics(config.mean, config.std), "as given"
+    elif stored is not None:
+        statistics, where = stored, "of the run so far"
     elif learnt is not None:
-        mean, std, where = *learnt, "of the weights to start from"
-    elif source.channels == len(IMAGENET_MEAN):
-        mean, std, where = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's"
+        statistics, where = learnt, "of the weights to start from"
+    elif (source.channels, source.dtype) == (len(IMAGENET_MEAN), torch.uint8):
+        statistics, where = IMAGENET, "ImageNet's, as for all pictures of 3 channels of 8 bits"
     else:
-        mean, std = map(tuple, channel_statistics(source, MEASURED, config.num_workers))
-        where = f"measured on up to {MEASURED} pictures"
-    if len(mean) != source.channels:
+        measured = _measured(config, source, world, MEASURED)
+        check_deviations(measured, f"--data_path {config.data_path!r}")
+        statistics, where = measured.statistics, f"measured on {_which(measured, source)}"
+    if len(statistics.mean) != source.channels:
         raise OptionError(
-            f"--mean and --std have {len(mean)} numbers ({where}), but the pictures of --data_path "
-            f"{config.data_path!r} have {source.channels} channels"
+            f"--mean and --std have {len(statistics.mean)} numbers ({where}), but the pictures of "
+            f"--data_path {config.data_path!r} have {source.channels} channels"
         )
-    numbers = " ".join(f"{value:.4g}" for value in mean), " ".join(f"{v:.4g}" for v in std)
-    statistics = Statistics(tuple(mean), tuple(std))
-    return statistics, f"mean {numbers[0]}, deviation {numbers[1]} ({where})"
+    mean, std = map(in_words, statistics)
+    notes = [f"mean {mean}, deviation {std} ({where})"]
+    if measured is not None:
+        notes += [
+            f"note: not measured, unreadable: {name}: {why}" for name, why in measured.failures
+        ]
+    elif statistics in (learnt, (config.mean, config.std)):
+        notes += _compared(config, source, world, statistics, where)
+    return statistics, notes
+
+
+def _measured(config: RunConfig, source: Source, world: World, count: int) -> Measured:
+    """Measured once, in the main process.
+
+    Raises:
+        DataError: in every process, if the pictures cannot be read.
+    """
+    found, problem = None, ""
+    if world.main:
+        try:
+            found = measure(source, count, config.num_workers)
+        except DataError as error:
+            problem = error.with_flags
+    found, problem = world.share((found, problem))
+    if found is None:
+        raise DataError(problem)
+    return found
+
+
+def _which(measured: Measured, source: Source) -> str:
+    if measured.pictures == source.pictures:
+        return f"all {source.pictures:,} pictures"
+    return f"{measured.pictures:,} of {source.pictures:,} pictures, an even sample"
+
+
+def _compared(
+    config: RunConfig, source: Source, world: World, statistics: Statistics, where: str
+) -> list[str]:
+    """A note where the pictures are nothing like the statistics that they are normalised with."""
+    try:
+        measured = _measured(config, source, world, COMPARED)
+    except DataError:
+        return []  # training names what it cannot read
+    far = far_apart(statistics, measured.statistics)
+    if not far:
+        return []
+    mean, std = map(in_words, measured.statistics)
+    return [
+        f"note: mean and deviation {where} are not those of such pictures in {len(far)} of "
+        f"{len(statistics.mean)} channels: {_which(measured, source)} have mean {mean}, deviation "
+        f"{std}; convmae stats measures --mean and --std (full scale is 1)"
+    ]
 
 
 def _prepare_model(model: Any, config: RunConfig, world: World) -> None:
@@ -211,10 +313,10 @@ def what_to_resume(config: RunConfig, folder: RunFolder) -> Path | None:
 # -- going on -------------------------------------------------------------------------------------
 
 
-def _resume(run: Run, task: Task, folder: Path) -> list[str]:
-    """Loads weights, optimizer and progress into `run`; returns what to tell about it."""
-    with for_option("resume"):
-        weights, state = read_training_state(folder)
+def _resume(
+    run: Run, task: Task, folder: Path, weights: Weights, state: dict[str, Any]
+) -> list[str]:
+    """Gives weights, optimizer and progress of `folder` to `run`; what to tell about it."""
     config = run.config
     notes = task.resume_classes(config, weights)
     mine = plain(run.model.config)  # type: ignore[arg-type]

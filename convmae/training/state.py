@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from convmae.data import Source, Statistics
+    from convmae.data.fingerprint import Fingerprint
     from convmae.records.folder import RunFolder
     from convmae.training.distributed import World
     from convmae.training.lock import RunLock
@@ -43,6 +44,8 @@ class Run:
     steps_per_epoch: int
     workers: int
     lock: RunLock | None = None  # of the folder; in the main process
+    fingerprint: Fingerprint | None = None  # of the pictures
+    data_changes: str | None = None  # since the checkpoint that it went on from, in words
     graph: StepGraph | None = None  # runs whole steps, where that was asked for and can be
     step: int = 0  # optimizer steps done, skipped ones included
     losses: list[float] = field(default_factory=list)  # since the last line of the log

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from convmae.data import DataError, open_source, shards
+from convmae.data.sizes import parse_sizes
 from tests.support.shard_files import SIZES, TINY, damage, values, write_shards
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ def test_sizes_are_written_used_and_checked(tmp_path: Path) -> None:
     assert lines == [f"wrote {tmp_path / 'sizes.json'}"]
     listed = json.loads((tmp_path / "sizes.json").read_text())
     names = [f"shard-{i:06}.tar" for i in range(4)]
-    assert listed == dict(zip(names, SIZES)) | {"classes": ["0", "1", "2"]}
+    assert listed == dict(zip(names, SIZES)) | {
+        "classes": ["0", "1", "2"],
+        "left_out": {},
+    }
     listed["shard-000000.tar"] = 6  # one too few
     listed["classes"] = ["cat", "cow", "dog"]
     (tmp_path / "sizes.json").write_text(json.dumps(listed))
@@ -51,7 +55,7 @@ def test_sizes_are_written_used_and_checked(tmp_path: Path) -> None:
 )
 def test_sizes_of_another_form_are_refused(text: str) -> None:
     with pytest.raises(DataError, match=r"here .*python -m convmae.data.shards FOLDER writes"):
-        shards.parse_sizes(text, "here")
+        parse_sizes(text.encode(), "here")
 
 
 @pytest.fixture

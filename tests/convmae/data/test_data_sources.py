@@ -12,10 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from convmae.data import CentreTransform, DataError, EvalTransform, PretrainTransform, open_source
+from convmae.data import (
+    CentreTransform,
+    DataError,
+    EvalTransform,
+    PretrainTransform,
+    Statistics,
+    open_source,
+)
 from convmae.data.crops import resized
 from convmae.data.idx import read_idx
 from convmae.data.source import ExpectedLabels
+from convmae.data.statistics import far_apart
 from tests.support.paths import FASHION
 
 Image = pytest.importorskip("PIL.Image")
@@ -310,7 +318,8 @@ def test_broken_idx_files_are_named(tmp_path: Path) -> None:
     packed = images.read_bytes()
     data = gzip.decompress(packed)
     broken = {
-        "cannot be read": [packed[:-100], packed[:200], b"plain"],
+        "cannot be read": [packed[:-100], packed[:2000], b"plain"],
+        "holds 200 bytes, .* cannot be packed into it": [packed[:200]],
         "holds .* bytes, but its header says": [gzip.compress(data[:-1])],
         "is no IDX file of unsigned bytes with 3 axes": [
             gzip.compress(b"\0\0\x0d\3" + data[4:]),
@@ -365,3 +374,14 @@ def test_small_classes_give_what_they_have(tmp_path: Path) -> None:
     for count in (0, 9):
         with pytest.raises(DataError, match=rf"max_samples must be in \[1, 8\].*got {count}"):
             open_source(tmp_path, max_unreadable=0.2, max_samples=count)
+
+
+# -- measured -------------------------------------------------------------------------------------
+
+
+def test_statistics_that_were_not_made_for_the_pictures() -> None:
+    used = Statistics((0.5, 0.5, 0.5, 0.5), (0.2, 0.2, 0.2, 0.2))
+    measured = Statistics((0.89, 0.91, 0.5, 0.5), (0.2, 0.2, 1.9, 2.1))
+    assert far_apart(used, measured) == [1, 3]
+    assert far_apart(used, Statistics((0.5,) * 4, (0.021, 0.019, 0.0, 0.2))) == [1, 2]
+    assert far_apart(used, used) == []
