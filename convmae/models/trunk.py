@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from convmae.models.adapt import fit_positions
 from convmae.models.layers import Block, ConvBlock, Linear, PatchEmbed
 from convmae_kernels import BlockMask, gather_visible
 from convmae_kernels.ops.support.arithmetic import cast_together
@@ -36,6 +37,8 @@ class Trunk(nn.Module):
     Raises:
         ValueError: a size does not fit; the message names it.
     """
+
+    fixed_positions = False  # whether the position embedding is sin-cos and frozen
 
     def __init__(
         self,
@@ -139,6 +142,28 @@ class Trunk(nn.Module):
         x = self.patch_embed3(x).flatten(1)
         with cast_together(list(self.patch_embed4.parameters()), x):
             return self.patch_embed4(x)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As `torch.nn.Module` has it; position embeddings of other sizes are resampled before."""
+        fit_positions(self, state_dict, prefix, error_msgs)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
     # -- checks -----------------------------------------------------------------------------------
 
