@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Union
@@ -23,6 +24,7 @@ from convmae.config import (
     PretrainConfig,
     ReconstructConfig,
     StatsConfig,
+    WeightsWarning,
     config_from_mapping,
 )
 
@@ -67,6 +69,7 @@ ALIASES = {
     "--torchcompile_backend": "--torchcompile",
 }
 OWN_OUTPUT = ("reconstruct", "convert", "evaluate", "stats")  # there --output is a file
+_FORMAT = warnings.formatwarning
 FAILED, BAD_OPTION, INTERRUPTED = 1, 2, 130  # exit statuses
 
 
@@ -79,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Large tensors in large pages (Linux): else page faults take some of every step on a CPU.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it once
+    warnings.formatwarning = _one_line
     given = list(sys.argv[1:] if argv is None else argv)
     command = given[0] if given else ""
     arguments = [_canonical(argument, command) for argument in given]
@@ -93,6 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except MessageError as error:
         return _report(error, BAD_OPTION if isinstance(error, ValueError) else FAILED)
+
+
+def _one_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> str:
+    """A warning about weights in one line, of the main process; others as Python prints them."""
+    if not issubclass(category, WeightsWarning):
+        return _FORMAT(message, category, *where, **more)
+    return f"convmae: warning: {message}\n" if os.environ.get("RANK", "0") == "0" else ""
 
 
 def _report(error: MessageError, status: int) -> int:

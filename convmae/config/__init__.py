@@ -10,7 +10,13 @@ from convmae.config.checks import (
 )
 from convmae.config.classify import EvaluateConfig, FinetuneConfig, LinprobeConfig
 from convmae.config.convert import ConvertConfig
-from convmae.config.errors import MessageError, OptionError, WeightsError, WeightsWarning, for_option
+from convmae.config.errors import (
+    MessageError,
+    OptionError,
+    WeightsError,
+    WeightsWarning,
+    for_option,
+)
 from convmae.config.pretrain import PretrainConfig
 from convmae.config.run import RunConfig
 from convmae.config.tools import InfoConfig, ReconstructConfig, StatsConfig

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from convmae.config import WeightsWarning
+from convmae.config.checks import ADAPT_INPUT
 from convmae.models.layers import resample_pos_embed, sincos_pos_embed
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
-ADAPT = ("auto", "sum", "repeat", "fresh")
 SINCOS_ATOL = 5e-3  # bfloat16 rounds a value below 1 by up to 2e-3
 POSITIONS = ("pos_embed", "decoder_pos_embed")
+# What the names of the tensors that only a pretraining model has begin with.
+DECODER = ("decoder_", "mask_token", "stage1_output_decode.", "stage2_output_decode.")
 
 
 # -- channels -------------------------------------------------------------------------------------
@@ -80,7 +82,7 @@ def adapt_channels(
     Args:
         state: a state dict.
         in_chans: channels of the model.
-        how: one of `ADAPT`.
+        how: one of `ADAPT_INPUT`.
         prefix: what the names begin with.
 
     Returns:
@@ -112,8 +114,8 @@ def adapt_channels(
 
 def _rule(in_chans: int, how: str) -> str:
     """What `auto` stands for; any other as it is."""
-    if how not in ADAPT:
-        raise ValueError(f"adapt_input must be one of {', '.join(ADAPT)}, got {how!r}")
+    if how not in ADAPT_INPUT:
+        raise ValueError(f"adapt_input must be one of {', '.join(ADAPT_INPUT)}, got {how!r}")
     if how == "auto":
         return "sum" if in_chans == 1 else "repeat"
     return how
@@ -133,9 +135,7 @@ def factors(patches: int) -> list[tuple[int, int]]:
     return [(h, patches // h) for h in rows]
 
 
-def sincos_grid(
-    pos_embed: Tensor, first: tuple[int, int] | None = None
-) -> tuple[int, int] | None:
+def sincos_grid(pos_embed: Tensor, first: tuple[int, int] | None = None) -> tuple[int, int] | None:
     """The grid whose fixed sin-cos embedding this is; None if it is none.
 
     Args:
@@ -190,7 +190,8 @@ def fit_positions(
     """
     new: tuple[int, int] = model.grid  # type: ignore[assignment]
     for name in POSITIONS:
-        value, own = state.get(prefix + name), getattr(model, name, None)
+        value: Any = state.get(prefix + name)
+        own: Any = getattr(model, name, None)
         if not _plain(value) or not _plain(own) or value.dim() != 3:
             continue
         patches, width = value.shape[1:]

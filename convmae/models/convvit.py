@@ -45,6 +45,8 @@ class ConvViT(Trunk):
             the official code; `""` classifies every token.
         head_norm: a BatchNorm without parameters before the linear layer of the head, as linear
             probes have; they are then `head.0` and `head.1`.
+        dynamic_img_size: take images of any size that 16 divides; the position embedding is then
+            resampled from `img_size` to that of the images in every pass.
 
     Attributes:
         config: the arguments as plain values; `ConvViT(**model.config)` is the same architecture.
@@ -72,6 +74,7 @@ class ConvViT(Trunk):
         drop_path_rate: float = 0.0,
         global_pool: bool | str = True,
         head_norm: bool = False,
+        dynamic_img_size: bool = False,
     ) -> None:
         super().__init__(img_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, drop_path_rate)
         self.num_classes = _check_num_classes(num_classes)
@@ -92,6 +95,9 @@ class ConvViT(Trunk):
             "global_pool": self.global_pool,
             "head_norm": head_norm,
         }
+        self.dynamic_img_size = dynamic_img_size
+        if dynamic_img_size:  # so that files written before there was such an option stay equal
+            self.config["dynamic_img_size"] = True
         dim = embed_dim[2]
         self.embed_dim = self.num_features = self.head_hidden_size = dim
         self.feature_info = [
@@ -178,17 +184,38 @@ class ConvViT(Trunk):
                 f"stage {last + 1} is asked for, but prune_intermediate_layers left "
                 f"{self.last_stage + 1} of 3 stages"
             )
-        mask = BlockMask.full(images.shape[0], self.grid, images.device)
+        grid = self._grid_of(images)
+        mask = BlockMask.full(images.shape[0], grid, images.device)
         outputs = [self.stage1(images, mask)]
         if last >= 1:
             outputs.append(self.stage2(outputs[0], mask))
         if last >= 2:
-            x = self.tokens(outputs[1]).view(images.shape[0], self.num_patches, -1)
-            x = add_parameter(x, self.pos_embed)
+            x = self.tokens(outputs[1]).view(images.shape[0], grid[0] * grid[1], -1)
+            x = add_parameter(x, resample_pos_embed(self.pos_embed, self.grid, grid))
             for block in self.blocks3:
                 x = self.run_block(block, x)
             outputs.append(x)
         return outputs
+
+    def check_size(self, height: int, width: int) -> None:
+        """The images are of the model's size, or with `dynamic_img_size` of one that 16 divides.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if not self.dynamic_img_size:
+            super().check_size(height, width)
+        elif height < self.patch_size or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"images are {height} x {width}, expected multiples of {self.patch_size} "
+                "(dynamic_img_size)"
+            )
+
+    def _grid_of(self, images: Tensor) -> tuple[int, int]:
+        """`(gh, gw)` patches of images that fit the model."""
+        if not self.dynamic_img_size:
+            return self.grid
+        return images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
 
     # -- dense features ---------------------------------------------------------------------------
 
@@ -231,7 +258,7 @@ class ConvViT(Trunk):
         else:
             last = needed if stop_early else max(needed, self.last_stage)
         outputs = self._stages(images, last)
-        mask = BlockMask.full(images.shape[0], self.grid, images.device)
+        mask = BlockMask.full(images.shape[0], self._grid_of(images), images.device)
         last_norm = self.fc_norm if self.global_pool else self.norm
         maps = []
         for index in wanted:

@@ -10,17 +10,28 @@ timm does not find models of other packages by itself, so this module must be im
 
 The names are `convvit_{tiny,small,base,large,huge}` and `convvit_base_patch16`. They take the
 arguments of `convmae.models.ConvViT`, `features_only` and `out_indices`. There are no weights to
-download: pass `checkpoint_path`, or `pretrained_cfg_overlay={"file": path}` with `pretrained=True`.
+download: pass `checkpoint_path`, a file, or `pretrained_cfg_overlay={"file": path}` with
+`pretrained=True`, where the path may be a run's folder, too, and works with `features_only`. Of a
+pretraining model the encoder is taken. Other sizes of pictures (`img_size`) and numbers of channels
+(`in_chans`) are fitted; a warning says what was done, and what stays fresh.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+import convmae
+from convmae.config import WeightsWarning
+from convmae.models.adapt import DECODER, adapt_channels
 from convmae.models.convvit import NUM_FEATURES, ConvViT
 from convmae.models.registry import ALIASES, MODELS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 __all__: list[str] = []  # `register_model` adds the names
 
@@ -46,6 +57,39 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+class TimmConvViT(ConvViT):
+    """A `ConvViT` that takes weights as timm hands them over."""
+
+    def load_pretrained(self, path: str | Path) -> None:
+        """`convmae.load_pretrained(self, path)`, which timm calls for a file of weights."""
+        report = convmae.load_pretrained(self, path)
+        if report.missing or report.resampled or report.adapted:
+            warnings.warn("; ".join(report.lines()), WeightsWarning, stacklevel=2)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `torch.nn.Module` has it; of a pretraining model the encoder, said in a warning.
+
+        Tensors of the encoder may not be missing. A first convolution of other channels is fitted.
+        """
+        state = dict(state_dict)
+        notes = [adapt_channels(state, self.in_chans)]
+        if strict and any(key.startswith(DECODER) for key in state):
+            own = self.state_dict()
+            fresh = [k for k in own if k.startswith(("head.", "fc_norm.")) and k not in state]
+            extra = [k for k in state if k.startswith((*DECODER, "norm.")) and k not in own]
+            state = {k: v for k, v in state.items() if k not in extra} | {k: own[k] for k in fresh}
+            notes.append(
+                f"these are weights of a pretraining model: the encoder is taken, {len(extra)} "
+                f"tensors behind it are left out; fresh: {', '.join(fresh) or 'nothing'}"
+            )
+        said = [note for note in notes if note]
+        if said:
+            warnings.warn("; ".join(said), WeightsWarning, stacklevel=2)
+        return super().load_state_dict(state if said else state_dict, strict, assign)
+
+
 def _create(name: str, pretrained: bool = False, drop_rate: float = 0.0, **options: Any) -> Any:
     """`ConvViT(**sizes_of_name, **options)` by `timm.models.build_model_with_cfg`.
 
@@ -62,10 +106,13 @@ def _create(name: str, pretrained: bool = False, drop_rate: float = 0.0, **optio
             f"pretrained=True, but there are no weights of {name} to download. Expected "
             "pretrained=False, with checkpoint_path=... for a file of weights"
         )
+    overlay = options.get("pretrained_cfg_overlay") or {}
+    if overlay.get("file"):  # read by `load_pretrained`
+        options["pretrained_cfg_overlay"] = {**overlay, "custom_load": True}
     config = MODELS[ALIASES.get(name, name)][1]
     feature_cfg = {"out_indices": tuple(range(NUM_FEATURES)), "feature_cls": "getter"}
     return build_model_with_cfg(
-        ConvViT, name, pretrained, feature_cfg=feature_cfg, **{**config, **options}
+        TimmConvViT, name, pretrained, feature_cfg=feature_cfg, **{**config, **options}
     )
 
 

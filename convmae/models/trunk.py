@@ -191,12 +191,7 @@ class Trunk(nn.Module):
                 f"images have {images.shape[1]} channels, but the model takes {self.in_chans} "
                 "(in_chans)"
             )
-        height, width = images.shape[2:]
-        if (height, width) != self.img_size:
-            raise ValueError(
-                f"images are {height} x {width}, but the model takes {self.img_size[0]} x "
-                f"{self.img_size[1]} (img_size)"
-            )
+        self.check_size(*images.shape[2:])
         if images.device != self.pos_embed.device:
             raise ValueError(
                 f"images are on {images.device}, but the model is on {self.pos_embed.device}"
@@ -204,6 +199,18 @@ class Trunk(nn.Module):
         mixed = autocast_is_on(images.device.type) and images.dtype != torch.float64
         if images.dtype != self.pos_embed.dtype and not mixed:
             raise TypeError(f"images are {images.dtype}, but the model is {self.pos_embed.dtype}")
+
+    def check_size(self, height: int, width: int) -> None:
+        """The images are of the model's size.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if (height, width) != self.img_size:
+            raise ValueError(
+                f"images are {height} x {width}, but the model takes {self.img_size[0]} x "
+                f"{self.img_size[1]} (img_size)"
+            )
 
     def check_mask(self, images: Tensor, mask: BlockMask) -> None:
         """The mask fits the images, and shows something of every image.

@@ -63,8 +63,9 @@ class Classification(Task):
             notes.append("starting from random weights (no --finetune)")
         else:
             with for_option("finetune"):
-                notes.append(str(load_pretrained(model, initial)))
-            self.initial_statistics = None if initial.ours is None else initial.ours.pictures
+                report = load_pretrained(model, initial, config.adapt_input)
+            notes += report.lines()
+            self.initial_statistics = report.statistics
         if source.classes is not None and len(source.classes) == self.nb_classes:
             self.classes = tuple(source.classes)
         return model, full_name(name), notes

@@ -16,8 +16,6 @@ from convmae.weights.configuration import count_blocks
 from convmae.weights.foreign import few
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from convmae.models import ConvMAE, ConvViT
     from convmae.weights.foreign import ForeignWeights
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -376,10 +377,11 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
     Raises:
         ValueError: they are not finite numbers, or no deviations.
     """
-    numbers = value if isinstance(value, list) else [None]
-    fits = (isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
-    if not all(fits) or not all(abs(n) < float("inf") and (name == "mean" or n > 0) for n in numbers):
-        raise ValueError(f"{name!r} is {str(value)[:80]}, expected finite numbers")
+    numbers: list[Any] = value if isinstance(value, list) and value else [None]
+    for number in numbers:
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not math.isfinite(number) or (name == "std" and number <= 0):
+            raise ValueError(f"{name!r} is {str(value)[:80]}, expected finite numbers")
     return tuple(map(float, numbers))
 
 
@@ -410,6 +412,22 @@ def load_model(
         ValueError: an argument cannot be.
     """
     return open_weights(path).build_model(device, img_size, in_chans, adapt_input)
+
+
+def read_statistics(folder: Path) -> Statistics | None:
+    """Mean and deviation that a checkpoint folder tells, without reading its tensors.
+
+    Raises:
+        WeightsError: the metadata are damaged.
+    """
+    metadata = read_metadata(folder / WEIGHTS)
+    if not all(key in metadata for key in PICTURES):
+        return None
+    try:
+        mean, std = (_numbers(key, described(metadata, key)) for key in PICTURES)
+    except ValueError as error:
+        raise WeightsError(f"the metadata of {folder / WEIGHTS} are damaged: {error}") from error
+    return Statistics(mean, std)
 
 
 def read_training_state(path: str | Path) -> tuple[Weights, dict[str, Any]]:

@@ -37,7 +37,7 @@ def content_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return _KIND + digest.hexdigest()
 
 

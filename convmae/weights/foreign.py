@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from convmae.config import WeightsError
+from convmae.models.adapt import DECODER
 from convmae.weights.checkpoint import (
     WEIGHTS,
     Weights,
@@ -31,7 +32,6 @@ ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema")  # the first of
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 # What the names of a model's tensors begin with.
 ENCODER = ("pos_embed", "patch_embed", "blocks1.", "blocks2.", "blocks3.")
-DECODER = ("decoder_", "mask_token", "stage1_output_decode.", "stage2_output_decode.")
 HEAD = ("norm.", "fc_norm.", "head.")
 
 
