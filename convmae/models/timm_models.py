@@ -21,7 +21,12 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import FeatureGetterNet
 
 import convmae
 from convmae.config import WeightsWarning
@@ -30,7 +35,7 @@ from convmae.models.convvit import NUM_FEATURES, ConvViT
 from convmae.models.registry import ALIASES, MODELS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 __all__: list[str] = []  # `register_model` adds the names
@@ -75,19 +80,47 @@ class TimmConvViT(ConvViT):
         """
         state = dict(state_dict)
         notes = [adapt_channels(state, self.in_chans)]
-        if strict and any(key.startswith(DECODER) for key in state):
+        behind = ("head.", "fc_norm.")
+        if strict and (_any(state, DECODER) or not _any(state, behind)):
             own = self.state_dict()
-            fresh = [k for k in own if k.startswith(("head.", "fc_norm.")) and k not in state]
+            fresh = [k for k in own if k.startswith(behind) and k not in state]
             extra = [k for k in state if k.startswith((*DECODER, "norm.")) and k not in own]
             state = {k: v for k, v in state.items() if k not in extra} | {k: own[k] for k in fresh}
-            notes.append(
-                f"these are weights of a pretraining model: the encoder is taken, {len(extra)} "
-                f"tensors behind it are left out; fresh: {', '.join(fresh) or 'nothing'}"
-            )
+            if fresh or extra:
+                notes.append(
+                    f"these are weights of a pretraining model: the encoder is taken, {len(extra)} "
+                    f"tensors behind it are left out; fresh: {', '.join(fresh) or 'nothing'}"
+                )
         said = [note for note in notes if note]
         if said:
             warnings.warn("; ".join(said), WeightsWarning, stacklevel=2)
         return super().load_state_dict(state if said else state_dict, strict, assign)
+
+
+def _any(names: Iterable[str], prefixes: tuple[str, ...]) -> bool:
+    return any(name.startswith(prefixes) for name in names)
+
+
+class TimmFeatures(FeatureGetterNet):
+    """`features_only` that takes the weights of whole models too, as `checkpoint_path` has them."""
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `torch.nn.Module` has it; what the maps do not need is left out, with a warning."""
+        if not strict or any(key.startswith("model.") for key in state_dict):
+            return super().load_state_dict(state_dict, strict, assign)
+        own = self.model.state_dict()
+        parts = ("pos_embed", "patch_embed", "blocks", "fc_norm.", "head.")
+        extra = [key for key in state_dict if key not in own and key.startswith(parts)]
+        if extra:
+            warnings.warn(
+                f"features_only: {len(extra)} tensors that its maps do not need are left out",
+                WeightsWarning,
+                stacklevel=2,
+            )
+        rest = {key: value for key, value in state_dict.items() if key not in extra}
+        return self.model.load_state_dict(rest, strict, assign)
 
 
 def _create(name: str, pretrained: bool = False, drop_rate: float = 0.0, **options: Any) -> Any:
@@ -110,7 +143,7 @@ def _create(name: str, pretrained: bool = False, drop_rate: float = 0.0, **optio
     if overlay.get("file"):  # read by `load_pretrained`
         options["pretrained_cfg_overlay"] = {**overlay, "custom_load": True}
     config = MODELS[ALIASES.get(name, name)][1]
-    feature_cfg = {"out_indices": tuple(range(NUM_FEATURES)), "feature_cls": "getter"}
+    feature_cfg = {"out_indices": tuple(range(NUM_FEATURES)), "feature_cls": TimmFeatures}
     return build_model_with_cfg(
         TimmConvViT, name, pretrained, feature_cfg=feature_cfg, **{**config, **options}
     )

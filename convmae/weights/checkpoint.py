@@ -17,7 +17,12 @@ from convmae.config import WeightsError, WeightsWarning
 from convmae.data import IMAGENET, IMAGENET_MEAN, Statistics
 from convmae.files import CHECKPOINT, flush, replaced_folder, replacing
 from convmae.models.adapt import POSITIONS, adapt_channels, fit_position
-from convmae.weights.configuration import blank_model, check_config, check_tensors
+from convmae.weights.configuration import (
+    blank_model,
+    check_config,
+    check_tensors,
+    check_training_state,
+)
 from convmae.weights.digest import (
     STATE_DIGEST,
     check_content,
@@ -105,11 +110,15 @@ class Weights:
             ValueError: an argument cannot be.
         """
         model = blank_model(self.path, self.model, self.config, self.state)
-        check_tensors(self.path, model.state_dict(), self.state)
+        own = model.state_dict()
+        check_tensors(self.path, own, self.state)
         if (img_size, in_chans) != (None, None):
             return self._adapted(model, img_size, in_chans, adapt_input).to(device).eval()
-        model.to_empty(device=device)
-        model.load_state_dict(self.state)
+        # Copies, so that training the model leaves `state` as it was.
+        values = {
+            key: value.to(device, own[key].dtype, copy=True) for key, value in self.state.items()
+        }
+        model.load_state_dict(values, assign=True)
         return model.eval()
 
     def _adapted(
@@ -447,4 +456,5 @@ def read_training_state(path: str | Path) -> tuple[Weights, dict[str, Any]]:
     state = load_tensors(file)
     if not isinstance(state, dict):
         raise WeightsError(f"{file} holds a {type(state).__name__}, expected a training state")
+    check_training_state(file, state)
     return weights, state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,6 @@ from convmae.config import WeightsError
 from convmae.models.registry import MODELS, create_model, full_name, list_models
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -84,6 +84,14 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST
 
 
+def _is_positive(value: object) -> bool:
+    return _is_whole(value) and value != 0
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
 def _is_number(value: object) -> bool:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
@@ -93,6 +101,49 @@ def _is_number(value: object) -> bool:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_training_state(path: Path, state: Mapping[str, Any]) -> None:
+    """What a training state holds is of the kind that a run writes, as far as it is there.
+
+    Raises:
+        WeightsError: naming the first entry that is not.
+    """
+    wanted = {
+        "step": (_is_whole, "a whole number"),
+        "steps_per_epoch": (_is_positive, "a positive whole number"),
+        "nonfinite": (_is_whole, "a whole number"),
+        "skipped": (_is_whole, "a whole number"),
+        "losses": (_are_numbers, "a list of finite numbers"),
+        "optimizer": (_is_dictionary, "a dictionary"),
+        "options": (_is_dictionary, "a dictionary"),
+        "task": (_is_dictionary, "a dictionary"),
+    }
+    for key, (fits, words) in wanted.items():
+        if key in state and not fits(state[key]):
+            raise WeightsError(f"{path} has {key} {_short(state[key])}, expected {words}")
+    waiting: list[tuple[str, Any]] = [("", state)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            if has_part_only(value):
+                raise WeightsError(
+                    f"{path}: {name} is a tensor of shape {list(value.shape)} with values for a "
+                    "part of it only"
+                )
+        elif isinstance(value, Mapping):
+            waiting += [(f"{name}.{key}".lstrip("."), item) for key, item in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{name}[{number}]", item) for number, item in enumerate(value)]
+
+
+def has_part_only(value: Tensor) -> bool:
+    """Whether a tensor has fewer values than its shape says, as one of stride 0 has."""
+    return value.numel() * value.element_size() > value.untyped_storage().nbytes()
+
+
+def _is_dictionary(value: object) -> bool:
+    return isinstance(value, dict)
 
 
 def count_blocks(path: Path, names: Mapping[str, Any], prefix: str) -> int:

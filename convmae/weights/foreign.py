@@ -21,6 +21,7 @@ from convmae.weights.checkpoint import (
     read_safetensors,
     read_weights_file,
 )
+from convmae.weights.configuration import has_part_only
 from convmae.weights.header import read_metadata
 from convmae.weights.safe_load import PICKLE, ZIP, load_tensors
 
@@ -219,7 +220,7 @@ def _no_weight(value: Any) -> str | None:
         return "a tensor without values"
     if value.layout != torch.strided or value.is_quantized:
         return "a sparse or quantised tensor"
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+    if has_part_only(value):
         return f"a tensor of shape {list(value.shape)} with values for a part of it only"
     if not value.is_floating_point() and value.numel() != 1:  # one: a counter of batches
         return f"a tensor of {str(value.dtype).removeprefix('torch.')}"
