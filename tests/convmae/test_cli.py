@@ -177,6 +177,26 @@ def test_a_fault_in_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
         cli.main(["pretrain"])
 
 
+def test_warnings_about_weights_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the main process; warnings of others look as they always do."""
+    import warnings
+
+    from convmae.config import WeightsWarning
+
+    plain = warnings.formatwarning
+    monkeypatch.setattr(warnings, "formatwarning", plain)  # and put back
+    missing = str(tmp_path / "nowhere")
+    assert cli.main(["convert", "--checkpoint", missing, "--output", missing + ".pth"]) == 2
+    assert f"--checkpoint '{missing}' does not exist" in capsys.readouterr().err
+    where = ("file.py", 3)
+    assert warnings.formatwarning("a b", WeightsWarning, *where) == "convmae: warning: a b\n"
+    assert warnings.formatwarning("a", UserWarning, *where) == plain("a", UserWarning, *where)
+    monkeypatch.setenv("RANK", "1")
+    assert warnings.formatwarning("a b", WeightsWarning, *where) == ""
+
+
 def test_pretrain_and_reconstruct_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
