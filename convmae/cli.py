@@ -27,6 +27,7 @@ from convmae.config import (
     WeightsWarning,
     config_from_mapping,
 )
+from convmae.files import was_changed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -179,10 +180,18 @@ def _read_yaml(file: str) -> dict[str, Any]:
 
     try:
         with open(file, encoding="utf-8") as opened:
-            values = yaml.safe_load(opened)
+            text = opened.read()
+        values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(f"--config {file!r} cannot be read: {error}") from error
     if not isinstance(values, dict):
         found = type(values).__name__
         raise OptionError(f"--config {file!r} must hold options and values, found a {found}")
+    if was_changed(text):
+        print(
+            f"convmae: note: --config {file!r} was changed since a run wrote it, by somebody or by "
+            "damage: the digest in its last line is of other options (without that line and the "
+            "first, nothing is compared)",
+            file=sys.stderr,
+        )
     return values

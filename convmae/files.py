@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,25 @@ CHECKPOINT = "checkpoint"  # the folder of a checkpoint, in the folder of its ru
 def replaced_folder(folder: Path) -> Path:
     """What a folder is called while a new one takes its place."""
     return folder.with_name(f".{folder.name}.old")
+
+
+_DIGEST_BELOW = "# Written by convmae; the last line is the digest of all before it.\n"
+_DIGEST = "# sha256:"
+
+
+def with_digest_line(text: str) -> str:
+    """A text file, such as YAML, between two comments by which a change is noticed."""
+    text = _DIGEST_BELOW + text
+    return f"{text}{_DIGEST}{sha256(text.encode()).hexdigest()}\n"
+
+
+def was_changed(text: str) -> bool:
+    """Whether a text that `with_digest_line` made is another now; False of other texts."""
+    text = text.replace("\r\n", "\n")  # as some editors and systems end lines
+    body, mark, digest = text.rpartition(_DIGEST)
+    if not mark:
+        return text.startswith(_DIGEST_BELOW)
+    return sha256(body.encode()).hexdigest() != digest.removesuffix("\n")
 
 
 @contextmanager

@@ -142,6 +142,12 @@ def _create(name: str, pretrained: bool = False, drop_rate: float = 0.0, **optio
     overlay = options.get("pretrained_cfg_overlay") or {}
     if overlay.get("file"):  # read by `load_pretrained`
         options["pretrained_cfg_overlay"] = {**overlay, "custom_load": True}
+        if not pretrained:
+            warnings.warn(
+                f"{overlay['file']} is not read: timm does so with pretrained=True only",
+                WeightsWarning,
+                stacklevel=2,
+            )
     config = MODELS[ALIASES.get(name, name)][1]
     feature_cfg = {"out_indices": tuple(range(NUM_FEATURES)), "feature_cls": TimmFeatures}
     return build_model_with_cfg(

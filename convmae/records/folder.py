@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from convmae.config import OptionError
-from convmae.files import CHECKPOINT, replaced_folder, replacing
+from convmae.files import CHECKPOINT, replaced_folder, replacing, with_digest_line
 
 STEP_PICTURE = re.compile(r"step-(\d+)\.png")
 
@@ -123,7 +123,8 @@ class RunFolder:
         import yaml
 
         with replacing(self.options) as new:
-            new.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+            text = yaml.safe_dump(values, sort_keys=False)
+            new.write_text(with_digest_line(text), encoding="utf-8")
 
     def write_environment(self, entries: dict[str, str]) -> None:
         """Writes where and how the run was made."""

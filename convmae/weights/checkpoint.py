@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import warnings
@@ -31,7 +30,7 @@ from convmae.weights.digest import (
     is_marked,
     with_digest,
 )
-from convmae.weights.header import described, read_metadata
+from convmae.weights.header import described, finite_numbers, read_metadata
 from convmae.weights.safe_load import load_tensors
 
 if TYPE_CHECKING:
@@ -340,9 +339,14 @@ def read_weights_file(file: Path, ignore_digest: bool = False) -> Weights:
         )
     try:
         values = {key: described(metadata, key) for key in _DESCRIBED if key in metadata}
-        mean, std = (_numbers(key, values[key]) if key in values else None for key in PICTURES)
+        mean, std = (
+            finite_numbers(key, values[key]) if key in values else None for key in PICTURES
+        )
         classes = tuple(map(str, values["classes"])) if "classes" in values else None
         config = dict(values["config"])
+        channels = {config.get("in_chans", 3), *(len(v) for v in (mean, std) if v is not None)}
+        if len(channels) > 1 or (mean is None) != (std is None):
+            raise ValueError("mean, deviation and in_chans are not of the same channels")
     except (ValueError, TypeError) as error:
         raise WeightsError(
             f"the metadata of {file} are damaged: {error}; expected JSON of {', '.join(_DESCRIBED)}"
@@ -378,20 +382,6 @@ def read_safetensors(
     if not ignore_digest:
         check_content(file, metadata, state)
     return metadata, state
-
-
-def _numbers(name: str, value: Any) -> tuple[float, ...]:
-    """Mean or deviation of the channels.
-
-    Raises:
-        ValueError: they are not finite numbers, or no deviations.
-    """
-    numbers: list[Any] = value if isinstance(value, list) and value else [None]
-    for number in numbers:
-        is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not is_number or not math.isfinite(number) or (name == "std" and number <= 0):
-            raise ValueError(f"{name!r} is {str(value)[:80]}, expected finite numbers")
-    return tuple(map(float, numbers))
 
 
 def load_model(
@@ -433,7 +423,7 @@ def read_statistics(folder: Path) -> Statistics | None:
     if not all(key in metadata for key in PICTURES):
         return None
     try:
-        mean, std = (_numbers(key, described(metadata, key)) for key in PICTURES)
+        mean, std = (finite_numbers(key, described(metadata, key)) for key in PICTURES)
     except ValueError as error:
         raise WeightsError(f"the metadata of {folder / WEIGHTS} are damaged: {error}") from error
     return Statistics(mean, std)

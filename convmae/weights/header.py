@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -66,6 +67,20 @@ def described(metadata: dict[str, str], key: str) -> Any:
         return strict_json(text)
     except ValueError as error:
         raise ValueError(f"{key!r}: {error}") from None
+
+
+def finite_numbers(name: str, value: Any) -> tuple[float, ...]:
+    """The mean (`name` is `mean`) or deviation (`std`) of the channels.
+
+    Raises:
+        ValueError: it is no list of finite numbers, or a deviation is not above 0.
+    """
+    numbers: list[Any] = value if isinstance(value, list) and value else [None]
+    for number in numbers:
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not math.isfinite(number) or (name == "std" and number <= 0):
+            raise ValueError(f"{name!r} is {str(value)[:80]}, expected finite numbers")
+    return tuple(map(float, numbers))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

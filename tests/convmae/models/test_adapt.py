@@ -282,6 +282,8 @@ def test_paths_as_files_of_timm(run: tuple[Path, dict[str, Tensor]]) -> None:
             model = timm.create_model("convvit_tiny", num_classes=7, **options)
         own = model.state_dict()
         assert all(torch.equal(own[key], state[key]) for key in own if key not in TINY_HEAD)
+    with pytest.warns(WeightsWarning, match=r"is not read: timm does so with pretrained=True only"):
+        timm.create_model("convvit_tiny", pretrained_cfg_overlay=overlay)
     with pytest.warns(WeightsWarning, match="3 -> 4 channels, repeated"):
         net = timm.create_model(
             "convvit_tiny", features_only=True, in_chans=4, out_indices=(2,), **options

@@ -121,6 +121,9 @@ def test_absurd_classifiers(tmp_path: Path, changes: dict[str, Any], expected: s
         ("std", "[0.2, 0.2, 0]", "'std' is .* expected finite numbers"),
         ("std", "[1e999, 1, 1]", "'std' is .* expected finite numbers"),
         ("std", "[]", "'std' is .* expected finite numbers"),
+        ("std", "[1, 1]", "mean, deviation and in_chans are not of the same channels"),
+        ("config", '{"in_chans": 2}', "mean, deviation and in_chans are not of the same channels"),
+        ("config", '{"in_chans": [2]}', "metadata of .* are damaged"),
         ("model", "convmae_gigantic", "is of model 'convmae_gigantic', which there is not"),
     ],
 )
