@@ -87,15 +87,18 @@ def adapt_channels(
 
     Returns:
         What was done, in words; None where the channels are the same.
+
+    Raises:
+        ValueError: `how` is none of these.
     """
+    rule = _rule(in_chans, how)
     first, last = f"{prefix}patch_embed1.proj", f"{prefix}decoder_pred"
     weight = state.get(f"{first}.weight")
     if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[1] in (0, in_chans):
         return None
     channels = weight.shape[1]
     names = [n for n in (f"{last}.weight", f"{last}.bias") if isinstance(state.get(n), Tensor)]
-    rule = _rule(in_chans, how)
-    if how == "fresh":
+    if rule == "fresh":
         for name in (f"{first}.weight", f"{first}.bias", *names):
             state.pop(name, None)
     else:
@@ -135,27 +138,24 @@ def factors(patches: int) -> list[tuple[int, int]]:
     return [(h, patches // h) for h in rows]
 
 
-def sincos_grid(pos_embed: Tensor, first: tuple[int, int] | None = None) -> tuple[int, int] | None:
+def sincos_grid(pos_embed: Tensor) -> tuple[int, int] | None:
     """The grid whose fixed sin-cos embedding this is; None if it is none.
 
     Args:
         pos_embed: `[1, L, D]`.
-        first: a grid to try before the others.
     """
     if pos_embed.dim() != 3 or pos_embed.shape[2] % 4 or 0 in pos_embed.shape:
         return None
-    corner = sincos_pos_embed(pos_embed.shape[2], (1, 1))
-    if not _close(pos_embed[:, :1], corner):  # the same in all grids: most others end here
+    patches, width = pos_embed.shape[1:]
+    second_row = sincos_pos_embed(width, (2, 1))[:, 1:]  # its first patch tells the columns
+    alike = (pos_embed.float().cpu() - second_row).abs().amax(2)[0] <= SINCOS_ATOL
+    columns = int(alike.nonzero()[0]) if bool(alike.any()) else patches
+    if columns == 0 or patches % columns:
         return None
-    grids = factors(pos_embed.shape[1])
-    for grid in [first, *grids] if first in grids else grids:
-        if grid and _close(pos_embed, sincos_pos_embed(pos_embed.shape[2], grid)):
-            return grid
-    return None
-
-
-def _close(values: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(values.float().cpu(), expected, rtol=0.0, atol=SINCOS_ATOL)
+    grid = patches // columns, columns
+    fixed = sincos_pos_embed(width, grid)
+    close = torch.allclose(pos_embed.float().cpu(), fixed, rtol=0.0, atol=SINCOS_ATOL)
+    return grid if close else None
 
 
 def fit_position(
@@ -170,7 +170,7 @@ def fit_position(
         fixed: whether the model's embedding is sin-cos and frozen: one that is such is then
             computed anew instead of resampled.
     """
-    if fixed and sincos_grid(pos_embed, old) == tuple(old):
+    if fixed and sincos_grid(pos_embed) == tuple(old):
         return sincos_pos_embed(pos_embed.shape[2], new).to(pos_embed), "sin-cos"
     return resample_pos_embed(pos_embed, old, new), "bicubic"
 
@@ -197,7 +197,7 @@ def fit_positions(
         patches, width = value.shape[1:]
         if value.shape[0] != 1 or width != own.shape[2] or (value.is_meta and own.is_meta):
             continue
-        old = None if value.is_meta else sincos_grid(value, new)
+        old = None if value.is_meta else sincos_grid(value)
         if patches == new[0] * new[1] and old in (None, new):
             continue
         side = math.isqrt(patches)

@@ -303,9 +303,10 @@ def find_checkpoint(path: str | Path) -> Path:
         if (candidate / WEIGHTS).is_file():
             return candidate
     what = "holds no checkpoint" if given.exists() else "does not exist"
+    other = "; `convmae convert` makes one of other files of weights" if given.is_file() else ""
     raise WeightsError(
         f"path {str(path)!r} {what}; expected a run's folder, a checkpoint folder or a "
-        f"{WEIGHTS} file"
+        f"{WEIGHTS} file{other}"
     )
 
 

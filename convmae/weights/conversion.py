@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import OptionError
+from convmae.config import OptionError, WeightsError
 from convmae.config.checks import as_pair
 from convmae.data import IMAGENET, IMAGENET_MEAN, Statistics
 from convmae.models import ConvMAE, ConvViT
@@ -71,7 +71,11 @@ def convert_weights(config: ConvertConfig, found: ForeignWeights) -> Converted:
     kind = _kind(config, found)
     name = _name(config, encoder, kind)
     arguments = _arguments(config, found, encoder, kind, name)
-    model = blank(name, **arguments)
+    try:
+        model = blank(name, **arguments)
+    except WeightsError as error:
+        words = error.with_flags.removeprefix("--model: ")
+        raise WeightsError(f"{found.path} is of no model that can be: {words}") from error
     old = grid_of(found, _grid(config))
     state, missing, reshaped = _fit(found, model, name, arguments, old)
     pictures, notes = _statistics(config, found, encoder.in_chans)

@@ -11,7 +11,7 @@ import torch
 from convmae.config import WeightsError
 from convmae.models import ConvViT
 from convmae.models.adapt import DECODER, POSITIONS, adapt_channels, fit_position
-from convmae.weights.architecture import grid_of, read_encoder
+from convmae.weights.architecture import Encoder, grid_of, read_encoder
 from convmae.weights.foreign import ForeignWeights, few, open_foreign
 
 if TYPE_CHECKING:
@@ -98,24 +98,10 @@ def load_pretrained(
     state = {key: value for key, value in found.state.items() if key in own}
     resampled = _fit_positions(model, found, state)
     adapted = adapt_channels(state, model.in_chans, adapt_input)
-    notes = list(found.notes)
-    if isinstance(model, ConvViT):
-        _drop_other(state, own, ("head.",))
-        may_lack: tuple[str, ...] = ("head.", "fc_norm.")
-    else:
-        may_lack = (*DECODER, "norm.")
-        for name in ("norm.", *DECODER[2:]):  # each of them learns anew as a whole
-            _drop_other(state, own, (name,))
-        if _drop_other(state, own, DECODER[:2]):
-            notes.append(
-                f"the decoder of {found.path} is not whole, or not of the model's size: fresh"
-            )
-        elif "mask_token" in state:
-            notes += _other_target(model, found)
+    may_lack, notes = _choose(model, found, state, own)
     if adapted and adapt_input == "fresh":
         may_lack = (*may_lack, "patch_embed1.proj.")
-    kind = "convvit" if isinstance(model, ConvViT) else "convmae"
-    fits = f" ({encoder}; {kind}_{encoder.size} fits)" if encoder.size else f" ({encoder})"
+    fits = f" ({_fitting(model, encoder)})"
     check_shapes(state, {key: tuple(v.shape) for key, v in own.items()}, found, "the model", fits)
     missing = [key for key in own if key not in state]
     needed = [key for key in missing if not key.startswith(may_lack)]
@@ -142,6 +128,33 @@ def load_pretrained(
         notes=notes,
         statistics=pictures,
     )
+
+
+def _choose(
+    model: Trunk, found: ForeignWeights, state: dict[str, Tensor], own: dict[str, Tensor]
+) -> tuple[tuple[str, ...], list[str]]:
+    """Takes out of `state` what is behind the encoder and does not fit the model as a whole.
+
+    Returns:
+        What the names begin with that the model may keep, and what there is to tell.
+    """
+    notes = list(found.notes)
+    if isinstance(model, ConvViT):
+        _drop_other(state, own, ("head.",))  # of other classes
+        return ("head.", "fc_norm."), notes
+    for name in ("norm.", *DECODER[2:]):
+        _drop_other(state, own, (name,))
+    if _drop_other(state, own, DECODER[:2]):
+        notes.append(f"the decoder of {found.path} is not whole, or not of the model's size: fresh")
+    elif "mask_token" in state:
+        notes += _other_target(model, found)
+    return (*DECODER, "norm."), notes
+
+
+def _fitting(model: Trunk, encoder: Encoder) -> str:
+    """What an encoder is of, and the model that it fits, if there is one."""
+    kind = "convvit" if isinstance(model, ConvViT) else "convmae"
+    return f"{encoder}; {kind}_{encoder.size} fits" if encoder.size else str(encoder)
 
 
 def _fit_positions(model: Trunk, found: ForeignWeights, state: dict[str, Tensor]) -> list[str]:

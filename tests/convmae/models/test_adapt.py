@@ -123,7 +123,7 @@ def test_fresh_is_fresh_and_the_rest_is_not(tmp_path: Path) -> None:
     assert all(torch.equal(own[key], before[key]) for key in shared) and len(shared) > 40
     assert all(0 < own[key].std() < 1 for key in drawn)
     with pytest.raises(ValueError, match="adapt_input must be one of auto, sum, repeat, fresh"):
-        other(tmp_path, model, in_chans=2, adapt_input="mean")
+        other(tmp_path, model, in_chans=3, adapt_input="mean")
 
 
 # -- sizes ----------------------------------------------------------------------------------------
@@ -197,12 +197,17 @@ def test_load_model_knows_the_grid_of_its_file(tmp_path: Path) -> None:
 def test_grids() -> None:
     assert factors(12) == [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)]
     assert factors(16) == [(1, 16), (2, 8), (4, 4), (8, 2), (16, 1)] and factors(1) == [(1, 1)]
-    for grid in ((2, 6), (6, 2), (1, 12)):
-        assert sincos_grid(sincos_pos_embed(16, grid)) == grid
-        assert sincos_grid(sincos_pos_embed(16, grid).bfloat16(), (3, 4)) == grid
+    for grid in [*factors(12), *factors(64), (1, 1), (720, 2), (2, 720)]:
+        for width in (4, 16):
+            assert sincos_grid(sincos_pos_embed(width, grid)) == grid
+            assert sincos_grid(sincos_pos_embed(width, grid).bfloat16()) == grid
     nearly = sincos_pos_embed(16, (3, 4))
     nearly[0, 7, 3] += 0.1
     assert sincos_grid(nearly) is None
+    for strange in (torch.randn(1, 12, 16), torch.full((1, 12, 16), torch.nan)):
+        assert sincos_grid(strange) is None
+    assert sincos_grid(sincos_pos_embed(16, (3, 4))[:, :11]) is None
+    assert sincos_grid(sincos_pos_embed(16, (3, 4)).flip(1)) is None
 
 
 def test_dynamic_img_size(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def test_a_converted_file(runs: Path, tmp_path: Path) -> None:
     official, ours = tmp_path / "official.pth", tmp_path / "ours.safetensors"
     convmae.convert(ConvertConfig(str(runs / "mine"), str(official)))
     convmae.convert(ConvertConfig(str(official), str(ours), kind="convmae"))
+    with pytest.raises(convmae.WeightsError, match="convert` makes one of other files of weights"):
+        convmae.load_model(official)
     found, expected = (convmae.load_model(p).state_dict() for p in (ours, runs / "mine"))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
