@@ -72,9 +72,7 @@ def adapt_output(values: Tensor, channels: int, in_chans: int, how: str = "auto"
     return adapted.flatten(0, 1).to(values.dtype).contiguous()
 
 
-def adapt_channels(
-    state: MutableMapping[str, Any], in_chans: int, how: str = "auto", prefix: str = ""
-) -> str | None:
+def adapt_channels(state: MutableMapping[str, Any], in_chans: int, how: str = "auto") -> str | None:
     """Fits the tensors of a state dict that depend on the channels of pictures, in place.
 
     With `fresh` they are deleted, so that a model keeps its own.
@@ -83,7 +81,6 @@ def adapt_channels(
         state: a state dict.
         in_chans: channels of the model.
         how: one of `ADAPT_INPUT`.
-        prefix: what the names begin with.
 
     Returns:
         What was done, in words; None where the channels are the same.
@@ -92,7 +89,7 @@ def adapt_channels(
         ValueError: `how` is none of these.
     """
     rule = _rule(in_chans, how)
-    first, last = f"{prefix}patch_embed1.proj", f"{prefix}decoder_pred"
+    first, last = "patch_embed1.proj", "decoder_pred"
     weight = state.get(f"{first}.weight")
     if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[1] in (0, in_chans):
         return None

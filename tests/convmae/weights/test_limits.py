@@ -272,3 +272,20 @@ def test_a_checkpoint_as_deep_as_its_file_is_read(tmp_path: Path) -> None:
     again = convmae.load_model(file)
     assert again.config == model.config
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_a_loaded_model_is_one_as_built(tmp_path: Path) -> None:
+    """Float32, trainable where it was, and nothing of it is shared with what was read."""
+    built = convmae.create_model("convmae_tiny", img_size=32)
+    half = {key: value.half() for key, value in built.state_dict().items()}
+    checkpoints.save_weights(tmp_path, built, "convmae_tiny", half)
+    weights = convmae.open_weights(tmp_path)
+    model = weights.build_model()
+    expected = [(n, p.dtype, p.requires_grad) for n, p in built.named_parameters()]
+    assert [(n, p.dtype, p.requires_grad) for n, p in model.named_parameters()] == expected
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    assert all(torch.equal(weights.state[key], half[key]) for key in half)
+    assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()])
+    model(torch.randn(1, 3, 32, 32)).loss.backward()
