@@ -74,16 +74,19 @@ def reconstruct(config: ReconstructConfig) -> Path:
 def _read_weights(config: ReconstructConfig) -> Weights:
     """The weights of `config.checkpoint`, whoever wrote them; prints what they do not tell."""
     found = open_foreign(config.checkpoint)
-    if found.ours is None:
-        weights = _convert(config, found)
-    else:
-        weights = found.ours
-        told = weights.config.get("norm_pix_loss", config.norm_pix_loss)
-        if config.norm_pix_loss not in (None, told):
-            raise OptionError(
-                f"--norm_pix_loss {config.norm_pix_loss} contradicts {weights.path}, which says "
-                f"{told}; leave it out"
-            )
+    told = (found.options if found.ours is None else found.ours.config).get("norm_pix_loss")
+    is_told = isinstance(told, bool)
+    if is_told and config.norm_pix_loss not in (None, told):
+        raise OptionError(
+            f"--norm_pix_loss {config.norm_pix_loss} contradicts {found.path}, which says "
+            f"{told}; leave it out"
+        )
+    weights = _convert(config, found) if found.ours is None else found.ours
+    if not is_told and config.norm_pix_loss is None and found.ours is None:
+        print(
+            f"note: {found.path} does not tell whether it predicts normalised patches: taken as "
+            "no (--norm_pix_loss)"
+        )
     if config.mean is None or config.std is None:
         return weights
     channels = weights.config.get("in_chans", len(config.mean))
@@ -125,12 +128,7 @@ def _convert(config: ReconstructConfig, found: ForeignWeights) -> Weights:
             f"--checkpoint: {found.path} lacks {few(done.missing)} of its decoder; what it paints "
             "without would mean nothing"
         )
-    if config.norm_pix_loss is None and "norm_pix_loss" not in found.options:
-        print(
-            f"note: {found.path} does not tell whether it predicts normalised patches: taken as "
-            "no (--norm_pix_loss)"
-        )
-    for note in done.notes:
+    for note in (*found.notes, *done.notes):
         print(f"note: {note.replace('are written', 'are used')}")
     return done.weights
 

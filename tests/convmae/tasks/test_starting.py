@@ -289,6 +289,10 @@ def test_an_official_file_paints_as_its_conversion_does(
     assert "normalised patches" not in capsys.readouterr().out  # the file tells
     assert np.array_equal(normed, paint(plain, folder, "e.png", norm_pix_loss=True))
     assert not np.array_equal(normed, picture)
+    with pytest.raises(
+        OptionError, match=r"norm_pix_loss False contradicts .*told.pth, which says"
+    ):
+        paint(told, folder, "e.png", norm_pix_loss=False)
     other = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
     found = paint(plain, folder, "f.png", **other)
     assert not np.array_equal(found, picture)
