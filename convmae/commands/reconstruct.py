@@ -27,6 +27,7 @@ from convmae.models import ConvMAE
 from convmae.models.adapt import DECODER
 from convmae.records.pictures import reconstruction_picture, save_picture
 from convmae.training.machine import pick_device
+from convmae.weights.architecture import read_encoder
 from convmae.weights.conversion import convert_weights
 from convmae.weights.foreign import few, open_foreign
 
@@ -99,6 +100,7 @@ def _read_weights(config: ReconstructConfig) -> Weights:
 
 def _convert(config: ReconstructConfig, found: ForeignWeights) -> Weights:
     """Weights of other code as those of a pretraining model of ours."""
+    read_encoder(found)  # else it is of another architecture
     lacking = [name for name in DECODER if not any(key.startswith(name) for key in found.state)]
     if lacking:
         names = ", ".join(f"{name}*" for name in lacking)

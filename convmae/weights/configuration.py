@@ -183,8 +183,8 @@ def blank_model(
         said = given.get(key, found)
         if (list(said) if isinstance(said, list | tuple) else [said]) != found:
             raise WeightsError(
-                f"{path} has {key} {said} in the configuration of its model, but tensors of "
-                f"{found[0] if len(found) == 1 else found} blocks"
+                f"{path} does not fit the model it names: its configuration has {key} {said}, but "
+                f"its tensors are of {found[0] if len(found) == 1 else found} blocks"
             )
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
     try:
