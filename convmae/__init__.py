@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ReconstructConfig,
         StatsConfig,
         WeightsError,
+        WeightsWarning,
     )
     from convmae.data import DataError, LoadingError, normalise
     from convmae.models import (
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from convmae.training.run import RunSummary
     from convmae.training.state import TrainingError
     from convmae.weights.checkpoint import load_model, open_weights
+    from convmae.weights.pretrained import load_pretrained
 
 __version__ = "0.1.0"
 
@@ -56,6 +58,7 @@ _MODULES = {
     "config": (
         *("ConvertConfig", "EvaluateConfig", "FinetuneConfig", "LinprobeConfig", "OptionError"),
         *("PretrainConfig", "ReconstructConfig", "StatsConfig", "WeightsError"),
+        "WeightsWarning",
     ),
     "data": ("DataError", "LoadingError", "normalise"),
     "models": (
@@ -69,6 +72,7 @@ _MODULES = {
     "training.run": ("RunSummary",),
     "training.state": ("TrainingError",),
     "weights.checkpoint": ("load_model", "open_weights"),
+    "weights.pretrained": ("load_pretrained",),
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -91,6 +95,7 @@ __all__ = [
     "StatsConfig",
     "TrainingError",
     "WeightsError",
+    "WeightsWarning",
     "__version__",
     "convert",
     "create_model",
@@ -100,6 +105,7 @@ __all__ = [
     "linprobe",
     "list_models",
     "load_model",
+    "load_pretrained",
     "normalise",
     "open_weights",
     "pretrain",

@@ -12,9 +12,11 @@ import os
 import re
 import signal
 import sys
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from convmae.config import (
@@ -28,10 +30,11 @@ from convmae.config import (
     PretrainConfig,
     ReconstructConfig,
     StatsConfig,
+    WeightsWarning,
     config_from_mapping,
-    read_yaml,
     suggest,
 )
+from convmae.files import was_changed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,6 +77,7 @@ ALIASES = {
     "--torchcompile_backend": "--torchcompile",
 }
 OWN_OUTPUT = ("reconstruct", "convert", "evaluate", "stats")  # there --output is a file
+_FORMAT = warnings.formatwarning
 FAILED, BAD_OPTION, INTERRUPTED = 1, 2, 130  # exit statuses
 HELP = ("-h", "--help")
 # How often a thread of GNU's OpenMP looks for work before it sleeps; by default 300,000 times. So
@@ -90,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Ctrl-C ends saves and returns 130; one that SIGTERM or the like ends saves and returns 0.
     """
     _set_environment()
+    warnings.formatwarning = _one_line
     given = list(sys.argv[1:] if argv is None else argv)
     command = given[0] if given else ""
     arguments = [_canonical(argument, command) for argument in given]
@@ -112,6 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except MessageError as error:
         return _report(error, BAD_OPTION if isinstance(error, ValueError) else FAILED)
+
+
+def _one_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> str:
+    """A warning about weights in one line, of the main process; others as Python prints them."""
+    if not issubclass(category, WeightsWarning):
+        return _FORMAT(message, category, *where, **more)
+    return f"convmae: warning: {message}\n" if os.environ.get("RANK", "0") == "0" else ""
 
 
 def _report(error: MessageError, status: int) -> int:
@@ -237,4 +249,11 @@ def _read_yaml(file: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise OptionError(f"--config {file!r} must hold options and values, found {found}")
+    if was_changed(Path(file).read_text(encoding="utf-8-sig")):
+        print(
+            f"convmae: note: --config {file!r} was changed since a run wrote it, by somebody or by "
+            "damage: the digest in its last line is of other options (without that line and the "
+            "first, nothing is compared)",
+            file=sys.stderr,
+        )
     return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,6 +44,25 @@ def why_no_folder(path: Path) -> str | None:
             return f"no permission in {str(part)!r}"
         return None
     return f"no part of {str(path)!r} exists"
+
+
+_DIGEST_BELOW = "# Written by convmae; the last line is the digest of all before it.\n"
+_DIGEST = "# sha256:"
+
+
+def with_digest_line(text: str) -> str:
+    """A text file, such as YAML, between two comments by which a change is noticed."""
+    text = _DIGEST_BELOW + text
+    return f"{text}{_DIGEST}{sha256(text.encode()).hexdigest()}\n"
+
+
+def was_changed(text: str) -> bool:
+    """Whether a text that `with_digest_line` made is another now; False of other texts."""
+    text = text.replace("\r\n", "\n")  # as some editors and systems end lines
+    body, mark, digest = text.rpartition(_DIGEST)
+    if not mark:
+        return text.startswith(_DIGEST_BELOW)
+    return sha256(body.encode()).hexdigest() != digest.removesuffix("\n")
 
 
 @contextmanager

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convmae.config import OptionError, ReconstructConfig, check_patches, for_option
+from convmae.config import (
+    ConvertConfig,
+    OptionError,
+    ReconstructConfig,
+    WeightsError,
+    check_patches,
+    for_option,
+)
 from convmae.data import (
     DataError,
     Failure,
     FolderPhotos,
     PhotoSource,
+    Statistics,
     find_pictures,
     open_source,
 )
@@ -21,13 +29,18 @@ from convmae.data.arrays import ARRAY_EXTENSION, ArrayPhotos
 from convmae.data.errors import printable
 from convmae.data.pillow import EXTENSIONS
 from convmae.models import ConvMAE
+from convmae.models.adapt import DECODER
 from convmae.records.pictures import reconstruction_picture, save_picture
 from convmae.records.unreadable import NAMED_AT_MOST
 from convmae.training.machine import pick_device
-from convmae.weights.checkpoint import open_weights
+from convmae.weights.architecture import read_encoder
+from convmae.weights.conversion import convert_weights
+from convmae.weights.foreign import few, open_foreign
 
 if TYPE_CHECKING:
     from convmae.data import Source
+    from convmae.weights.checkpoint import Weights
+    from convmae.weights.foreign import ForeignWeights
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ def draw(config: ReconstructConfig) -> Drawn:
         check_picture_apart(config.output, name)
     device = pick_device(config.device)
     with for_option("checkpoint"):
-        weights = open_weights(config.checkpoint)
+        weights = _read_weights(config)
         model = weights.build_model(device)
         statistics = weights.statistics
     if not isinstance(model, ConvMAE):
@@ -101,6 +114,69 @@ def draw(config: ReconstructConfig) -> Drawn:
     failed = not given.isdisjoint(reasons)
     failed |= len(reasons) > config.max_unreadable * source.pictures
     return Drawn(output, [Failure(*item) for item in reasons.items()], failed)
+
+
+def _read_weights(config: ReconstructConfig) -> Weights:
+    """The weights of `config.checkpoint`, whoever wrote them; prints what they do not tell."""
+    found = open_foreign(config.checkpoint)
+    told = (found.options if found.ours is None else found.ours.config).get("norm_pix_loss")
+    is_told = isinstance(told, bool)
+    if is_told and config.norm_pix_loss not in (None, told):
+        raise OptionError(
+            f"--norm_pix_loss {config.norm_pix_loss} contradicts {found.path}, which says "
+            f"{told}; leave it out"
+        )
+    weights = _convert(config, found) if found.ours is None else found.ours
+    if not is_told and config.norm_pix_loss is None and found.ours is None:
+        print(
+            f"note: {found.path} does not tell whether it predicts normalised patches: taken as "
+            "no (--norm_pix_loss)"
+        )
+    if config.mean is None or config.std is None:
+        return weights
+    channels = weights.config.get("in_chans", len(config.mean))
+    if len(config.mean) != channels:
+        raise OptionError(
+            f"--mean has {len(config.mean)} numbers, but {weights.path} is of {channels} channels"
+        )
+    return replace(weights, pictures=Statistics(config.mean, config.std))
+
+
+def _convert(config: ReconstructConfig, found: ForeignWeights) -> Weights:
+    """Weights of other code as those of a pretraining model of ours."""
+    read_encoder(found)  # else it is of another architecture
+    lacking = [name for name in DECODER if not any(key.startswith(name) for key in found.state)]
+    if lacking:
+        names = ", ".join(f"{name}*" for name in lacking)
+        raise OptionError(
+            f"--checkpoint: {found.path} has no decoder (no {names}), so it cannot paint; "
+            "`convmae pretrain --init` trains one for its encoder"
+        )
+    options = ConvertConfig(
+        config.checkpoint,
+        config.output,
+        kind="convmae",
+        norm_pix_loss=config.norm_pix_loss,
+        mean=config.mean,
+        std=config.std,
+    )
+    try:
+        done = convert_weights(options, found)
+    except (OptionError, WeightsError) as error:
+        if not error.with_flags.startswith("--") or error.with_flags.startswith("--checkpoint"):
+            raise
+        raise OptionError(
+            f"--checkpoint {config.checkpoint!r}: {error.with_flags}; that is an option of "
+            "`convmae convert`, which writes a file that reconstruct reads"
+        ) from error
+    if done.missing:
+        raise OptionError(
+            f"--checkpoint: {found.path} lacks {few(done.missing)} of its decoder; what it paints "
+            "without would mean nothing"
+        )
+    for note in (*found.notes, *done.notes):
+        print(f"note: {note.replace('are written', 'are used')}")
+    return done.weights
 
 
 def _open(names: tuple[str, ...]) -> Source:

@@ -10,7 +10,13 @@ from convmae.config.checks import (
 )
 from convmae.config.classify import EvaluateConfig, FinetuneConfig, LinprobeConfig
 from convmae.config.convert import ConvertConfig
-from convmae.config.errors import MessageError, OptionError, WeightsError, for_option
+from convmae.config.errors import (
+    MessageError,
+    OptionError,
+    WeightsError,
+    WeightsWarning,
+    for_option,
+)
 from convmae.config.pretrain import PretrainConfig
 from convmae.config.run import RunConfig
 from convmae.config.tools import InfoConfig, ReconstructConfig, StatsConfig
@@ -37,6 +43,7 @@ __all__ = [
     "RunConfig",
     "StatsConfig",
     "WeightsError",
+    "WeightsWarning",
     "check_mask_ratio",
     "check_number",
     "check_patches",

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PATCH = 16  # pixels in a row or column of a patch, which is one block of the mask
+# How a first convolution becomes one of another number of channels.
+ADAPT_INPUT = ("auto", "sum", "repeat", "fresh")
 Config = TypeVar("Config")
 
 

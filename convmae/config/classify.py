@@ -56,6 +56,7 @@ class ClassifyConfig(RunConfig):
         for name in ("finetune", "model"):
             if getattr(self, name) is not None:
                 check_text(name, getattr(self, name))
+        self.check_adapting("finetune")
 
 
 @dataclass

@@ -50,6 +50,9 @@ class ConvertConfig:
     """Deviation of every channel, likewise."""
     key: str | None = None
     """Entry of the file that holds the weights, such as model_ema; found by itself if not given."""
+    ignore_digest: bool = False
+    """Take a file that was changed on purpose since convmae wrote it, which its digest tells; such
+    a change cannot be told from damage."""
     overwrite: bool = False
     """Write over an output that exists."""
 

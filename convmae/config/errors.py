@@ -44,6 +44,10 @@ class WeightsError(MessageError, ValueError):
     """A file or folder holds no weights that can be used; the message says which and why."""
 
 
+class WeightsWarning(UserWarning):
+    """Something to know about weights that were loaded all the same."""
+
+
 @contextmanager
 def for_option(name: str) -> Iterator[None]:
     """Turns a `WeightsError` into an `OptionError` that says which option named the file.

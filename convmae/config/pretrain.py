@@ -22,6 +22,10 @@ class PretrainConfig(RunConfig):
     model: str = "convmae_base"
     """Which model: convmae_tiny (for CPUs), convmae_small, _base, _large, _huge; or a fastconvmae_
     of these sizes, which shows every patch once, in complementary masks."""
+    init: str | None = None
+    """Weights to start from: a run's folder, a .safetensors file or an official .pth, pretrained or
+    finetuned; what it lacks, such as a decoder, is fresh. By default all is random. A run that
+    --resume goes on with does not read it."""
     mask_ratio: float = 0.75
     """Share of the 16 x 16 pixel patches that is hidden."""
     norm_pix_loss: bool = False
@@ -40,5 +44,8 @@ class PretrainConfig(RunConfig):
         """
         super().validate()
         check_text("model", self.model)
+        if self.init is not None:
+            check_text("init", self.init)
+        self.check_adapting("init")
         check_mask_ratio(self.mask_ratio)
         check_patches(self.mask_ratio, *self.size)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from convmae.config.checks import (
+    ADAPT_INPUT,
     OptionError,
     as_pair,
     check_choice,
@@ -98,6 +99,11 @@ class RunConfig:
     """Share of unreadable pictures above which the run fails; below, others take their place."""
     max_nonfinite: int = 10
     """Steps in a row whose loss or gradient is not finite, each skipped, before the run stops."""
+    adapt_input: Literal["auto", "sum", "repeat", "fresh"] = "auto"
+    """How weights to start from are fitted to pictures of another number of channels: every channel
+    gets the sum over the channels of the first convolution / their number (sum), they are repeated
+    and scaled (repeat, as timm does), or drawn anew (fresh); auto is sum for grey pictures, else
+    repeat."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -139,11 +145,19 @@ class RunConfig:
         check_choice("amp", self.amp, AMP)
         check_choice("strategy", self.strategy, STRATEGIES)
         check_choice("sched", self.sched, SCHEDULES)
+        check_choice("adapt_input", self.adapt_input, ADAPT_INPUT)
         check_statistics(self.mean, self.std)
         if self.amp == "float16" and self.strategy == "fsdp2":
             raise OptionError(
                 "--amp float16 cannot scale gradients that --strategy fsdp2 divides over the "
                 "processes; use --amp bfloat16, or --strategy ddp"
+            )
+
+    def check_adapting(self, option: str) -> None:
+        """Raises `OptionError` where `adapt_input` is given without weights to start from."""
+        if self.adapt_input != "auto" and getattr(self, option) is None:
+            raise OptionError(
+                f"--adapt_input {self.adapt_input} has no effect without --{option}; leave it out"
             )
 
     def check_rates(self, processes: int) -> None:

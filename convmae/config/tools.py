@@ -9,6 +9,7 @@ from convmae.config.checks import (
     OptionError,
     check_mask_ratio,
     check_number,
+    check_statistics,
     check_text,
 )
 
@@ -18,7 +19,8 @@ class ReconstructConfig:
     """Draw what a checkpoint paints: original, masked, reconstructed, reconstructed + visible."""
 
     checkpoint: str
-    """A run's folder, a checkpoint folder or a .safetensors file."""
+    """A run's folder, a checkpoint folder, or a file of any weights with a decoder: .safetensors,
+    or the official code's .pth."""
     images: tuple[str, ...]
     """Picture files and folders of pictures, or demo."""
     output: str = "reconstruction.png"
@@ -32,6 +34,12 @@ class ReconstructConfig:
     max_unreadable: float = 0.1
     """Share of unreadable pictures above which the exit status is 1; of pictures that are given by
     name, none may be unreadable. The others are drawn in any case."""
+    norm_pix_loss: bool | None = None
+    """Whether --checkpoint was trained to predict normalised patches, where it does not tell."""
+    mean: tuple[float, ...] | None = None
+    """Mean of every channel to normalise with; by default the checkpoint's, else ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Deviation of every channel, as --mean."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
 
@@ -45,6 +53,7 @@ class ReconstructConfig:
         check_number("seed", self.seed, whole=True, at_least=0)
         check_number("max_images", self.max_images, whole=True, above=0)
         check_number("max_unreadable", self.max_unreadable, at_least=0, at_most=1)
+        check_statistics(self.mean, self.std)
         if not self.images:
             raise OptionError("--images needs at least one file or folder, got none")
         if not self.output.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):

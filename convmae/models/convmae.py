@@ -97,6 +97,7 @@ class ConvMAE(Trunk):
     """
 
     predicts_every_patch = False  # a subclass may predict more than the loss needs
+    fixed_positions = True
 
     def __init__(
         self,

@@ -50,6 +50,8 @@ class ConvViT(Trunk):
             the official code; `""` classifies every token.
         head_norm: a BatchNorm without parameters before the linear layer of the head, as linear
             probes have; they are then `head.0` and `head.1`.
+        dynamic_img_size: take images of any size that 16 divides; the position embedding is then
+            resampled from `img_size` to that of the images in every pass.
 
     Attributes:
         config: the arguments as plain values; `ConvViT(**model.config)` is the same architecture.
@@ -77,6 +79,7 @@ class ConvViT(Trunk):
         drop_path_rate: float = 0.0,
         global_pool: bool | str = True,
         head_norm: bool = False,
+        dynamic_img_size: bool = False,
     ) -> None:
         super().__init__(img_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, drop_path_rate)
         self.num_classes = _check_num_classes(num_classes)
@@ -97,6 +100,9 @@ class ConvViT(Trunk):
             "global_pool": self.global_pool,
             "head_norm": head_norm,
         }
+        self.dynamic_img_size = dynamic_img_size
+        if dynamic_img_size:  # so that files written before there was such an option stay equal
+            self.config["dynamic_img_size"] = True
         dim = embed_dim[2]
         self.embed_dim = self.num_features = self.head_hidden_size = dim
         self.feature_info = [
@@ -187,23 +193,44 @@ class ConvViT(Trunk):
                 f"stage {last + 1} is asked for, but prune_intermediate_layers left "
                 f"{self.last_stage + 1} of 3 stages"
             )
+        grid = self._grid_of(images)
         if is_exported():
             stage1, stage2 = partial(stage1_map, self), partial(stage2_map, self)
             tokens = partial(tokens_of_map, self)
         else:
-            mask = BlockMask.full(images.shape[0], self.grid, images.device)
+            mask = BlockMask.full(images.shape[0], grid, images.device)
             stage1, stage2 = partial(self.stage1, mask=mask), partial(self.stage2, mask=mask)
             tokens = partial(self.tokens)
         outputs = [stage1(images)]
         if last >= 1:
             outputs.append(stage2(outputs[0]))
         if last >= 2:
-            x = tokens(outputs[1]).view(images.shape[0], self.num_patches, -1)
-            x = add_parameter(x, self.pos_embed)
+            x = tokens(outputs[1]).view(images.shape[0], grid[0] * grid[1], -1)
+            x = add_parameter(x, resample_pos_embed(self.pos_embed, self.grid, grid))
             for block in self.blocks3:
                 x = self.run_block(block, x)
             outputs.append(x)
         return outputs
+
+    def check_size(self, height: int, width: int) -> None:
+        """The images are of the model's size, or with `dynamic_img_size` of one that 16 divides.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if not self.dynamic_img_size:
+            super().check_size(height, width)
+        elif height < self.patch_size or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"images are {height} x {width}, expected multiples of {self.patch_size} "
+                "(dynamic_img_size)"
+            )
+
+    def _grid_of(self, images: Tensor) -> tuple[int, int]:
+        """`(gh, gw)` patches of images that fit the model."""
+        if not self.dynamic_img_size:
+            return self.grid
+        return images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
 
     # -- dense features ---------------------------------------------------------------------------
 
@@ -246,15 +273,16 @@ class ConvViT(Trunk):
         else:
             last = needed if stop_early else max(needed, self.last_stage)
         outputs = self._stages(images, last)
+        grid = self._grid_of(images)
         last_norm = self.fc_norm if self.global_pool else self.norm
         maps = []
         for index in wanted:
             x = outputs[min(index, 2)]
             if index >= 2:
-                x = (last_norm(x) if norm else x).unflatten(1, self.grid)
+                x = (last_norm(x) if norm else x).unflatten(1, grid)
                 x = x.permute(0, 3, 1, 2).clone()  # no view of tokens: it may be written into
             elif x.dim() == 3:
-                x = scatter_visible(x, BlockMask.full(images.shape[0], self.grid, images.device))
+                x = scatter_visible(x, BlockMask.full(images.shape[0], grid, images.device))
             if index == 3:
                 x = F.max_pool2d(x, 2, ceil_mode=True)
             maps.append(x)

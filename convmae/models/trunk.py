@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from convmae.models.adapt import fit_positions
 from convmae.models.layers import Block, ConvBlock, Linear, PatchEmbed
 from convmae_kernels import BlockMask, gather_visible
 from convmae_kernels.ops.support.arithmetic import cast_together
@@ -37,6 +38,8 @@ class Trunk(nn.Module):
     Raises:
         ValueError: a size does not fit; the message names it.
     """
+
+    fixed_positions = False  # whether the position embedding is sin-cos and frozen
 
     def __init__(
         self,
@@ -141,6 +144,28 @@ class Trunk(nn.Module):
         with cast_together(list(self.patch_embed4.parameters()), x):
             return self.patch_embed4(x)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As `torch.nn.Module` has it; position embeddings of other sizes are resampled before."""
+        fit_positions(self, state_dict, prefix, error_msgs)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
     # -- checks -----------------------------------------------------------------------------------
 
     def check_images(self, images: Tensor) -> None:
@@ -167,12 +192,7 @@ class Trunk(nn.Module):
                 f"images have {images.shape[1]} channels, but the model takes {self.in_chans} "
                 "(in_chans)"
             )
-        height, width = images.shape[2:]
-        if (height, width) != self.img_size:
-            raise ValueError(
-                f"images are {height} x {width}, but the model takes {self.img_size[0]} x "
-                f"{self.img_size[1]} (img_size)"
-            )
+        self.check_size(*images.shape[2:])
         if images.device != self.pos_embed.device:
             raise ValueError(
                 f"images are on {images.device}, but the model is on {self.pos_embed.device}"
@@ -180,6 +200,18 @@ class Trunk(nn.Module):
         mixed = autocast_is_on(images.device.type) and images.dtype != torch.float64
         if images.dtype != self.pos_embed.dtype and not mixed:
             raise TypeError(f"images are {images.dtype}, but the model is {self.pos_embed.dtype}")
+
+    def check_size(self, height: int, width: int) -> None:
+        """The images are of the model's size.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if (height, width) != self.img_size:
+            raise ValueError(
+                f"images are {height} x {width}, but the model takes {self.img_size[0]} x "
+                f"{self.img_size[1]} (img_size)"
+            )
 
     def check_mask(self, images: Tensor, mask: BlockMask) -> None:
         """The mask fits the images, and shows something of every image.

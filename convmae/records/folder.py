@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convmae.config import OptionError, read_yaml
-from convmae.files import CHECKPOINT, replaced_folder, replacing, why_no_folder
+from convmae.files import (
+    CHECKPOINT,
+    replaced_folder,
+    replacing,
+    why_no_folder,
+    with_digest_line,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,7 +134,8 @@ class RunFolder:
         import yaml
 
         with replacing(self.options) as new:
-            new.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+            text = yaml.safe_dump(values, sort_keys=False)
+            new.write_text(with_digest_line(text), encoding="utf-8")
 
     def write_environment(self, entries: dict[str, str]) -> None:
         """Writes where and how the run was made."""

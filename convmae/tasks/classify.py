@@ -66,10 +66,10 @@ class Classification(Task):
             notes.append("starting from random weights (no --finetune)")
         else:
             with for_option("finetune"):
-                report = load_pretrained(model, initial, self.classes)
-            notes.append(str(report))
+                report = load_pretrained(model, initial, config.adapt_input, self.classes)
+            notes += report.lines()
             self.keeps_head = report.keeps_head
-            self.initial_statistics = None if initial.ours is None else initial.ours.pictures
+            self.initial_statistics = report.statistics
         return model, full_name(name), notes
 
     def _match(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import OptionError, suggest
+from convmae.config import OptionError, for_option, suggest
 from convmae.data import PretrainTransform
 from convmae.models import ConvMAE, FastConvMAE, create_model, full_name, list_models
 from convmae.models.fastconvmae import complementary_masks
@@ -16,13 +16,15 @@ from convmae.seeds import mask_noise
 from convmae.training.optim import Groups, adamw, decay_groups
 from convmae.training.run import RunSummary, run_task
 from convmae.training.task import Task
+from convmae.weights.checkpoint import read_statistics
+from convmae.weights.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
     from torch import Tensor, nn
 
     from convmae.config import PretrainConfig
-    from convmae.data import Batch, Source
+    from convmae.data import Batch, Source, Statistics
     from convmae.training.state import Run
 
 PREVIEW_IMAGES = 6
@@ -60,6 +62,7 @@ class Pretraining(Task):
     """Hide most of every picture, learn to paint the rest."""
 
     command = "pretrain"
+    initial_statistics: Statistics | None = None
 
     def transform(self, config: PretrainConfig) -> Any:
         return PretrainTransform(config.size, config.min_crop, config.hflip)
@@ -88,7 +91,25 @@ class Pretraining(Task):
                 complementary_masks(noise, model.grid, config.mask_ratio)
             except ValueError as error:
                 raise OptionError(f"--mask_ratio: {error}") from error
-        return model, full_name(config.model), []
+        return model, full_name(config.model), self._start(model, config)
+
+    def _start(self, model: ConvMAE, config: PretrainConfig) -> list[str]:
+        """Puts `config.init` into the model, unless the run goes on; what to tell about it."""
+        if config.init is None:
+            return []
+        if self.resumed is not None:
+            with for_option("resume"):
+                self.initial_statistics = read_statistics(self.resumed)
+            return [
+                f"note: --init {config.init!r} is not read: the run goes on from its own weights"
+            ]
+        with for_option("init"):
+            report = load_pretrained(model, config.init, config.adapt_input)
+        self.initial_statistics = report.statistics
+        return report.lines()
+
+    def statistics(self, config: PretrainConfig) -> Statistics | None:
+        return self.initial_statistics
 
     def groups(self, model: nn.Module, config: PretrainConfig) -> Groups:
         return decay_groups(model, config.weight_decay)

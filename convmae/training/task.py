@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from PIL import Image as PILImage
     from torch import Tensor, nn
@@ -22,6 +24,7 @@ class Task(ABC):
 
     command: str
     classes: ClassNames | None = None  # names of what the model tells apart, in their order
+    resumed: Path | None = None  # the checkpoint folder that the run goes on from
 
     @abstractmethod
     def transform(self, config: Any) -> Any:

@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convmae.config import WeightsError
-from convmae.models.layers import sincos_pos_embed
+from convmae.models.adapt import factors, sincos_grid
 from convmae.models.registry import DECODER as USUAL_DECODER
 from convmae.models.registry import SIZES, TINY_DECODER, create_model
+from convmae.weights.configuration import count_blocks
 from convmae.weights.foreign import few
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from convmae.models import ConvMAE, ConvViT
     from convmae.weights.foreign import ForeignWeights
 
 PATCH = 16
-SINCOS_ATOL = 5e-3  # bfloat16 rounds a value below 1 by up to 2e-3
 DECODER_HEADS = {
     d["decoder_embed_dim"]: d["decoder_num_heads"] for d in (USUAL_DECODER, TINY_DECODER)
 }
@@ -62,7 +60,7 @@ def read_encoder(found: ForeignWeights) -> Encoder:
             "4 x 4, 2 x 2 and 2 x 2 (patches of 16 x 16 pixels)"
         )
     dims = tuple(shape[0] for shape in shapes)
-    depth = tuple(count_blocks(found.state, f"blocks{i}.") for i in (1, 2, 3))
+    depth = tuple(count_blocks(found.path, found.state, f"blocks{i}.") for i in (1, 2, 3))
     hidden = [shape_of(found, f"blocks{i}.0.mlp.fc1.weight", 0)[0] for i in (1, 2, 3)]
     ratios = tuple(_ratio(n, d) for n, d in zip(hidden, dims))
     return Encoder(shapes[0][1], dims, depth, ratios)  # type: ignore[arg-type]
@@ -90,12 +88,6 @@ def shape_of(found: ForeignWeights, name: str, rank: int) -> tuple[int, ...]:
             f"{found.path}: {name} has shape {list(shape)}, expected {rank or 'some'} dimensions"
         )
     return shape
-
-
-def count_blocks(state: dict[str, Tensor], prefix: str) -> int:
-    """One more than the highest number behind `prefix`."""
-    numbers = [name[len(prefix) :].partition(".")[0] for name in state if name.startswith(prefix)]
-    return max((int(n) + 1 for n in numbers if n.isdecimal()), default=0)
 
 
 def num_heads(encoder: Encoder, found: ForeignWeights, model: str | None, heads: int | None) -> int:
@@ -142,7 +134,7 @@ def read_decoder(found: ForeignWeights, usual: dict[str, Any], heads: int | None
         if name in state and state[name].dim():
             width = state[name].shape[axis]
             break
-    depth = count_blocks(state, "decoder_blocks.") or usual["decoder_depth"]
+    depth = count_blocks(found.path, state, "decoder_blocks.") or usual["decoder_depth"]
     if heads is None and found.ours is not None:
         heads = found.ours.config.get("decoder_num_heads")
     if heads is None:
@@ -204,23 +196,3 @@ def grid_of(found: ForeignWeights, given: tuple[int, int] | None = None) -> tupl
         "convmae convert --input_size takes the height and width of the pictures it was trained "
         f"on, one of {few(sizes, 12)}"
     )
-
-
-def factors(patches: int) -> list[tuple[int, int]]:
-    """All grids of so many patches."""
-    return [(h, patches // h) for h in range(1, patches + 1) if patches % h == 0]
-
-
-def sincos_grid(pos_embed: Tensor) -> tuple[int, int] | None:
-    """The grid whose fixed sin-cos embedding this is; None if it is none.
-
-    Args:
-        pos_embed: `[1, L, D]`.
-    """
-    if pos_embed.dim() != 3 or pos_embed.shape[2] % 4:
-        return None
-    for grid in factors(pos_embed.shape[1]):
-        fixed = sincos_pos_embed(pos_embed.shape[2], grid)
-        if torch.allclose(pos_embed.float(), fixed, rtol=0.0, atol=SINCOS_ATOL):
-            return grid
-    return None

@@ -5,16 +5,33 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import WeightsError
+from convmae.config import WeightsError, WeightsWarning
 from convmae.data import IMAGENET, IMAGENET_MEAN, Statistics
 from convmae.data.classes import ClassNames, ClassNumbers
 from convmae.files import CHECKPOINT, flush, replaced_folder, replacing
+from convmae.models.adapt import POSITIONS, adapt_channels, fit_position
+from convmae.weights.configuration import (
+    blank_model,
+    check_config,
+    check_tensors,
+    check_training_state,
+)
+from convmae.weights.digest import (
+    STATE_DIGEST,
+    check_content,
+    check_state,
+    file_digest,
+    is_marked,
+    with_digest,
+)
+from convmae.weights.header import described, finite_numbers, read_metadata
 from convmae.weights.safe_load import load_tensors
 
 if TYPE_CHECKING:
@@ -28,6 +45,7 @@ WEIGHTS = "model.safetensors"
 STATE = "training_state.pt"
 # In the metadata of a model.safetensors, as JSON; the last three where they are known.
 _DESCRIBED = ("config", "mean", "std", "classes")
+PICTURES = ("mean", "std")
 
 
 @dataclass
@@ -72,23 +90,58 @@ class Weights:
             )
         return IMAGENET
 
-    def build_model(self, device: torch.device | str = "cpu") -> ConvMAE | ConvViT:
+    def build_model(
+        self,
+        device: torch.device | str = "cpu",
+        img_size: int | tuple[int, int] | None = None,
+        in_chans: int | None = None,
+        adapt_input: str = "auto",
+    ) -> ConvMAE | ConvViT:
         """The model with these weights, in evaluation mode.
+
+        Args:
+            device: where to put it.
+            img_size: for pictures of another size: the position embedding is resampled.
+            in_chans: for pictures of another number of channels: the first convolution is adapted,
+                and the last layer of a decoder, which predicts pixels.
+            adapt_input: how, as in `convmae.load_model`.
 
         Raises:
             WeightsError: the weights do not fit the model that the file names.
+            ValueError: an argument cannot be.
         """
+        model = blank_model(self.path, self.model, self.config, self.state)
+        own = model.state_dict()
+        check_tensors(self.path, own, self.state)
+        if (img_size, in_chans) != (None, None):
+            return self._adapted(model, img_size, in_chans, adapt_input).to(device).eval()
+        # Copies, so that training the model leaves `state` as it was.
+        values = {
+            key: value.to(device, own[key].dtype, copy=True) for key, value in self.state.items()
+        }
+        model.load_state_dict(values, assign=True)
+        return model.eval()
+
+    def _adapted(
+        self, model: ConvMAE | ConvViT, img_size: Any, in_chans: int | None, adapt_input: str
+    ) -> ConvMAE | ConvViT:
+        """The model for other pictures than those of `model`, which needs no values."""
         from convmae.models import create_model
 
+        given = {"img_size": img_size, "in_chans": in_chans}
         config = {key: tuple(v) if isinstance(v, list) else v for key, v in self.config.items()}
-        try:
-            model = create_model(self.model, **config)
-            model.load_state_dict(self.state)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise WeightsError(
-                f"{self.path} does not fit the model it names, {self.describe()}: {error}"
-            ) from error
-        return model.to(device).eval()
+        config |= {key: value for key, value in given.items() if value is not None}
+        other = create_model(self.model, **config)
+        state = dict(self.state)
+        for name in POSITIONS:
+            if name in state:
+                old, new, fixed = model.grid, other.grid, other.fixed_positions
+                state[name], _ = fit_position(state[name], old, new, fixed)
+        note = adapt_channels(state, other.in_chans, adapt_input)
+        if note:
+            warnings.warn(f"{self.path}: {note}", WeightsWarning, stacklevel=4)
+        other.load_state_dict(other.state_dict() | state)
+        return other
 
 
 def describe(model: str, config: dict[str, Any]) -> str:
@@ -134,8 +187,9 @@ def save_checkpoint(
     fresh.mkdir()
     try:
         state = model.state_dict() if weights is None else weights
-        write_weights(fresh / WEIGHTS, name, model.config, state, pictures, classes)
         save_tensors(training_state, fresh / STATE)
+        digest = file_digest(fresh / STATE)
+        write_weights(fresh / WEIGHTS, name, model.config, state, pictures, classes, digest)
         for path in (fresh / WEIGHTS, fresh / STATE, fresh):
             flush(path)
     except BaseException:
@@ -197,8 +251,18 @@ def write_weights(
     state: Mapping[str, Tensor],
     pictures: Statistics | None = None,
     classes: ClassNames | None = None,
+    state_digest: str | None = None,
 ) -> None:
     """Writes `path`, a `.safetensors` file that names its model; whole or not only by `replacing`.
+
+    Args:
+        path: the file.
+        name: the model's name for `convmae.create_model`.
+        config: its configuration.
+        state: its state dict.
+        pictures: what its pictures were normalised with.
+        classes: names of the classes that it tells apart.
+        state_digest: `file_digest` of the training state that will lie beside it.
 
     Raises:
         OSError: the disk refused.
@@ -212,7 +276,10 @@ def write_weights(
     if classes is not None:
         numbers = isinstance(classes, ClassNumbers)
         metadata["classes"] = json.dumps([int(n) for n in classes] if numbers else list(classes))
-    tensors = {key: value.detach().contiguous() for key, value in state.items()}
+    if state_digest is not None:
+        metadata[STATE_DIGEST] = state_digest
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    metadata = with_digest(metadata, tensors)
     path.touch()
     mode = path.stat().st_mode
     try:
@@ -239,9 +306,10 @@ def find_checkpoint(path: str | Path) -> Path:
         if (candidate / WEIGHTS).is_file():
             return candidate
     what = "holds no checkpoint" if given.exists() else "does not exist"
+    other = "; `convmae convert` makes one of other files of weights" if given.is_file() else ""
     raise WeightsError(
         f"path {str(path)!r} {what}; expected a run's folder, a checkpoint folder or a "
-        f"{WEIGHTS} file"
+        f"{WEIGHTS} file{other}"
     )
 
 
@@ -259,30 +327,42 @@ def open_weights(path: str | Path) -> Weights:
     return read_weights_file(given if is_weights else find_checkpoint(path) / WEIGHTS)
 
 
-def read_weights_file(file: Path) -> Weights:
-    """`open_weights` of a file, whatever its name."""
-    from safetensors import SafetensorError, safe_open
+def read_weights_file(file: Path, ignore_digest: bool = False) -> Weights:
+    """`open_weights` of a file, whatever its name.
 
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file} is not readable as safetensors: {error}") from error
+    Args:
+        file: a safetensors file.
+        ignore_digest: take a file that was changed since convmae wrote it, as it is.
+    """
+    metadata, state = read_safetensors(file, ignore_digest)
     if "model" not in metadata or "config" not in metadata:
         raise WeightsError(
             f"{file} does not name its model; expected a file that convmae pretrain "
             f"wrote, with 'model' and 'config' in its metadata, found {sorted(metadata) or 'none'}"
+            "; `convmae convert` writes one from it"
         )
     try:
-        values = {key: json.loads(metadata[key]) for key in _DESCRIBED if key in metadata}
-        mean, std = (tuple(map(float, values[k])) if k in values else None for k in ("mean", "std"))
+        values = {key: described(metadata, key) for key in _DESCRIBED if key in metadata}
+        mean, std = (
+            finite_numbers(key, values[key]) if key in values else None for key in PICTURES
+        )
         classes = _read_classes(values["classes"]) if "classes" in values else None
         config = dict(values["config"])
+        channels = {config.get("in_chans", 3), *(len(v) for v in (mean, std) if v is not None)}
+        if len(channels) > 1 or (mean is None) != (std is None):
+            raise ValueError("mean, deviation and in_chans are not of the same channels")
     except (ValueError, TypeError) as error:
         raise WeightsError(
             f"the metadata of {file} are damaged: {error}; expected JSON of {', '.join(_DESCRIBED)}"
         ) from error
+    check_config(file, metadata["model"], config)
+    if not is_marked(metadata):
+        warnings.warn(
+            f"{file} has no digest, as an earlier version wrote it: changed bits would not be "
+            "noticed; what convmae writes from now on has one",
+            WeightsWarning,
+            stacklevel=2,
+        )
     pictures = None if mean is None or std is None else Statistics(mean, std)
     return Weights(file, metadata["model"], config, state, pictures, classes)
 
@@ -300,7 +380,34 @@ def _read_classes(values: Any) -> ClassNames:
     raise ValueError("classes are no list of names")
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> ConvMAE | ConvViT:
+def read_safetensors(
+    file: Path, ignore_digest: bool = False
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file of any origin; its digest is checked, if any.
+
+    Raises:
+        WeightsError: it is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    metadata = read_metadata(file)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} is not readable as safetensors: {error}") from error
+    if not ignore_digest:
+        check_content(file, metadata, state)
+    return metadata, state
+
+
+def load_model(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    img_size: int | tuple[int, int] | None = None,
+    in_chans: int | None = None,
+    adapt_input: str = "auto",
+) -> ConvMAE | ConvViT:
     """The model of a checkpoint, with its weights, in evaluation mode.
 
     `open_weights(path)` has besides what its pictures were normalised with, and `build_model`.
@@ -308,11 +415,35 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> ConvMAE 
     Args:
         path: a run's folder, a checkpoint folder or a `.safetensors` file.
         device: where to put it.
+        img_size: height and width of the pictures, one number for squares, where they are not of
+            the size that the model was trained on; its position embedding is then resampled.
+        in_chans: channels of the pictures, where they are not as many as it was trained on.
+        adapt_input: how the first convolution then becomes one of `in_chans` channels: `"sum"`
+            gives every channel the sum over its channels / `in_chans`, `"repeat"` repeats them,
+            scaled as timm does, `"fresh"` draws new ones; `"auto"` is the sum for one channel, else
+            repeated. A warning says what was done.
 
     Raises:
         WeightsError: no readable checkpoint, or its weights do not fit the model it names.
+        ValueError: an argument cannot be.
     """
-    return open_weights(path).build_model(device)
+    return open_weights(path).build_model(device, img_size, in_chans, adapt_input)
+
+
+def read_statistics(folder: Path) -> Statistics | None:
+    """Mean and deviation that a checkpoint folder tells, without reading its tensors.
+
+    Raises:
+        WeightsError: the metadata are damaged.
+    """
+    metadata = read_metadata(folder / WEIGHTS)
+    if not all(key in metadata for key in PICTURES):
+        return None
+    try:
+        mean, std = (finite_numbers(key, described(metadata, key)) for key in PICTURES)
+    except ValueError as error:
+        raise WeightsError(f"the metadata of {folder / WEIGHTS} are damaged: {error}") from error
+    return Statistics(mean, std)
 
 
 def read_training_state(path: str | Path) -> tuple[Weights, dict[str, Any]]:
@@ -328,7 +459,9 @@ def read_training_state(path: str | Path) -> tuple[Weights, dict[str, Any]]:
             f"{folder} holds weights only; going on with a run also needs its {STATE}"
         )
     weights = open_weights(folder)
+    check_state(file, read_metadata(folder / WEIGHTS))
     state = load_tensors(file)
     if not isinstance(state, dict):
         raise WeightsError(f"{file} holds a {type(state).__name__}, expected a training state")
+    check_training_state(file, state)
     return weights, state

@@ -13,17 +13,26 @@ import torch
 from torch import Tensor
 
 from convmae.config import WeightsError
-from convmae.weights.checkpoint import Weights, open_weights, read_weights_file
+from convmae.models.adapt import DECODER
+from convmae.weights.checkpoint import (
+    WEIGHTS,
+    Weights,
+    find_checkpoint,
+    read_safetensors,
+    read_weights_file,
+)
+from convmae.weights.configuration import has_part_only
+from convmae.weights.header import read_metadata
 from convmae.weights.safe_load import PICKLE, ZIP, load_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema")  # the first of them is read
-WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+# Of DistributedDataParallel, of torch.compile, of Lightning and timm's features_only.
+WRAPPERS = ("module.", "_orig_mod.", "model.")
 # What the names of a model's tensors begin with.
 ENCODER = ("pos_embed", "patch_embed", "blocks1.", "blocks2.", "blocks3.")
-DECODER = ("decoder_", "mask_token", "stage1_output_decode.", "stage2_output_decode.")
 HEAD = ("norm.", "fc_norm.", "head.")
 
 
@@ -50,7 +59,9 @@ class ForeignWeights:
     notes: list[str] = field(default_factory=list)
 
 
-def open_foreign(path: str | Path, key: str | None = None) -> ForeignWeights:
+def open_foreign(
+    path: str | Path, key: str | None = None, ignore_digest: bool = False
+) -> ForeignWeights:
     """The weights of a run's folder, of a `.safetensors` file or of a PyTorch file.
 
     Which of them a file is, its first bytes tell, not its name.
@@ -58,6 +69,7 @@ def open_foreign(path: str | Path, key: str | None = None) -> ForeignWeights:
     Args:
         path: the file or folder.
         key: the entry of a PyTorch file that holds the weights; found by itself if None.
+        ignore_digest: take a file that was changed since convmae wrote it, as it is.
 
     Raises:
         WeightsError: there is no such file, it is damaged or no file of weights, or it asks for
@@ -72,9 +84,10 @@ def open_foreign(path: str | Path, key: str | None = None) -> ForeignWeights:
     elif key is not None:
         raise WeightsError(f"--key {key!r}: {given} is a {kind}, which has no entries")
     elif kind == "folder":
-        found = _ours(open_weights(given))
+        file = find_checkpoint(path) / WEIGHTS
+        found = _read_safetensors(file, ignore_digest)
     else:
-        found = _read_safetensors(given)
+        found = _read_safetensors(given, ignore_digest)
     _drop_class_token(found)
     return found
 
@@ -114,17 +127,11 @@ def _kind_of(path: Path) -> str:
     )
 
 
-def _read_safetensors(path: Path) -> ForeignWeights:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            if "model" in metadata and "config" in metadata:
-                return _ours(read_weights_file(path))
-            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not readable as safetensors: {error}") from error
+def _read_safetensors(path: Path, ignore_digest: bool) -> ForeignWeights:
+    metadata = read_metadata(path)
+    if "model" in metadata and "config" in metadata:
+        return _ours(read_weights_file(path, ignore_digest))
+    _, state = read_safetensors(path, ignore_digest)
     known, unexpected = _sort_out(state, path)
     return ForeignWeights(path, f"safetensors, {len(state)} tensors", known, unexpected)
 
@@ -213,6 +220,8 @@ def _no_weight(value: Any) -> str | None:
         return "a tensor without values"
     if value.layout != torch.strided or value.is_quantized:
         return "a sparse or quantised tensor"
+    if has_part_only(value):
+        return f"a tensor of shape {list(value.shape)} with values for a part of it only"
     if not value.is_floating_point() and value.numel() != 1:  # one: a counter of batches
         return f"a tensor of {str(value.dtype).removeprefix('torch.')}"
     return None

@@ -1,4 +1,4 @@
-"""Weights of any origin into a classifier, for `--finetune`."""
+"""Weights of any origin into a model, for `--finetune` and `--init`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+import torch
+
 from convmae.config import WeightsError
 from convmae.data.classes import ClassNumbers, listed, normal_form
-from convmae.models import resample_pos_embed
-from convmae.weights.architecture import grid_of, read_encoder
-from convmae.weights.foreign import ForeignWeights, few
+from convmae.models import ConvViT
+from convmae.models.adapt import DECODER, POSITIONS, adapt_channels, fit_position
+from convmae.weights.architecture import Encoder, grid_of, read_encoder
+from convmae.weights.foreign import ForeignWeights, few, open_foreign
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
+    from convmae.data import Statistics
     from convmae.models.trunk import Trunk
 
 Grid: TypeAlias = "tuple[int, int]"
@@ -28,7 +32,8 @@ class LoadReport:
     """What `load_pretrained` did; names of tensors.
 
     Attributes:
-        missing: not in the file: they keep the values that the model had.
+        missing: not in the file, or not of this model's shape: they keep the values that the model
+            had.
         unexpected: in the file, but of no model of ours.
         resampled: `name: old grid -> new grid`.
         left_out: in the file, but not in this model, such as the decoder.
@@ -36,6 +41,10 @@ class LoadReport:
         path: the file.
         head: what became of the head of a classifier, in words.
         keeps_head: whether the model has the head of the file.
+        adapted: how the first convolution was fitted to the channels; None if it did not need it.
+        notes: anything else to know.
+        statistics: mean and deviation that the file tells; None if it tells none, or of pictures
+            of other channels.
     """
 
     missing: list[str]
@@ -46,6 +55,9 @@ class LoadReport:
     path: Path = Path()
     head: str = ""
     keeps_head: bool = False
+    adapted: str | None = None
+    notes: list[str] = field(default_factory=list)
+    statistics: Statistics | None = None
 
     def __str__(self) -> str:
         parts = [f"{self.loaded} tensors from {self.path}"]
@@ -61,71 +73,104 @@ class LoadReport:
             parts.append(self.head)
         return "; ".join(parts)
 
+    def lines(self) -> list[str]:
+        """All that there is to tell, a line each."""
+        adapted = [] if self.adapted is None else [f"note: {self.path}: {self.adapted}"]
+        return [str(self), *adapted, *(f"note: {note}" for note in self.notes)]
+
 
 def load_pretrained(
-    model: Trunk, weights: ForeignWeights, classes: Sequence[str] | None = None
+    model: Trunk,
+    weights: ForeignWeights | str | Path,
+    adapt_input: str = "auto",
+    classes: Sequence[str] | None = None,
 ) -> LoadReport:
-    """Puts the encoder of a file into `model`, in place; a classifier's head too, if it fits.
+    """Puts weights of any origin into `model`, in place: the whole encoder, and what else fits.
 
-    With `classes` it fits if the file names all of them, in any order: each gets its own row.
-    Otherwise it fits if it is of the same shape.
-
-    The position embedding is resampled to the model's grid. Only `head` and `fc_norm` may keep the
-    values that they have.
+    Position embeddings are fitted to the model's grid, the first convolution to its channels. A
+    classifier takes a head of the same classes; a pretraining model the decoder, if it is of the
+    same width and depth. The rest keeps the values that it has.
 
     Args:
-        model: a `ConvViT`, of any `img_size`.
-        weights: what `open_foreign` weights.
-        classes: names of the model's classes.
+        model: a `ConvViT`, `ConvMAE` or `FastConvMAE`, of any `img_size` and `in_chans`.
+        weights: a run's folder, a `.safetensors` or PyTorch file, or what `open_foreign` found.
+        adapt_input: for other channels: `"sum"`, `"repeat"`, `"fresh"` or `"auto"`, as in
+            `convmae.load_model`.
+        classes: names of the model's classes. The head of a classifier then fits if the file names
+            all of them, in any order: each gets its own row. Without them it fits if it is of the
+            same shape.
+
+    Returns:
+        What was loaded, what stayed fresh, what was left out; `print` it.
 
     Raises:
-        WeightsError: the file does not fit the model.
+        WeightsError: there is no such file, or the model's encoder is not in it. The model is
+            unchanged.
+        ValueError: `adapt_input` is none of these.
     """
-    encoder = read_encoder(weights)
+    found = weights if isinstance(weights, ForeignWeights) else open_foreign(weights)
+    encoder = read_encoder(found)
     own = model.state_dict()
-    shapes = {key: tuple(value.shape) for key, value in own.items()}
-    if encoder.in_chans != model.in_chans:
-        raise WeightsError(
-            f"{weights.path} is of pictures of {encoder.in_chans} channels, but the data "
-            f"and the model have {model.in_chans} (in_chans)"
-        )
-    state = {key: value for key, value in weights.state.items() if key in own}
-    resampled = []
-    old = grid_of(weights)
-    if old != model.grid and "pos_embed" in state:
-        state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, model.grid)
-        resampled.append(f"pos_embed: {change(old, model.grid)}")
-    rows, told = None, ""
-    if classes is not None and any(key.startswith("head.") for key in weights.state):
-        rows, told = _rows_by_name(weights, classes)
-        state = _with_head(state, rows)
-    if any(tuple(state[key].shape) != shapes[key] for key in state if key.startswith("head.")):
-        state = _with_head(state, None)  # of other classes
-    kept = rows is not None and all(key in state for key in own if key.startswith("head."))
-    if rows is not None and not kept:
-        state, told = _with_head(state, None), "head: fresh, as that of the file is of another kind"
-    fits = f" ({encoder}; convvit_{encoder.size} fits)" if encoder.size else f" ({encoder})"
-    check_shapes(state, shapes, weights, "the model", fits)
+    state = {key: value for key, value in found.state.items() if key in own}
+    resampled = _fit_positions(model, found, state)
+    adapted = adapt_channels(state, model.in_chans, adapt_input)
+    head, keeps_head = "", False
+    if classes is not None and any(key.startswith("head.") for key in found.state):
+        state, head = _head_by_name(found, state, own, classes)
+        keeps_head = any(key.startswith("head.") for key in state)
+    may_lack, notes = _choose(model, found, state, own)
+    if adapted and adapt_input == "fresh":
+        may_lack = (*may_lack, "patch_embed1.proj.")
+    fits = f" ({_fitting(model, encoder)})"
+    check_shapes(state, {key: tuple(v.shape) for key, v in own.items()}, found, "the model", fits)
     missing = [key for key in own if key not in state]
-    needed = [key for key in missing if not key.startswith(("head.", "fc_norm."))]
+    needed = [key for key in missing if not key.startswith(may_lack)]
     if needed:
-        raise WeightsError(f"{weights.path} lacks {few(needed)}, which the model needs{fits}")
+        raise WeightsError(f"{found.path} lacks {few(needed)}, which the model needs{fits}")
+    bad = [key for key, value in state.items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise WeightsError(f"{found.path} holds NaN or infinity in {few(bad)}; nothing was loaded")
     model.load_state_dict(own | state)
+    pictures = None if found.ours is None else found.ours.pictures
+    if adapted and pictures is not None:
+        notes.append(
+            f"mean and deviation of {found.path} are of {encoder.in_chans} channels: not used"
+        )
+        pictures = None
     return LoadReport(
         missing=missing,
-        unexpected=weights.unexpected,
+        unexpected=found.unexpected,
         resampled=resampled,
-        left_out=[key for key in weights.state if key not in state],
+        left_out=[key for key in found.state if key not in state],
         loaded=len(state),
-        path=weights.path,
-        head=told,
-        keeps_head=kept,
+        path=found.path,
+        head=head,
+        keeps_head=keeps_head,
+        adapted=adapted,
+        notes=notes,
+        statistics=pictures,
     )
 
 
-def _rows_by_name(weights: ForeignWeights, classes: Sequence[str]) -> tuple[list[int] | None, str]:
+def _head_by_name(
+    found: ForeignWeights,
+    state: dict[str, Tensor],
+    own: dict[str, Tensor],
+    classes: Sequence[str],
+) -> tuple[dict[str, Tensor], str]:
+    """`state` with the file's row of each class, or without a head; and that in words."""
+    rows, told = _rows_by_name(found, classes)
+    state = _with_head(state, rows)
+    names = {key for key in own if key.startswith("head.")}
+    fits = all(key in state and state[key].shape == own[key].shape for key in names)
+    if rows is not None and not fits:
+        return _with_head(state, None), "head: fresh, as that of the file is of another kind"
+    return state, told
+
+
+def _rows_by_name(found: ForeignWeights, classes: Sequence[str]) -> tuple[list[int] | None, str]:
     """The row of each class in the head of a file, None if it lacks one; and that in words."""
-    names = None if weights.ours is None else weights.ours.classes
+    names = None if found.ours is None else found.ours.classes
     if names is None:
         return None, "head: fresh, as the file does not tell the names of its classes"
     numbered = isinstance(names, ClassNumbers), isinstance(classes, ClassNumbers)
@@ -151,6 +196,75 @@ def _with_head(state: dict[str, Tensor], rows: list[int] | None) -> dict[str, Te
     if any(max(rows) >= len(state[key]) for key in of_classes):  # names of another head
         return _with_head(state, None)
     return state | {key: state[key][rows] for key in of_classes}
+
+
+def _choose(
+    model: Trunk, found: ForeignWeights, state: dict[str, Tensor], own: dict[str, Tensor]
+) -> tuple[tuple[str, ...], list[str]]:
+    """Takes out of `state` what is behind the encoder and does not fit the model as a whole.
+
+    Returns:
+        What the names begin with that the model may keep, and what there is to tell.
+    """
+    notes = list(found.notes)
+    if isinstance(model, ConvViT):
+        _drop_other(state, own, ("head.",))  # of other classes
+        return ("head.", "fc_norm."), notes
+    for name in ("norm.", *DECODER[2:]):
+        _drop_other(state, own, (name,))
+    if _drop_other(state, own, DECODER[:2]):
+        notes.append(f"the decoder of {found.path} is not whole, or not of the model's size: fresh")
+    elif "mask_token" in state:
+        notes += _other_target(model, found)
+    return (*DECODER, "norm."), notes
+
+
+def _fitting(model: Trunk, encoder: Encoder) -> str:
+    """What an encoder is of, and the model that it fits, if there is one."""
+    kind = "convvit" if isinstance(model, ConvViT) else "convmae"
+    return f"{encoder}; {kind}_{encoder.size} fits" if encoder.size else str(encoder)
+
+
+def _fit_positions(model: Trunk, found: ForeignWeights, state: dict[str, Tensor]) -> list[str]:
+    """Fits position embeddings to the grid of `model`, in `state`; what was done, in words."""
+    old, done = grid_of(found), []
+    for name in POSITIONS:
+        if name not in state or old == model.grid:
+            continue
+        if state[name].shape[:2] != (1, old[0] * old[1]):
+            raise WeightsError(
+                f"{found.path} has {name} of shape {list(state[name].shape)}, but pictures of "
+                f"{old[0]} x {old[1]} patches"
+            )
+        state[name], _ = fit_position(state[name], old, model.grid, model.fixed_positions)
+        done.append(f"{name}: {change(old, model.grid)}")
+    return done
+
+
+def _drop_other(
+    state: dict[str, Tensor], own: dict[str, Tensor], prefixes: tuple[str, ...]
+) -> bool:
+    """Takes tensors of these names out of `state` unless they are all there, of the same shapes.
+
+    Returns:
+        Whether any was taken out.
+    """
+    names = {key for key in own if key.startswith(prefixes)}
+    there = {key for key in state if key.startswith(prefixes)}
+    if names == there and all(state[key].shape == own[key].shape for key in names):
+        return False
+    for key in there:
+        del state[key]
+    return bool(there)
+
+
+def _other_target(model: Trunk, found: ForeignWeights) -> list[str]:
+    """What to tell where a decoder learned to predict other pixels than the model's is to."""
+    told = found.options if found.ours is None else found.ours.config
+    before, now = told.get("norm_pix_loss"), getattr(model, "norm_pix_loss", None)
+    if not isinstance(before, bool) or before == now:
+        return []
+    return [f"the decoder of {found.path} was trained with norm_pix_loss {before}, not {now}"]
 
 
 def classifier_for(weights: ForeignWeights) -> str | None:

@@ -297,6 +297,58 @@ def test_a_fault_in_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
         cli.main(["pretrain"])
 
 
+def test_a_changed_bit_of_the_options_of_a_run_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be an edit, so it is no error where the options can still be read."""
+    import random
+
+    from convmae.config import OptionError, config_to_mapping
+    from convmae.records.folder import RunFolder
+
+    folder = RunFolder.of(tmp_path)
+    folder.write_options(config_to_mapping(PretrainConfig(blr=1e-3)))
+    whole = folder.options.read_bytes()
+    read = lambda: cli._read_yaml(str(folder.options))  # noqa: E731
+    assert read()["blr"] == 1e-3 and capsys.readouterr().err == ""
+    draw = random.Random(0)
+    first, last = whole.index(b"\n"), whole.rindex(b"#")
+    places = [draw.randrange(len(whole)) for _ in range(100)]
+    for place in [*places, *range(0, first + 1, 5), *range(last, len(whole), 5), len(whole) - 1]:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << draw.randrange(8)
+        folder.options.write_bytes(changed)
+        try:
+            read()
+        except OptionError as error:
+            assert str(folder.options) in str(error)
+        else:
+            assert f"--config '{folder.options}' was changed since" in capsys.readouterr().err
+    lines = whole.decode().splitlines(keepends=True)
+    folder.options.write_text("".join(lines[1:-1]).replace("blr: 0.001", "blr: 0.002"))
+    assert read()["blr"] == 0.002 and capsys.readouterr().err == ""
+
+
+def test_warnings_about_weights_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the main process; warnings of others look as they always do."""
+    import warnings
+
+    from convmae.config import WeightsWarning
+
+    plain = warnings.formatwarning
+    monkeypatch.setattr(warnings, "formatwarning", plain)  # and put back
+    missing = str(tmp_path / "nowhere")
+    assert cli.main(["convert", "--checkpoint", missing, "--output", missing + ".pth"]) == 2
+    assert f"--checkpoint '{missing}' does not exist" in capsys.readouterr().err
+    where = ("file.py", 3)
+    assert warnings.formatwarning("a b", WeightsWarning, *where) == "convmae: warning: a b\n"
+    assert warnings.formatwarning("a", UserWarning, *where) == plain("a", UserWarning, *where)
+    monkeypatch.setenv("RANK", "1")
+    assert warnings.formatwarning("a b", WeightsWarning, *where) == ""
+
+
 def test_pretrain_and_reconstruct_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

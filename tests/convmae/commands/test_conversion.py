@@ -13,13 +13,12 @@ from golden import fill
 
 import convmae
 from convmae.config import OptionError
-from convmae.models.layers import sincos_pos_embed
+from convmae.models.layers import resample_pos_embed, sincos_pos_embed
 from convmae.weights.checkpoint import load_model, open_weights
 from convmae.weights.foreign import open_foreign
 from convmae.weights.pretrained import (
     classifier_for,
     load_pretrained,
-    resample_pos_embed,
 )
 from tests.support.foreign_files import encoder_of, official, refused, run, same, save
 from tests.support.paths import GOLDEN

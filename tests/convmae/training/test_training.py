@@ -367,7 +367,7 @@ def test_reconstruct_refuses_what_it_cannot_use(pictures: Path, tmp_path: Path) 
     safetensors.save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors", metadata=other)
     bad: list[tuple[str, dict[str, Any]]] = [
         ("checkpoint 'nowhere' does not exist", {"checkpoint": "nowhere"}),
-        ("does not name its model", {"checkpoint": str(tmp_path / "bare.safetensors")}),
+        ("is not of a ConvMAE", {"checkpoint": str(tmp_path / "bare.safetensors")}),
         ("does not fit the model it names", {"checkpoint": str(tmp_path / "other.safetensors")}),
         ("images 'nowhere' does not exist", {"images": ("nowhere",)}),
         ("images needs at least one", {"images": ()}),

@@ -87,6 +87,8 @@ def test_a_converted_file(runs: Path, tmp_path: Path) -> None:
     official, ours = tmp_path / "official.pth", tmp_path / "ours.safetensors"
     convmae.convert(ConvertConfig(str(runs / "mine"), str(official)))
     convmae.convert(ConvertConfig(str(official), str(ours), kind="convmae"))
+    with pytest.raises(convmae.WeightsError, match="convert` makes one of other files of weights"):
+        convmae.load_model(official)
     found, expected = (convmae.load_model(p).state_dict() for p in (ours, runs / "mine"))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
@@ -112,6 +114,24 @@ def test_the_lines_of_the_readme(runs: Path) -> None:
     exec(code.replace('"runs/', f'"{runs}/').replace("224", "32"), names)
     assert names["scores"].shape == (2, 2) and bool(names["scores"].isfinite().all())
     assert set(names["classes"]) <= {"cat", "dog"}
+
+
+def test_the_lines_about_models_alone(runs: Path) -> None:
+    """As they stand in README.md and docs/training.md, on another folder and a smaller model."""
+    texts = [(ROOT / file).read_text() for file in ("README.md", "docs/training.md")]
+    blocks = {block for text in texts for block in text.split("```python\n")[1:]}
+    codes = {block.partition("```")[0] for block in blocks if "convmae.load_model(" in block}
+    (code,) = codes
+    names: dict[str, Any] = {"convmae": convmae}
+    code = code.replace('"runs/', f'"{runs}/').replace("convvit_base", "convvit_tiny")
+    with pytest.warns(convmae.WeightsWarning, match="3 -> 1 channels, their sum"):
+        exec(code, names)
+    model, grey, classifier = (names[name] for name in ("model", "grey", "classifier"))
+    assert isinstance(model, convmae.ConvMAE) and grey.config["img_size"] == [192, 256]
+    assert grey.in_chans == 1 and classifier.head.weight.shape == (10, 256)
+    expected = model.state_dict()["blocks3.3.attn.qkv.weight"]
+    for other in (grey, classifier):
+        assert torch.equal(other.state_dict()["blocks3.3.attn.qkv.weight"], expected)
 
 
 def test_each_command_opens_its_file_once(
