@@ -32,6 +32,7 @@ from convmae.config import (
     StatsConfig,
     WeightsWarning,
     config_from_mapping,
+    read_yaml,
     suggest,
 )
 from convmae.files import was_changed
