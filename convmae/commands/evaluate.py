@@ -8,21 +8,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from convmae.config import OptionError, for_option
+from convmae.commands.inference import load
+from convmae.config import OptionError
 from convmae.data import EvalTransform, open_source
 from convmae.files import replacing
 from convmae.models import ConvViT
 from convmae.tasks.accuracy import accuracy, check_channels, check_labels
 from convmae.training.distributed import join
-from convmae.training.machine import pick_dtype
-from convmae.weights.checkpoint import open_weights
 
 if TYPE_CHECKING:
     from convmae.config import EvaluateConfig
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -38,10 +33,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     config.validate()
     with join(config.device, "auto") as world:
-        with for_option("checkpoint"):
-            weights = open_weights(config.checkpoint)
-            model: Any = weights.build_model(world.device)
-            statistics = weights.statistics
+        loaded = load(config, world.device)
+        weights, model = loaded.weights, loaded.model
         if not isinstance(model, ConvViT):
             raise OptionError(
                 f"--checkpoint {config.checkpoint!r} is a {type(model).__name__}, which does not "
@@ -53,9 +46,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
         check_labels(source, nb_classes, f"--data_path {config.data_path!r}")
         check_channels(source, model, config.data_path)
-        dtype, _ = pick_dtype(config.amp, world.device)
-        half = dtype != torch.float32
-        autocast = torch.autocast(world.device.type, dtype=dtype if half else None, enabled=half)
         workers = source.workers if config.num_workers is None else config.num_workers
         batches = source.evaluation_batches(
             EvalTransform(model.img_size, config.crop_pct),
@@ -66,7 +56,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             pin=world.device.type == "cuda",
         )
         began = time.perf_counter()
-        figures = accuracy(model, batches, nb_classes, statistics, world, autocast)
+        figures = accuracy(model, batches, nb_classes, loaded.statistics, world, loaded.autocast())
         seconds = time.perf_counter() - began
         result = figures | {
             "images": source.samples_per_epoch,

@@ -11,6 +11,7 @@ from convmae.config.checks import (
 from convmae.config.classify import EvaluateConfig, FinetuneConfig, LinprobeConfig
 from convmae.config.convert import ConvertConfig
 from convmae.config.errors import MessageError, OptionError, WeightsError, for_option
+from convmae.config.inference import EmbedConfig, InferenceConfig, PredictConfig, RowsConfig
 from convmae.config.pretrain import PretrainConfig
 from convmae.config.run import RunConfig
 from convmae.config.tools import InfoConfig, ReconstructConfig, StatsConfig
@@ -25,14 +26,18 @@ TRAINING_OPTIONS: dict[str, type[RunConfig]] = {
 __all__ = [
     "TRAINING_OPTIONS",
     "ConvertConfig",
+    "EmbedConfig",
     "EvaluateConfig",
     "FinetuneConfig",
+    "InferenceConfig",
     "InfoConfig",
     "MessageError",
     "LinprobeConfig",
     "OptionError",
+    "PredictConfig",
     "PretrainConfig",
     "ReconstructConfig",
+    "RowsConfig",
     "RunConfig",
     "StatsConfig",
     "WeightsError",

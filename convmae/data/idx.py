@@ -32,6 +32,21 @@ def find_idx(folder: Path) -> Path | None:
     return None
 
 
+def only_split(folder: Path) -> str:
+    """The split whose pictures are in `folder`.
+
+    Raises:
+        DataError: those of both are.
+    """
+    there = [split for split in PREFIX if _find_file(folder, "images", split)]
+    if len(there) > 1:
+        raise DataError(
+            f"--data_path: {folder} holds the splits train and val ({' and '.join(PREFIX.values())}"
+            "); give --split"
+        )
+    return there[0]
+
+
 def _find_file(folder: Path, what: str, split: str) -> Path | None:
     for ending in ("", ".gz"):
         path = folder / f"{_file_name(what, split)}{ending}"

@@ -11,23 +11,26 @@ from convmae.data.arrays import ARRAY_EXTENSION, ArrayPhotos
 from convmae.data.demo import CROPS_PER_PHOTO, DemoPhotos
 from convmae.data.errors import DataError, check_share
 from convmae.data.folder import FolderPhotos, check_readable, find_pictures, walk_pictures
-from convmae.data.idx import IdxPhotos, find_idx
+from convmae.data.idx import IdxPhotos, find_idx, only_split
 from convmae.data.pillow import EXTENSIONS
 from convmae.data.source import PhotoSource, Source, choose_balanced
 from convmae.data.stream import ShardSource, open_shards
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from convmae.data.errors import Failure
     from convmae.data.picture import Photos
 
 SPLITS = ("train", "val")
 VAL_FOLDERS = ("val", "test")
 SHARD = ".tar"
+LIST_EXTENSION = ".txt"  # of a file with the path of a picture in each line
 
 
 def open_source(
-    data_path: str | os.PathLike[str],
-    split: str = "train",
+    data_path: str | os.PathLike[str] | Sequence[str],
+    split: str | None = "train",
     max_unreadable: float = 0.1,
     max_samples: int | None = None,
     seed: int = 0,
@@ -45,10 +48,12 @@ def open_source(
     - WebDataset shards (`convmae.data.stream`): a folder with `.tar` files (or with `train` and
       `val` folders that have them), a pattern like `path/shard-{000000..000009}.tar`, or the same
       at an http or https address.
+    - With `split=None`, a picture, a `.npy` array, a `.txt` file with a path in each line
+      (relative ones from its folder), or several of these and of folders; they have no classes.
 
     Args:
         data_path: what to open.
-        split: "train" or "val".
+        split: "train" or "val"; None for every picture that lies at `data_path`.
         max_unreadable: share of unreadable pictures above which the source is refused; of shards,
             share of damaged shards.
         max_samples: train on this many pictures only, as many of each class as can be.
@@ -57,11 +62,15 @@ def open_source(
     Raises:
         DataError: nothing there, nothing of the split, too much of it unreadable, or fewer pictures
             than `max_samples`.
-        ValueError: `split` is neither "train" nor "val".
+        ValueError: `split` is none of these.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be 'train' or 'val', got {split!r}")
-    text = os.fspath(data_path)
+    if split not in (*SPLITS, None):
+        raise ValueError(f"split must be 'train' or 'val', got {split!r}; None is all")
+    if isinstance(data_path, tuple | list):
+        if len(data_path) != 1:
+            return _listed_source(data_path, split, max_unreadable, max_samples, seed)
+        data_path = data_path[0]
+    text = os.fspath(data_path)  # type: ignore[arg-type]
     if text == "demo":
         demo, limits = DemoPhotos(), (max_unreadable, max_samples, seed)
         description = f"demo: {len(demo)} photographs of scikit-image"
@@ -70,18 +79,97 @@ def open_source(
     if not folder.is_dir():
         if text.endswith(SHARD) or _has_scheme(text):
             return _shard_source(text, split, max_unreadable, max_samples)
+        if split is None and folder.is_file():
+            return _listed_source((text,), None, max_unreadable, max_samples, seed)
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise DataError(f"--data_path {text!r} {what}; expected 'demo' or a folder of pictures")
     idx = find_idx(folder)
     if idx is not None:
-        idx_photos = IdxPhotos(idx, split)
-        description = f"{len(idx_photos)} pictures of {idx} ({split})"
+        idx_photos = IdxPhotos(idx, split or only_split(idx))
+        description = f"{len(idx_photos)} pictures of {idx} ({idx_photos.split})"
         classes = list(idx_photos.classes)
-        return _photo_source(idx_photos, description, classes, max_unreadable, max_samples, seed)
-    here = split_folder(folder, split, text)
+        limits = (max_unreadable, max_samples, seed)
+        return _photo_source(idx_photos, description, classes, *limits, root=_root(idx))
+    here = folder if split is None else split_folder(folder, split, text)
     if _has_shards(here):
         return _shard_source(str(here), None, max_unreadable, max_samples)
-    return _folder_source(here, folder, max_unreadable, max_samples, seed)
+    if split is None:
+        _check_no_split_shards(folder)
+        return _folder_source(here, here, max_unreadable, max_samples, seed, root=_root(here))
+    return _folder_source(here, folder, max_unreadable, max_samples, seed, root=_root(folder))
+
+
+def _root(folder: Path) -> str:
+    """What the paths of all files in a folder begin with."""
+    return os.path.join(folder, "")
+
+
+def _check_no_split_shards(folder: Path) -> None:
+    """Raises `DataError` where the folders of splits inside `folder` hold shards."""
+    inside = [folder / name for name in ("train", *VAL_FOLDERS)]
+    found = [str(path) for path in inside if path.is_dir() and any(path.glob(f"*{SHARD}"))]
+    if found:
+        raise DataError(
+            f"--data_path {str(folder)!r} holds shards in {' and '.join(found)}; give one of these "
+            "folders, or --split"
+        )
+
+
+def _listed_source(
+    names: Sequence[str],
+    split: str | None,
+    max_unreadable: float,
+    max_samples: int | None,
+    seed: int,
+) -> PhotoSource:
+    """Files, lists of files and folders of files, in that order."""
+    if split is not None:
+        raise DataError(
+            f"--split {split} is for one folder, but --data_path names {len(names)} places"
+        )
+    extensions = EXTENSIONS | {ARRAY_EXTENSION}
+    paths: list[Path] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            paths += find_pictures(path, extensions=extensions)
+        elif path.suffix.lower() == LIST_EXTENSION and path.is_file():
+            paths += _listed_paths(path)
+        elif path.suffix.lower() in extensions and path.is_file():
+            paths.append(path)
+        else:
+            what = "is no picture" if path.is_file() else "does not exist"
+            kinds = " ".join(sorted(extension[1:] for extension in extensions))
+            raise DataError(
+                f"--data_path {name!r} {what}; expected a folder, shards, a {LIST_EXTENSION} file "
+                f"of paths, or a file of one of these kinds: {kinds}"
+            )
+    one = len(names) == 1
+    root = _root(Path(names[0]).expanduser().parent) if one else ""
+    where = names[0] if one else f"{names[0]} and {len(names) - 1} more"
+    return _files_source(paths, None, None, where, max_unreadable, max_samples, seed, root)
+
+
+def _listed_paths(file: Path) -> list[Path]:
+    """The paths in the lines of a text file.
+
+    Raises:
+        DataError: it is no text, has no path, or a path that does not exist.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--data_path {str(file)!r} is no list of paths: {error}") from error
+    paths = [file.parent / Path(line.strip()).expanduser() for line in lines if line.strip()]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"--data_path {str(file)!r}: {len(missing)} of the {len(paths)} files that it names do "
+            f"not exist, the first {missing[0]}; relative paths begin at the folder of the list"
+        )
+    if not paths:
+        raise DataError(f"--data_path {str(file)!r} names no file; expected a path in each line")
+    return paths
 
 
 def _has_scheme(text: str) -> bool:
@@ -133,7 +221,7 @@ def _has_shards(folder: Path) -> bool:
     return bool(shards)
 
 
-def _mixed_kinds(folder: Path, one: str, other: str) -> DataError:
+def _mixed_kinds(folder: Path | str, one: str, other: str) -> DataError:
     return DataError(
         f"--data_path: {folder} holds files of two kinds, {one} and {other}; expected pictures, "
         ".npy arrays or .tar shards, in a folder of their own"
@@ -141,32 +229,60 @@ def _mixed_kinds(folder: Path, one: str, other: str) -> DataError:
 
 
 def _folder_source(
-    here: Path, root: Path, max_unreadable: float, max_samples: int | None, seed: int
+    here: Path,
+    folder: Path,
+    max_unreadable: float,
+    max_samples: int | None,
+    seed: int,
+    root: str,
 ) -> PhotoSource:
     paths = find_pictures(here, extensions=EXTENSIONS | {ARRAY_EXTENSION})
-    classes = class_folders(root / "train" if (root / "train").is_dir() else here)
+    of_train = here != folder and (folder / "train").is_dir()
+    classes = class_folders(folder / "train" if of_train else here)
     labels = None if classes is None else _labels(paths, here, classes)
+    limits = (max_unreadable, max_samples, seed)
+    return _files_source(paths, labels, classes, str(here), *limits, root)
+
+
+def _files_source(
+    paths: list[Path],
+    labels: list[int] | None,
+    classes: list[str] | None,
+    where: str,
+    max_unreadable: float,
+    max_samples: int | None,
+    seed: int,
+    root: str,
+) -> PhotoSource:
+    """Pictures or arrays in files."""
     arrays = [path for path in paths if path.suffix.lower() == ARRAY_EXTENSION]
-    description = f"{len(paths)} pictures in {here}"
+    description = f"{len(paths)} pictures in {where}"
     if not arrays:
         failures, checked = check_readable(paths)
         check_share(failures, checked, max_unreadable)
         photos: Photos = FolderPhotos(paths, labels)
     elif len(arrays) < len(paths):
         other = next(path for path in paths if path.suffix.lower() != ARRAY_EXTENSION)
-        names = (str(path.relative_to(here)) for path in (arrays[0], other))
-        raise _mixed_kinds(here, *names)
+        names = (str(path).removeprefix(_root(Path(where))) for path in (arrays[0], other))
+        raise _mixed_kinds(where, *names)
     else:
         array_photos = ArrayPhotos(paths, labels)
         failures = array_photos.failures
         check_share(failures, len(array_photos), max_unreadable)
         photos = array_photos
         kind = f"{photos.channels} channels of {str(photos.dtype).removeprefix('torch.')}"
-        description = f"{len(photos)} arrays of {kind} in {here}"
+        description = f"{len(photos)} arrays of {kind} in {where}"
     if classes is not None:
         description += f", {len(classes)} classes"
     return _photo_source(
-        photos, description, classes, max_unreadable, max_samples, seed, failures=tuple(failures)
+        photos,
+        description,
+        classes,
+        max_unreadable,
+        max_samples,
+        seed,
+        failures=tuple(failures),
+        root=root,
     )
 
 
@@ -216,6 +332,7 @@ def _photo_source(
     repeats: int = 1,
     workers: int | None = None,
     failures: tuple[Failure, ...] = (),
+    root: str = "",
 ) -> PhotoSource:
     if max_samples is not None:
         broken = {failure.name for failure in failures}
@@ -232,6 +349,7 @@ def _photo_source(
         workers=default_workers() if workers is None else workers,
         failures=list(failures),
         max_unreadable=max_unreadable,
+        root=root,
     )
 
 

@@ -177,7 +177,7 @@ def list_shards(where: str, split: str | None) -> Shards:
         where: a local folder, or a pattern of paths or addresses with braces, or the address of a
             folder with `sizes.json`.
         split: "train" or "val": which folder at an address; a pattern is "train" only. None:
-            `where` is the folder of the split itself.
+            `where` is the place of the split itself.
 
     Raises:
         DataError: not http, https or a path; a shard or `sizes.json` is missing or broken.
@@ -303,8 +303,8 @@ def _shards_with_sizes(
 def _shards_at_address(address: str, split: str | None) -> Shards:
     """The shards that the `sizes.json` at an address names, in its folder of `split` if any."""
     folder = address if address.endswith("/") else f"{address}/"
-    tried = [f"{folder}{split}/{SIZES_FILE}"]
-    if split == "train":
+    tried = [] if split is None else [f"{folder}{split}/{SIZES_FILE}"]
+    if split in ("train", None):
         tried.append(f"{folder}{SIZES_FILE}")
     reasons = []
     for sizes_file in tried:
