@@ -91,9 +91,10 @@ class _Embedding(Job):
         values[[bool(reason) for reason in reasons]] = np.nan
         if self.config.dtype == "float16":
             largest = float(np.nanmax(np.abs(values), initial=0.0))
-            if largest > np.finfo(np.float16).max:
+            limit = float(np.finfo(np.float16).max)
+            if largest > limit:
                 raise OptionError(
-                    f"--dtype float16 holds no more than {np.finfo(np.float16).max:g}, but a "
+                    f"--dtype float16 holds no more than {limit:g}, but a "
                     f"feature is {largest:g}; use float32"
                 )
         return {FEATURES: values.astype(self.config.dtype)}

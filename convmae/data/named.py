@@ -36,8 +36,9 @@ class NamedPicture(NamedTuple):
     """A picture that is not read yet."""
 
     name: str
-    load: Callable[[], tuple[Tensor, int]]
-    """Its image and label, or an `UnreadableError`."""
+    label: int
+    load: Callable[[], Tensor]
+    """Its image, or an `UnreadableError`."""
 
 
 def named_batch(
@@ -49,10 +50,10 @@ def named_batch(
 ) -> NamedBatch:
     """Reads pictures; one that cannot be read, or is not like the others, is zeros."""
     images, names, labels, reasons = [], [], [], []
-    for name, load in pictures:
-        image, label, reason = torch.zeros(channels, *size, dtype=dtype), NO_LABEL, ""
+    for name, label, load in pictures:
+        image, reason = torch.zeros(channels, *size, dtype=dtype), ""
         try:
-            found, label = load()
+            found = load()
             if (len(found), found.dtype) != (channels, dtype):
                 raise UnreadableError(
                     f"{len(found)} channels of {_name(found.dtype)}, where other pictures have "
@@ -96,11 +97,9 @@ class NamedDataset(Dataset[NamedBatch]):
         )
 
     def _picture(self, index: int) -> NamedPicture:
-        def load() -> tuple[Tensor, int]:
-            image = self.transform(ChosenPicture(self.photos, index))
-            return image, self.photos.label(index) if self.labelled else NO_LABEL
-
-        return NamedPicture(self.photos.name(index).removeprefix(self.root), load)
+        name = self.photos.name(index).removeprefix(self.root)
+        label = self.photos.label(index) if self.labelled else NO_LABEL
+        return NamedPicture(name, label, lambda: self.transform(ChosenPicture(self.photos, index)))
 
 
 def numbered_ranges(

@@ -19,6 +19,7 @@ import random
 import time
 from bisect import bisect_right
 from collections import deque
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -91,12 +92,16 @@ def decode_sample(raw: RawSample) -> tuple[Picture, str | None]:
     if raw.content is None:
         raise UnreadableError(raw.reason)
     suffix = next(suffix for suffix in raw.content if suffix in PICTURES)
-    data = raw.content[suffix]
-    text = raw.content.get(LABEL)
-    label = None if text is None else text.decode("ascii", "replace").strip()
+    data, label = raw.content[suffix], label_text(raw)
     if suffix == "npy":
         return decode_array(data), label
     return EncodedPicture(data, formats=(FORMATS[suffix],)), label
+
+
+def label_text(raw: RawSample) -> str | None:
+    """The label of a sample, None if it has none."""
+    text = None if raw.content is None else raw.content.get(LABEL)
+    return None if text is None else text.decode("ascii", "replace").strip()
 
 
 def class_number(text: str | None, kind: SampleKind) -> int:
@@ -368,17 +373,13 @@ class NamedStream(IterableDataset[NamedBatch]):
                 yield named_batch(number, pictures, self.transform.size, kind.channels, kind.dtype)
 
     def _picture(self, raw: RawSample) -> NamedPicture:
-        def load() -> tuple[Tensor, int]:
-            picture, text = decode_sample(raw)
-            image = self.transform(picture)
-            try:
-                return image, class_number(text, self.kind)
-            except UnreadableError:
-                return image, NO_LABEL
-
+        label = NO_LABEL
+        with suppress(UnreadableError):  # a picture without a label is a picture
+            label = class_number(label_text(raw), self.kind)
         shard = self.shards.names[bisect_right(self._ends, raw.sample)]
         key = raw.name.removeprefix(f"{shard}: ")
-        return NamedPicture(f"{shard.removeprefix(self.root)}/{key}", load)
+        name = f"{shard.removeprefix(self.root)}/{key}"
+        return NamedPicture(name, label, lambda: self.transform(decode_sample(raw)[0]))
 
 
 class _Lookahead:
