@@ -333,7 +333,7 @@ def _say_stopped(parts: Parts) -> None:
 def _open(config: RowsConfig) -> Source:
     """The pictures; those that cannot be read are counted at the end."""
     place: Any = config.paths if len(config.paths) > 1 else config.paths[0]
-    return open_source(place, split=config.split, max_unreadable=1.0)
+    return open_source(place, split=config.split, max_unreadable=1.0, labelled=False)
 
 
 def _true_classes(source: Source, classes: list[str] | None) -> list[str] | None:

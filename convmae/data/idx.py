@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from convmae.data.errors import DataError
-from convmae.data.picture import Pixels
+from convmae.data.picture import NO_LABEL, Pixels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,6 +89,7 @@ class IdxPhotos:
     Args:
         folder: where the files lie.
         split: "train", or "val" for the files that begin with t10k.
+        labelled: labels are needed; otherwise they are read if they are there.
 
     Raises:
         DataError: a file is missing or broken, or pictures and labels are not as many.
@@ -97,25 +98,31 @@ class IdxPhotos:
     channels = 1
     dtype = torch.uint8
 
-    def __init__(self, folder: Path, split: str) -> None:
-        arrays = []
+    def __init__(self, folder: Path, split: str, labelled: bool = True) -> None:
+        arrays, self.paths = [], []
         for what, dims in (("images", 3), ("labels", 1)):
             path = _find_file(folder, what, split)
+            if path is None and what == "labels" and not labelled:
+                break
             if path is None:
                 raise DataError(f"{folder} lacks {_file_name(what, split)} (or the same with .gz)")
             arrays.append(read_idx(path, dims))
+            self.paths.append(path)
         self.folder, self.split = folder, split
-        self.images, self.labels = arrays
-        if len(self.images) != len(self.labels) or not len(self.images):
+        self.images = arrays[0]
+        self.labels: np.ndarray | None = arrays[1] if len(arrays) > 1 else None
+        labels = len(self.images) if self.labels is None else len(self.labels)
+        if len(self.images) != labels or not labels:
             raise DataError(
-                f"{folder} holds {len(self.images)} pictures and {len(self.labels)} labels of "
+                f"{folder} holds {len(self.images)} pictures and {labels} labels of "
                 f"{PREFIX[split]}; expected as many, and at least one"
             )
 
     @property
     def classes(self) -> Sequence[str]:
         """ "0", "1" ... up to the largest label, at least "9"."""
-        return [str(label) for label in range(max(CLASSES_AT_LEAST, int(self.labels.max()) + 1))]
+        most = -1 if self.labels is None else int(self.labels.max())
+        return [str(label) for label in range(max(CLASSES_AT_LEAST, most + 1))]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -124,7 +131,7 @@ class IdxPhotos:
         return f"{self.folder / _file_name('images', self.split)}[{index}]"
 
     def label(self, index: int) -> int:
-        return int(self.labels[index])
+        return NO_LABEL if self.labels is None else int(self.labels[index])
 
     def load(self, index: int) -> Tensor:
         return torch.from_numpy(self.images[index][None].copy())

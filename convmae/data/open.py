@@ -34,6 +34,7 @@ def open_source(
     max_unreadable: float = 0.1,
     max_samples: int | None = None,
     seed: int = 0,
+    labelled: bool = True,
 ) -> Source:
     """The pictures at `data_path`, their headers checked.
 
@@ -58,6 +59,8 @@ def open_source(
             share of damaged shards.
         max_samples: train on this many pictures only, as many of each class as can be.
         seed: of the choice of these.
+        labelled: a split has the classes of train, and IDX files need their labels. If False,
+            pictures have labels where there are some.
 
     Raises:
         DataError: nothing there, nothing of the split, too much of it unreadable, or fewer pictures
@@ -67,6 +70,8 @@ def open_source(
     if split not in (*SPLITS, None):
         raise ValueError(f"split must be 'train' or 'val', got {split!r}; None is all")
     if isinstance(data_path, tuple | list):
+        if len(data_path) > 1 and all(name.endswith(SHARD) for name in data_path):
+            return _shard_source(_one_pattern(data_path), split, max_unreadable, max_samples)
         if len(data_path) != 1:
             return _listed_source(data_path, split, max_unreadable, max_samples, seed)
         data_path = data_path[0]
@@ -85,9 +90,9 @@ def open_source(
         raise DataError(f"--data_path {text!r} {what}; expected 'demo' or a folder of pictures")
     idx = find_idx(folder)
     if idx is not None:
-        idx_photos = IdxPhotos(idx, split or only_split(idx))
+        idx_photos = IdxPhotos(idx, split or only_split(idx), labelled)
         description = f"{len(idx_photos)} pictures of {idx} ({idx_photos.split})"
-        classes = list(idx_photos.classes)
+        classes = None if idx_photos.labels is None else list(idx_photos.classes)
         limits = (max_unreadable, max_samples, seed)
         return _photo_source(idx_photos, description, classes, *limits, root=_root(idx))
     here = folder if split is None else split_folder(folder, split, text)
@@ -95,13 +100,25 @@ def open_source(
         return _shard_source(str(here), None, max_unreadable, max_samples)
     if split is None:
         _check_no_split_shards(folder)
-        return _folder_source(here, here, max_unreadable, max_samples, seed, root=_root(here))
-    return _folder_source(here, folder, max_unreadable, max_samples, seed, root=_root(folder))
+    of_train = labelled and here != folder and (folder / "train").is_dir()
+    limits = (max_unreadable, max_samples, seed)
+    return _folder_source(here, folder / "train" if of_train else here, *limits, _root(folder))
 
 
 def _root(folder: Path) -> str:
     """What the paths of all files in a folder begin with."""
     return os.path.join(folder, "")
+
+
+def _one_pattern(names: Sequence[str]) -> str:
+    """A pattern of shards that stands for these names, as a shell makes them of `*.tar`."""
+    special = next((name for name in names if set(name) & set("{},\\")), None)
+    if special is not None:
+        raise DataError(
+            f"--data_path {special!r}: shards that are named one by one have no braces, commas or "
+            "backslashes in their names; give their folder"
+        )
+    return "{" + ",".join(names) + "}"
 
 
 def _check_no_split_shards(folder: Path) -> None:
@@ -230,15 +247,14 @@ def _mixed_kinds(folder: Path | str, one: str, other: str) -> DataError:
 
 def _folder_source(
     here: Path,
-    folder: Path,
+    classes_of: Path,
     max_unreadable: float,
     max_samples: int | None,
     seed: int,
     root: str,
 ) -> PhotoSource:
     paths = find_pictures(here, extensions=EXTENSIONS | {ARRAY_EXTENSION})
-    of_train = here != folder and (folder / "train").is_dir()
-    classes = class_folders(folder / "train" if of_train else here)
+    classes = class_folders(classes_of)
     labels = None if classes is None else _labels(paths, here, classes)
     limits = (max_unreadable, max_samples, seed)
     return _files_source(paths, labels, classes, str(here), *limits, root)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import convmae
-from convmae import DataError, OptionError, cli, predict
+from convmae import DataError, EvaluateConfig, OptionError, cli, evaluate, predict
 from convmae.commands import predict as predicting_command
 from convmae.weights.checkpoint import open_weights, save_weights
 from tests.support.inference_runs import (
@@ -29,6 +29,7 @@ from tests.support.inference_runs import (
 )
 from tests.support.paths import FASHION
 from tests.support.shard_files import write_shard, write_shards
+from tests.support.training_runs import DEVICE
 
 pytest.importorskip("tqdm")
 
@@ -171,6 +172,23 @@ def test_class_folders_have_a_column_with_the_true_class(tmp_path: Path, model: 
     assert "label" not in rows_of(tmp_path, model, data)[0]
 
 
+@pytest.mark.parametrize("size", [None, 64])
+def test_the_accuracy_is_what_evaluate_says(tmp_path: Path, model: Path, size: int | None) -> None:
+    data = tmp_path / "data"
+    for number in range(24):
+        draw(data / "val" / CLASSES[number % 3] / f"{number:02}.png", number)
+    # In the order of their names, which evaluate takes for that of the model.
+    names = tuple(sorted(CLASSES))
+    sorted_model = classifier(tmp_path / "model", classes=names)
+    (data / "train").symlink_to(data / "val")
+    rows = rows_of(tmp_path, sorted_model, data, split="val", input_size=size)
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert 0 < right < len(rows) == 24
+    common = {"device": DEVICE, "amp": "float32", "num_workers": 0, "input_size": size}
+    result = evaluate(EvaluateConfig(str(sorted_model), str(data), **common))
+    assert result["acc1"] == pytest.approx(100 * right / 24)
+
+
 def test_splits_are_read_alone_or_all_together(tmp_path: Path, model: Path) -> None:
     data = tmp_path / "data"
     for number, split in enumerate(("train", "train", "val")):
@@ -180,6 +198,9 @@ def test_splits_are_read_alone_or_all_together(tmp_path: Path, model: Path) -> N
     assert names == ["test/new.png", "train/cat/0.png", "train/cat/1.png", "val/cat/2.png"]
     rows = rows_of(tmp_path, model, data, split="val")
     assert [(row["name"], row["label"]) for row in rows] == [("val/cat/2.png", "cat")]
+    shutil.rmtree(data / "val")  # then it is test, whose pictures need no class
+    rows = rows_of(tmp_path, model, data, split="val")
+    assert [row["name"] for row in rows] == ["test/new.png"] and "label" not in rows[0]
 
 
 def test_one_picture_several_and_a_list(tmp_path: Path, model: Path, folder: Path) -> None:
@@ -214,6 +235,8 @@ def test_shards_give_the_names_and_order_of_their_samples(
     assert [row["name"] for row in rows] == names
     assert not any(row["error"] for row in rows)
     assert "label" not in rows[0]
+    one_by_one = tuple(str(path) for path in sorted(shards.glob("*.tar")))
+    assert rows_of(tmp_path, model, one_by_one, batch_size=3) == rows
     # Labels that are names of classes of the model: those of the shards are "0", "1" and "2".
     numbered = classifier(tmp_path / "numbered", classes=None)
     rows = rows_of(tmp_path, numbered, shards, num_workers=workers)
@@ -269,7 +292,13 @@ def test_idx_files_have_two_splits(tmp_path: Path) -> None:
     assert [row["name"] for row in rows] == [f"t10k-images-idx3-ubyte[{i}]" for i in range(200)]
     from convmae.data.idx import IdxPhotos
 
-    assert [int(row["label"]) for row in rows] == IdxPhotos(FASHION, "val").labels.tolist()
+    labels = IdxPhotos(FASHION, "val").labels
+    assert labels is not None and [int(row["label"]) for row in rows] == labels.tolist()
+    (tmp_path / "idx").mkdir()
+    shutil.copy(FASHION / "t10k-images-idx3-ubyte.gz", tmp_path / "idx")
+    alone = rows_of(tmp_path, grey, tmp_path / "idx", batch_size=64)
+    assert "label" not in alone[0]
+    assert [row | {"label": old["label"]} for row, old in zip(alone, rows)] == rows
     with pytest.raises(DataError, match=r"holds the splits train and val .*split"):
         rows_of(tmp_path, grey, FASHION)
 
