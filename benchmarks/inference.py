@@ -165,9 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seconds = statistics.median(seconds for _, seconds in results[name])
             killed, same = kill_and_resume(name, folder, options, args.kills, seconds)
             good = good and same
-            print(
-                f"{name}: killed {killed} times, then finished: {'the same bytes' if same else 'OTHER BYTES'}"
-            )
+            what = "the same bytes" if same else "OTHER BYTES"
+            print(f"{name}: killed {killed} times, then finished: {what}")
     return 0 if good else 1
 
 
