@@ -20,7 +20,7 @@ import torch
 from convmae.config import MessageError, OptionError, for_option
 from convmae.data import EvalTransform, normalise, open_source
 from convmae.data.stream import ShardSource
-from convmae.records.parts import PartWriter, Rows, disk_errors, open_parts
+from convmae.records.parts import PartWriter, Rows, WriteError, disk_errors, open_parts
 from convmae.records.tables import check_format
 from convmae.tasks.accuracy import check_channels
 from convmae.training.distributed import join
@@ -222,7 +222,12 @@ def run(config: RowsConfig, make: Callable[[Loaded], Job]) -> RowsSummary:
             total, rank = len(missing), world.rank
             own = missing[total * rank // world.size : total * (rank + 1) // world.size]
             began = time.perf_counter()
-            done = _compute(config, loaded, job, source, parts, own, world, interrupts)
+            try:
+                done = _compute(config, loaded, job, source, parts, own, world, interrupts)
+            except Exception:
+                if config.output is not None:
+                    _say_stopped(parts)
+                raise
             summary.computed = round(world.mean(done)[0] * world.size)
             summary.seconds = time.perf_counter() - began
             if world.any(interrupts.asked):
@@ -319,7 +324,10 @@ def _count(parts: Parts, summary: RowsSummary) -> None:
 
 
 def _say_stopped(parts: Parts) -> None:
-    left = len(parts.missing())
+    try:
+        left = len(parts.missing())
+    except WriteError:
+        return  # the folder is gone: what stopped the run says so
     print(
         f"convmae: stopped; {parts.batches - left} of {parts.batches} batches are stored in "
         f"{parts.folder}: the same command goes on from there",

@@ -175,9 +175,11 @@ def class_names(loaded: Loaded, count: int) -> list[str]:
             f"{loaded.weights.path} names {len(names)} classes, but its model has {count}"
         )
     names += [str(number) for number in range(len(names), count)]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise WeightsError(f"{loaded.weights.path} has two classes of the name {twice!r}")
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise WeightsError(f"{loaded.weights.path} has two classes of the name {name!r}")
+        seen.add(name)
     return names
 
 

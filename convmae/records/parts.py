@@ -137,10 +137,14 @@ class Parts:
                 self.folder.rmdir()
 
     def found(self) -> list[tuple[int, int, Path]]:
-        """First batch, end and file of each part, in order."""
-        names = sorted(name for name in os.listdir(self.folder) if PART.fullmatch(name))
-        matches = [(PART.fullmatch(name), name) for name in names]
-        return [(int(m[1]), int(m[2]), self.folder / name) for m, name in matches if m]
+        """First batch, end and file of each part, in order.
+
+        Raises:
+            WriteError: the folder is gone.
+        """
+        with disk_errors(self.folder):
+            matches = [PART.fullmatch(name) for name in sorted(os.listdir(self.folder))]
+        return [(int(m[1]), int(m[2]), self.folder / m[0]) for m in matches if m]
 
     def drop_damaged(self) -> list[Path]:
         """Deletes parts that are not whole, so that they are computed again; which these were."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import time
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from convmae import OptionError, WriteError, embed, predict
+from convmae import ConvViT, OptionError, WriteError, embed, predict
 from convmae.commands import predict as predicting_command
 from convmae.records import parts as parts_module
 from convmae.records.parts import PART, Parts, PartWriter, Rows, joined
@@ -247,6 +248,45 @@ def test_a_full_disk_keeps_what_was_stored(
     assert len(stored(output)) == 5
     assert predict(config).computed == COUNT - 20
     assert output.read_bytes() == whole.read_bytes()
+
+
+def test_a_folder_of_parts_that_is_deleted(
+    tmp_path: Path, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Parts.write
+
+    def deleting(self: Parts, first: int, many: Any) -> None:
+        if first == 3:
+            shutil.rmtree(self.folder)
+        write(self, first, many)
+
+    monkeypatch.setattr(Parts, "write", deleting)
+    with pytest.raises(WriteError, match=r"\.out.csv.parts cannot be written: No such file"):
+        predict(predicting(model, folder, output=str(tmp_path / "out.csv"), save_every=0.0))
+
+
+def test_an_error_says_what_is_stored(
+    tmp_path: Path,
+    model: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    forward, count = ConvViT.forward, [0]
+
+    def failing(self: Any, images: Any) -> Any:
+        count[0] += 1
+        if count[0] == 4:
+            raise RuntimeError("out of memory")
+        return forward(self, images)
+
+    monkeypatch.setattr(ConvViT, "forward", failing)
+    config = predicting(model, folder, output=str(tmp_path / "out.csv"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        predict(config)
+    said = capsys.readouterr().err
+    assert "3 of 23 batches are stored in" in said and "goes on from there" in said
+    assert predict(config).computed == COUNT - 12
 
 
 # -- many processes -------------------------------------------------------------------------------
