@@ -19,6 +19,8 @@ import torch
 
 from convmae.config import MessageError, OptionError, for_option
 from convmae.data import EvalTransform, normalise, open_source
+from convmae.data.named import files_of, named_batches
+from convmae.data.source import PhotoSource
 from convmae.data.stream import ShardSource
 from convmae.records.parts import PartWriter, Rows, WriteError, disk_errors, open_parts
 from convmae.records.tables import check_format
@@ -262,7 +264,8 @@ def _compute(
 
     size = config.batch_size
     total = sum(min(size, source.pictures - number * size) for number in own)
-    batches: Any = source.named_batches(
+    batches: Any = named_batches(
+        source,
         EvalTransform(loaded.model.img_size, config.crop_pct),
         size,
         own,
@@ -354,7 +357,7 @@ def _true_classes(source: Source, classes: list[str] | None) -> list[str] | None
 def _summary(config: RowsConfig, source: Source) -> RowsSummary:
     summary = RowsSummary(output_of(config), source.pictures, max_unreadable=config.max_unreadable)
     if isinstance(source, ShardSource):
-        summary.shards = len(source.files)
+        summary.shards = len(source.shards.names)
         summary.damaged_shards = [(name, reason) for name, reason in source.failures]
     return summary
 
@@ -362,8 +365,9 @@ def _summary(config: RowsConfig, source: Source) -> RowsSummary:
 def _data_digest(source: Source) -> str:
     """What tells one set of pictures from another: files, their sizes and dates, and the number."""
     digest = hashlib.sha256(f"{source.pictures} {source.channels} {source.dtype}".encode())
-    for file in source.files:
-        text = file.removeprefix(source.root)
+    root = source.root if isinstance(source, PhotoSource) else ""
+    for file in files_of(source):
+        text = file.removeprefix(root)
         try:
             found = os.stat(file)
             text += f" {found.st_size} {found.st_mtime_ns}"

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import os
+from bisect import bisect_right
+from contextlib import suppress
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from convmae.data.errors import UnreadableError
+from convmae.data.loader import run_batches
 from convmae.data.picture import NO_LABEL, ChosenPicture
+from convmae.data.source import PhotoSource
+from convmae.data.stream import (
+    ShardSource,
+    all_shards,
+    class_number,
+    decode_sample,
+    label_text,
+    read_in_order,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from convmae.data.picture import Photos
+    from convmae.data.source import Source
+    from convmae.data.stream import RawSample
     from convmae.data.transforms import Transform
 
 
@@ -25,7 +40,7 @@ class NamedBatch(NamedTuple):
     images: Tensor
     """uint8, uint16 or float32 `[N, C, H, W]`, as stored; zeros where one could not be read."""
     names: list[str]
-    """Relative to the source's root."""
+    """Without what the names of all have in common; see `named_batches`."""
     labels: Tensor
     """int64 `[N]`; -1 where there is none."""
     reasons: list[str]
@@ -73,28 +88,69 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class NamedDataset(Dataset[NamedBatch]):
-    """Batches of pictures by index.
+def named_batches(
+    source: Source,
+    transform: Transform,
+    batch_size: int,
+    numbers: Sequence[int],
+    workers: int | None = None,
+    pin: bool = False,
+    labelled: bool = True,
+) -> Iterator[NamedBatch]:
+    """The batches `numbers` of pictures in their order, with names; shards give them in any order.
+
+    Batch `b` holds pictures `b * batch_size` to `(b + 1) * batch_size - 1`; there are
+    `source.evaluation_steps(batch_size)`, and the last has what is left. A picture that cannot be
+    read is zeros under its own name, with the reason. Names are paths below the folder that was
+    opened, `file.npy[place]` of many pictures in a file, or `shard.tar/key`.
 
     Args:
-        photos: where the pictures come from.
+        source: the pictures.
         transform: what is made of a picture; it draws no random numbers.
-        root: what the names of the pictures begin with, and those of the batches do not.
-        labelled: whether to give the labels.
+        batch_size: pictures in a batch.
+        numbers: which batches, sorted.
+        workers: loading processes; the source's default if None.
+        pin: page-locked batches.
+        labelled: give the labels that there are; otherwise all are -1.
+
+    Raises:
+        DataError: pictures that the transform cannot take.
     """
+    transform.check(source.channels, source.dtype)
+    workers = source.workers if workers is None else workers
+    if isinstance(source, ShardSource):
+        stream = _Stream(source, transform, batch_size, numbers, labelled)
+        return run_batches(stream, None, workers, pin)
+    assert isinstance(source, PhotoSource)
+    ends = ((number, (number + 1) * batch_size) for number in numbers)
+    places: Any = ((n, range(n * batch_size, min(end, source.pictures))) for n, end in ends)
+    return run_batches(_Photos(source, transform, labelled), places, workers, pin)
 
-    def __init__(
-        self, photos: Photos, transform: Transform, root: str = "", labelled: bool = True
-    ) -> None:
-        self.photos, self.transform = photos, transform
-        self.root, self.labelled = root, labelled
 
-    def __getitems__(self, numbered: tuple[int, range]) -> NamedBatch:
-        number, indices = numbered
-        channels, dtype = self.photos.channels, self.photos.dtype
-        return named_batch(
-            number, map(self._picture, indices), self.transform.size, channels, dtype
-        )
+def files_of(source: Source) -> list[str]:
+    """The files and addresses that hold the pictures, where there are any."""
+    if isinstance(source, ShardSource):
+        return list(source.shards.names)
+    return [str(path) for path in getattr(getattr(source, "photos", None), "paths", ())]
+
+
+def _shared_folder(names: Sequence[str]) -> str:
+    """What the paths or addresses have in common, up to a slash."""
+    shared = os.path.commonprefix(names)
+    return shared[: shared.rfind("/") + 1]
+
+
+class _Photos(Dataset[NamedBatch]):
+    """Batches of pictures by index."""
+
+    def __init__(self, source: PhotoSource, transform: Transform, labelled: bool) -> None:
+        self.photos, self.root = source.photos, source.root
+        self.transform, self.labelled = transform, labelled
+
+    def __getitems__(self, place: tuple[int, range]) -> NamedBatch:
+        number, indices = place
+        size, photos = self.transform.size, self.photos
+        return named_batch(number, map(self._picture, indices), size, photos.channels, photos.dtype)
 
     def _picture(self, index: int) -> NamedPicture:
         name = self.photos.name(index).removeprefix(self.root)
@@ -102,13 +158,44 @@ class NamedDataset(Dataset[NamedBatch]):
         return NamedPicture(name, label, lambda: self.transform(ChosenPicture(self.photos, index)))
 
 
-def numbered_ranges(
-    numbers: Sequence[int], batch_size: int, pictures: int
-) -> Iterator[tuple[int, range]]:
-    """Of each batch its number and the indices of its pictures; the last may have fewer."""
-    for number in numbers:
-        start = number * batch_size
-        yield number, range(start, min(start + batch_size, pictures))
+class _Stream(IterableDataset[NamedBatch]):
+    """Batches of samples of shards, each loading process a contiguous share of them."""
+
+    def __init__(
+        self,
+        source: ShardSource,
+        transform: Transform,
+        batch_size: int,
+        numbers: Sequence[int],
+        labelled: bool,
+    ) -> None:
+        self.shards, self.kind, self.transform = source.shards, source.kind, transform
+        self.batch_size, self.numbers, self.labelled = batch_size, numbers, labelled
+        self._root = _shared_folder(self.shards.names)
+        self._ends = torch.tensor(self.shards.sizes).cumsum(0).tolist()
+
+    def __iter__(self) -> Iterator[NamedBatch]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        total, size, kind = len(self.numbers), self.batch_size, self.kind
+        own = self.numbers[total * worker // workers : total * (worker + 1) // workers]
+        order = all_shards(self.shards)
+        for run in contiguous_runs(own):
+            low = run.start * size
+            count = min(run.stop * size, self._ends[-1]) - low
+            samples = read_in_order(self.shards, order, 0, low, count, frozenset())
+            for number in run:
+                pictures = map(self._picture, islice(samples, size))
+                yield named_batch(number, pictures, self.transform.size, kind.channels, kind.dtype)
+
+    def _picture(self, raw: RawSample) -> NamedPicture:
+        label = NO_LABEL
+        if self.labelled:
+            with suppress(UnreadableError):  # a picture without a label is a picture
+                label = class_number(label_text(raw), self.kind)
+        shard = self.shards.names[bisect_right(self._ends, raw.sample)]
+        name = f"{shard.removeprefix(self._root)}/{raw.name.removeprefix(f'{shard}: ')}"
+        return NamedPicture(name, label, lambda: self.transform(decode_sample(raw)[0]))
 
 
 def contiguous_runs(numbers: Sequence[int]) -> Iterator[range]:

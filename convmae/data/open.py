@@ -170,22 +170,23 @@ def _listed_source(
 def _listed_paths(file: Path) -> list[Path]:
     """The paths in the lines of a text file.
 
+    A file that does not exist is a picture that cannot be read, if others do.
+
     Raises:
-        DataError: it is no text, has no path, or a path that does not exist.
+        DataError: it is no text, has no path, or none that exists.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--data_path {str(file)!r} is no list of paths: {error}") from error
     paths = [file.parent / Path(line.strip()).expanduser() for line in lines if line.strip()]
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise DataError(
-            f"--data_path {str(file)!r}: {len(missing)} of the {len(paths)} files that it names do "
-            f"not exist, the first {missing[0]}; relative paths begin at the folder of the list"
-        )
     if not paths:
         raise DataError(f"--data_path {str(file)!r} names no file; expected a path in each line")
+    if not any(path.is_file() for path in paths):
+        raise DataError(
+            f"--data_path {str(file)!r}: none of the {len(paths)} files that it names exists, the "
+            f"first is {paths[0]}; relative paths begin at the folder of the list"
+        )
     return paths
 
 

@@ -18,7 +18,6 @@ from convmae.data.loader import (
     read_or_next,
     run_batches,
 )
-from convmae.data.named import NamedDataset, numbered_ranges
 from convmae.data.picture import Subset
 from convmae.data.transforms import CentreTransform
 from convmae.seeds import Stream, generator_for
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
     from convmae.data.crops import Size
     from convmae.data.loader import Batch
-    from convmae.data.named import NamedBatch
     from convmae.data.picture import Photos
     from convmae.data.transforms import Transform
 
@@ -65,11 +63,8 @@ class Source(ABC):
         workers: loading processes by default.
         failures: what the check before the run found.
         max_unreadable: share of unreadable pictures that is allowed.
-        root: what the names of pictures begin with, and those of `named_batches` do not.
-        files: the files that hold the pictures, where there are any.
     """
 
-    root: str
     channels: int
     dtype: torch.dtype
     classes: list[str] | None
@@ -79,10 +74,6 @@ class Source(ABC):
     workers: int
     failures: list[Failure]
     max_unreadable: float
-
-    @property
-    @abstractmethod
-    def files(self) -> list[str]: ...
 
     @abstractmethod
     def _train(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
@@ -200,34 +191,6 @@ class Source(ABC):
         dataset, sampler = self._evaluate(transform, plan)
         return run_batches(dataset, sampler, self._workers(workers), pin)
 
-    @abstractmethod
-    def named_batches(
-        self,
-        transform: Transform,
-        batch_size: int,
-        numbers: Sequence[int],
-        workers: int | None = None,
-        pin: bool = False,
-        labelled: bool = True,
-    ) -> Iterator[NamedBatch]:
-        """The batches `numbers` of the pictures in their order, with names; they come in any order.
-
-        Batch `b` holds pictures `b * batch_size` to `(b + 1) * batch_size - 1`, there are
-        `evaluation_steps(batch_size)`, and the last has what is left. A picture that cannot be read
-        is zeros under its own name, with the reason.
-
-        Args:
-            transform: what is made of a picture; it draws no random numbers.
-            batch_size: pictures in a batch.
-            numbers: which batches, sorted.
-            workers: loading processes; the source's default if None.
-            pin: page-locked batches.
-            labelled: read the labels that there are; otherwise all are -1.
-
-        Raises:
-            DataError: pictures that the transform cannot take.
-        """
-
     def evaluation_steps(self, batch_size: int, world: int = 1) -> int:
         """How many batches `evaluation_batches` has: `ceil(pictures / (batch_size * world))`."""
         return -(-self.pictures // (batch_size * world))
@@ -243,7 +206,8 @@ class PhotoSource(Source):
         photos: the pictures.
         classes: names of the labels.
         repeats: how often an epoch of training sees each picture.
-        description, workers, failures, max_unreadable, root: see `Source`.
+        description, workers, failures, max_unreadable: see `Source`.
+        root: what the names of the pictures begin with, and need not in a table.
     """
 
     def __init__(
@@ -263,10 +227,6 @@ class PhotoSource(Source):
         self.workers, self.failures = workers, list(failures)
         self.max_unreadable, self.root = max_unreadable, root
 
-    @property
-    def files(self) -> list[str]:
-        return [str(path) for path in getattr(self.photos, "paths", ())]
-
     def _train(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         sampler = RunSampler(
             self.samples_per_epoch,
@@ -283,21 +243,6 @@ class PhotoSource(Source):
     def _evaluate(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         sampler = EvaluationSampler(self.pictures, plan.batch_size, plan.rank, plan.world)
         return EvaluationDataset(self.photos, transform), sampler
-
-    def named_batches(
-        self,
-        transform: Transform,
-        batch_size: int,
-        numbers: Sequence[int],
-        workers: int | None = None,
-        pin: bool = False,
-        labelled: bool = True,
-    ) -> Iterator[NamedBatch]:
-        """As in `Source`; in the order of `numbers`."""
-        transform.check(self.channels, self.dtype)
-        dataset = NamedDataset(self.photos, transform, self.root, labelled)
-        ranges: Any = numbered_ranges(numbers, batch_size, self.pictures)
-        return run_batches(dataset, ranges, self._workers(workers), pin)
 
     def preview(self, count: int, size: Size) -> Tensor:
         """Centre crops of `count` pictures at most, evenly spaced: `[N, C, H, W]`, as stored.

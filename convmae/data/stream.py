@@ -14,12 +14,9 @@ address yields less than `sizes.json` says, each sample that is missing is repor
 
 from __future__ import annotations
 
-import os
 import random
 import time
-from bisect import bisect_right
 from collections import deque
-from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +27,6 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from convmae.data.arrays import decode_array
 from convmae.data.errors import DataError, Failure, UnreadableError, check_share
 from convmae.data.loader import Batch, make_batch, run_batches
-from convmae.data.named import NamedBatch, NamedPicture, contiguous_runs, named_batch
 from convmae.data.picture import NO_LABEL, Pixels
 from convmae.data.pillow import EncodedPicture
 from convmae.data.shards import (
@@ -51,7 +47,7 @@ from convmae.seeds import Stream, derive_seed, generator_for, seeded
 
 if TYPE_CHECKING:
     import tarfile
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
     from collections.abc import Set as AbstractSet
 
     from convmae.data.crops import Size
@@ -248,7 +244,7 @@ class StreamDataset(IterableDataset[Batch]):
         before = plan.rank * plan.batches_per_epoch + sum(turns[:reader])
         low, count = before * plan.batch_size, turns[reader] * plan.batch_size
         if not self.training:
-            order = _all_shards(self.shards)
+            order = all_shards(self.shards)
             return read_in_order(self.shards, order, epoch, low, count, frozenset())
 
         from webdataset.filters import _shuffle as shuffle
@@ -332,56 +328,6 @@ class StreamDataset(IterableDataset[Batch]):
         return make_batch(samples, [(0, raw.sample) for raw in batch], failures, began)
 
 
-class NamedStream(IterableDataset[NamedBatch]):
-    """Batches of chosen numbers, in order, each loading process a contiguous share of them.
-
-    Args:
-        shards: where the samples are.
-        kind: what they have in common.
-        transform: what is made of a picture; it draws no random numbers.
-        batch_size: samples in a batch.
-        numbers: which batches, sorted.
-        root: what the names of the shards begin with, and those of the batches do not.
-    """
-
-    def __init__(
-        self,
-        shards: Shards,
-        kind: SampleKind,
-        transform: Transform,
-        batch_size: int,
-        numbers: Sequence[int],
-        root: str,
-    ) -> None:
-        self.shards, self.kind, self.transform = shards, kind, transform
-        self.batch_size, self.numbers, self.root = batch_size, numbers, root
-        self._ends = torch.tensor(shards.sizes).cumsum(0).tolist()
-
-    def __iter__(self) -> Iterator[NamedBatch]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        total, batch_size = len(self.numbers), self.batch_size
-        own = self.numbers[total * worker // workers : total * (worker + 1) // workers]
-        for run in contiguous_runs(own):
-            low = run.start * batch_size
-            count = min(run.stop * batch_size, self._ends[-1]) - low
-            order = _all_shards(self.shards)
-            samples = read_in_order(self.shards, order, 0, low, count, frozenset())
-            for number in run:
-                pictures = map(self._picture, islice(samples, batch_size))
-                kind = self.kind
-                yield named_batch(number, pictures, self.transform.size, kind.channels, kind.dtype)
-
-    def _picture(self, raw: RawSample) -> NamedPicture:
-        label = NO_LABEL
-        with suppress(UnreadableError):  # a picture without a label is a picture
-            label = class_number(label_text(raw), self.kind)
-        shard = self.shards.names[bisect_right(self._ends, raw.sample)]
-        key = raw.name.removeprefix(f"{shard}: ")
-        name = f"{shard.removeprefix(self.root)}/{key}"
-        return NamedPicture(name, label, lambda: self.transform(decode_sample(raw)[0]))
-
-
 class _Lookahead:
     """An iterator that can look ahead."""
 
@@ -413,7 +359,7 @@ class _MapDataset(IterableDataset[Any]):
         share = -(-self.limit // workers)
         low = worker * share
         count = max(0, min(share, self.limit - low))
-        for raw in read_in_order(self.shards, _all_shards(self.shards), 0, low, count, frozenset()):
+        for raw in read_in_order(self.shards, all_shards(self.shards), 0, low, count, frozenset()):
             yield raw.sample, self._result(raw)
 
     def _result(self, raw: RawSample) -> Any:
@@ -423,7 +369,8 @@ class _MapDataset(IterableDataset[Any]):
             return Failure(raw.name, str(error))
 
 
-def _all_shards(shards: Shards) -> list[int]:
+def all_shards(shards: Shards) -> list[int]:
+    """The numbers of the shards, in order."""
     return list(range(len(shards.names)))
 
 
@@ -444,8 +391,6 @@ class ShardSource(Source):
         self.shards, self.failures = shards, list(shards.failures)
         self.pictures = self.samples_per_epoch = sum(shards.sizes)
         self.classes, self.workers, self.max_unreadable = shards.classes, workers, max_unreadable
-        shared = os.path.commonprefix(shards.names)
-        self.root = shared[: shared.rfind("/") + 1]
         self._previews: dict[tuple[int, Size], Tensor] = {}
         picture, label = next(self._readable())
         image = picture.load()
@@ -462,7 +407,7 @@ class ShardSource(Source):
         """
         limit = min(self.pictures, MAX_TRIES)
         tried: list[Failure] = []
-        for raw in read_in_order(self.shards, _all_shards(self.shards), 0, 0, limit, frozenset()):
+        for raw in read_in_order(self.shards, all_shards(self.shards), 0, 0, limit, frozenset()):
             try:
                 picture, text = decode_sample(raw)
                 whole = Pixels(picture.load())
@@ -481,25 +426,6 @@ class ShardSource(Source):
 
     def _evaluate(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         return StreamDataset(self.shards, self.kind, transform, plan, training=False), None
-
-    @property
-    def files(self) -> list[str]:
-        return list(self.shards.names)
-
-    def named_batches(
-        self,
-        transform: Transform,
-        batch_size: int,
-        numbers: Sequence[int],
-        workers: int | None = None,
-        pin: bool = False,
-        labelled: bool = True,
-    ) -> Iterator[NamedBatch]:
-        """As in `Source`."""
-        transform.check(self.channels, self.dtype)
-        kind = self.kind._replace(labelled=self.kind.labelled and labelled)
-        dataset = NamedStream(self.shards, kind, transform, batch_size, numbers, self.root)
-        return run_batches(dataset, None, self._workers(workers), pin)
 
     def preview(self, count: int, size: Size) -> Tensor:
         """Centre crops of the first `count` readable samples at most, read once: `[N, C, H, W]`."""

@@ -218,9 +218,21 @@ def test_one_picture_several_and_a_list(tmp_path: Path, model: Path, folder: Pat
     rows = rows_of(tmp_path, model, listed)
     assert [row["name"] for row in rows] == ["part2/05.png", "part1/01.png", "part2/02.png"]
     assert rows[0] == by_name["part2/05.png"]
-    listed.write_text("part2/05.png\nnowhere.png\n")
-    with pytest.raises(DataError, match=r"1 of the 2 files that it names .*nowhere.png"):
+    listed.write_text("part2/05.png\nnowhere.png\n")  # a row all the same
+    rows = rows_of(tmp_path, model, listed)
+    assert [(row["name"], bool(row["error"])) for row in rows] == [
+        ("part2/05.png", False),
+        ("nowhere.png", True),
+    ]
+    listed.write_text("nowhere.png\n")
+    with pytest.raises(DataError, match=r"none of the 1 files that it names exists, .*nowhere.png"):
         rows_of(tmp_path, model, listed)
+    listed.write_text("\n")
+    with pytest.raises(DataError, match="names no file; expected a path in each line"):
+        rows_of(tmp_path, model, listed)
+    with pytest.raises(DataError, match=r"notes.md' is no picture; expected a folder, shards, a"):
+        (tmp_path / "notes.md").write_text("x")
+        rows_of(tmp_path, model, tmp_path / "notes.md")
     listed.unlink()
 
 
