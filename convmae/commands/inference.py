@@ -100,7 +100,7 @@ class RowsSummary:
     Attributes:
         output: the file; None where the table was printed.
         pictures: how many rows it has.
-        unreadable: how many of them could not be read.
+        unreadable: how many of them could not be read, or came to no finite numbers.
         examples: names of the first of these, and why.
         shards: how many there are.
         damaged_shards: those whose end is lost, so that not all their pictures have a row, and why.
@@ -160,7 +160,7 @@ def report(summary: RowsSummary) -> int:
                 what += f", {len(summary.damaged_shards)} of {summary.shards} shards damaged"
             print(
                 f"convmae: error: {what}, more than --max_unreadable {summary.max_unreadable:g} "
-                "allows; all rows are there",
+                "allows",
                 file=sys.stderr,
             )
     return 1 if summary.failed else 0
@@ -408,6 +408,7 @@ def _check_output(config: RowsConfig) -> None:
 
 
 def output_of(config: RowsConfig) -> Path | None:
+    """The file to write; None where the table is printed."""
     return None if config.output is None else Path(config.output).expanduser()
 
 

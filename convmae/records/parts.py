@@ -224,6 +224,8 @@ def disk_errors(where: Path) -> Iterator[None]:
     """Turns an `OSError` of a disk into a `WriteError` that says where."""
     try:
         yield
+    except BrokenPipeError:  # a reader of a printed table that has seen enough
+        raise
     except OSError as error:
         raise WriteError(
             f"{where} cannot be written: {error.strerror or error}. What was stored before is "

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -465,3 +466,20 @@ def test_the_command_prints_a_table(
     assert capsys.readouterr().err == (
         f"convmae: error: --topk 9 is more than the 3 classes of --checkpoint '{model}'\n"
     )
+
+
+def test_a_reader_that_has_seen_enough(tmp_path: Path, model: Path, folder: Path) -> None:
+    """`convmae predict ... | head -1` prints no traceback."""
+    typed = ["predict", "--checkpoint", str(model), "--data_path", str(folder), "-j", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "convmae", *typed],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 1 and "Error" not in said
+    assert not list(tmp_path.glob("convmae-*"))  # the parts are gone

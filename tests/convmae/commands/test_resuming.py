@@ -343,6 +343,7 @@ def test_batches_in_any_order_are_read_in_order(tmp_path: Path) -> None:
     assert parts.missing() == list(range(9))  # nothing is written yet
     writer.flush()
     assert parts.missing() == [3, 8]
+    assert [(first, stop) for first, stop, _ in parts.found()] == [(0, 3), (4, 7), (7, 8)]
     with pytest.raises(WriteError, match="batch 3 of 9 is in none of the parts"):
         list(parts.read())
     parts.write(2, [batch_rows(2), batch_rows(3)])  # of another process: batch 2 is there twice
