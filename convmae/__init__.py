@@ -13,15 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convmae.commands.convert import convert
+    from convmae.commands.embed import embed
     from convmae.commands.evaluate import evaluate
+    from convmae.commands.inference import RowsSummary
+    from convmae.commands.predict import predict
     from convmae.commands.reconstruct import reconstruct
     from convmae.commands.stats import stats
     from convmae.config import (
         ConvertConfig,
+        EmbedConfig,
         EvaluateConfig,
         FinetuneConfig,
         LinprobeConfig,
         OptionError,
+        PredictConfig,
         PretrainConfig,
         ReconstructConfig,
         StatsConfig,
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
         full_name,
         list_models,
     )
+    from convmae.records.parts import WriteError
     from convmae.records.report import write_report
     from convmae.tasks.finetune import finetune
     from convmae.tasks.pretrain import pretrain
@@ -52,19 +58,23 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "commands.convert": ("convert",),
+    "commands.embed": ("embed",),
     "commands.evaluate": ("evaluate",),
+    "commands.inference": ("RowsSummary",),
+    "commands.predict": ("predict",),
     "commands.reconstruct": ("reconstruct",),
     "commands.stats": ("stats",),
     "config": (
-        *("ConvertConfig", "EvaluateConfig", "FinetuneConfig", "LinprobeConfig", "OptionError"),
-        *("PretrainConfig", "ReconstructConfig", "StatsConfig", "WeightsError"),
-        "WeightsWarning",
+        *("ConvertConfig", "EmbedConfig", "EvaluateConfig", "FinetuneConfig", "LinprobeConfig"),
+        *("OptionError", "PredictConfig", "PretrainConfig", "ReconstructConfig", "StatsConfig"),
+        *("WeightsError", "WeightsWarning"),
     ),
     "data": ("DataError", "LoadingError", "normalise"),
     "models": (
         *("ConvMAE", "ConvMAEOutput", "ConvViT", "FastConvMAE", "Reconstruction"),
         *("create_model", "full_name", "list_models"),
     ),
+    "records.parts": ("WriteError",),
     "records.report": ("write_report",),
     "tasks.finetune": ("finetune",),
     "tasks.pretrain": ("pretrain",),
@@ -82,23 +92,28 @@ __all__ = [
     "ConvViT",
     "ConvertConfig",
     "DataError",
+    "EmbedConfig",
     "EvaluateConfig",
     "FastConvMAE",
     "FinetuneConfig",
     "LinprobeConfig",
     "LoadingError",
     "OptionError",
+    "PredictConfig",
     "PretrainConfig",
     "Reconstruction",
     "ReconstructConfig",
+    "RowsSummary",
     "RunSummary",
     "StatsConfig",
     "TrainingError",
     "WeightsError",
     "WeightsWarning",
+    "WriteError",
     "__version__",
     "convert",
     "create_model",
+    "embed",
     "evaluate",
     "finetune",
     "full_name",
@@ -108,6 +123,7 @@ __all__ = [
     "load_pretrained",
     "normalise",
     "open_weights",
+    "predict",
     "pretrain",
     "reconstruct",
     "register_timm",

@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from convmae.config import (
     ConvertConfig,
+    EmbedConfig,
     EvaluateConfig,
     FinetuneConfig,
     InfoConfig,
     LinprobeConfig,
     MessageError,
     OptionError,
+    PredictConfig,
     PretrainConfig,
     ReconstructConfig,
     StatsConfig,
@@ -59,6 +61,8 @@ COMMANDS = {
     "finetune": Command(FinetuneConfig, "convmae.tasks.finetune:main"),
     "linprobe": Command(LinprobeConfig, "convmae.tasks.probe:main"),
     "evaluate": Command(EvaluateConfig, "convmae.commands.evaluate:main"),
+    "predict": Command(PredictConfig, "convmae.commands.predict:main"),
+    "embed": Command(EmbedConfig, "convmae.commands.embed:main"),
     "reconstruct": Command(ReconstructConfig, "convmae.commands.reconstruct:main"),
     "convert": Command(ConvertConfig, "convmae.commands.convert:main"),
     "stats": Command(StatsConfig, "convmae.commands.stats:main"),
@@ -77,7 +81,8 @@ ALIASES = {
     "--num_classes": "--nb_classes",
     "--torchcompile_backend": "--torchcompile",
 }
-OWN_OUTPUT = ("reconstruct", "convert", "evaluate", "stats")  # there --output is a file
+# There --output is a file.
+OWN_OUTPUT = ("reconstruct", "convert", "evaluate", "predict", "embed", "stats")
 _FORMAT = warnings.formatwarning
 FAILED, BAD_OPTION, INTERRUPTED = 1, 2, 130  # exit statuses
 HELP = ("-h", "--help")

@@ -8,9 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from convmae.config import OptionError, for_option
+from convmae.commands.inference import load
+from convmae.config import OptionError
 from convmae.data import EvalTransform, open_source
 from convmae.data.errors import printable
 from convmae.files import replacing
@@ -19,15 +18,11 @@ from convmae.records.unreadable import NAMED_AT_MOST
 from convmae.tasks.accuracy import accuracy, check_channels
 from convmae.tasks.matching import match_labels
 from convmae.training.distributed import join
-from convmae.training.machine import pick_dtype
 from convmae.training.run import accuracy_text
-from convmae.weights.checkpoint import open_weights
 
 if TYPE_CHECKING:
     from convmae.config import EvaluateConfig
     from convmae.data import Failure
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -47,10 +42,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     config.validate()
     with join(config.device, "auto") as world:
-        with for_option("checkpoint"):
-            weights = open_weights(config.checkpoint)
-            model: Any = weights.build_model(world.device)
-            statistics = weights.statistics
+        loaded = load(config, world.device)
+        weights, model = loaded.weights, loaded.model
         if not isinstance(model, ConvViT):
             raise OptionError(
                 f"--checkpoint {config.checkpoint!r} is a {type(model).__name__}, which does not "
@@ -66,9 +59,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         data, of = f"--data_path {config.data_path!r}", f"--checkpoint {config.checkpoint!r}"
         check_channels(source, model, config.data_path)
         notes = match_labels(source, weights.classes, nb_classes, data, of)
-        dtype, _ = pick_dtype(config.amp, world.device)
-        half = dtype != torch.float32
-        autocast = torch.autocast(world.device.type, dtype=dtype if half else None, enabled=half)
         workers = source.workers if config.num_workers is None else config.num_workers
         batches = source.evaluation_batches(
             EvalTransform(model.img_size, config.crop_pct),
@@ -81,7 +71,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         began = time.perf_counter()
         failures: list[Failure] = []
         figures = accuracy(
-            model, world.together(batches), nb_classes, statistics, world, autocast, failures
+            model,
+            world.together(batches),
+            nb_classes,
+            loaded.statistics,
+            world,
+            loaded.autocast(),
+            failures,
         )
         seconds = time.perf_counter() - began
         result: dict[str, Any] = figures | {

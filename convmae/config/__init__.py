@@ -17,6 +17,7 @@ from convmae.config.errors import (
     WeightsWarning,
     for_option,
 )
+from convmae.config.inference import EmbedConfig, InferenceConfig, PredictConfig, RowsConfig
 from convmae.config.pretrain import PretrainConfig
 from convmae.config.run import RunConfig
 from convmae.config.tools import InfoConfig, ReconstructConfig, StatsConfig
@@ -32,14 +33,18 @@ TRAINING_OPTIONS: dict[str, type[RunConfig]] = {
 __all__ = [
     "TRAINING_OPTIONS",
     "ConvertConfig",
+    "EmbedConfig",
     "EvaluateConfig",
     "FinetuneConfig",
+    "InferenceConfig",
     "InfoConfig",
     "MessageError",
     "LinprobeConfig",
     "OptionError",
+    "PredictConfig",
     "PretrainConfig",
     "ReconstructConfig",
+    "RowsConfig",
     "RunConfig",
     "StatsConfig",
     "WeightsError",

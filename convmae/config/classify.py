@@ -11,7 +11,8 @@ from convmae.config.checks import (
     check_number,
     check_text,
 )
-from convmae.config.run import AMP, RunConfig
+from convmae.config.inference import InferenceConfig
+from convmae.config.run import RunConfig
 
 MIX_MODES = ("batch", "pair", "elem")
 MOST_CLASSES = 1_000_000  # a head of ConvViT-Base has then 768 M weights
@@ -197,7 +198,7 @@ class LinprobeConfig(ClassifyConfig):
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(InferenceConfig):
     """Measure the accuracy of a classifier on the val split of a data set."""
 
     checkpoint: str
@@ -207,18 +208,6 @@ class EvaluateConfig:
     are matched by name."""
     split: Literal["val", "train"] = "val"
     """Which of its splits."""
-    batch_size: int = 64
-    """Pictures in a batch."""
-    crop_pct: float = 0.875
-    """The shorter side is resized to input_size / crop_pct, and the centre cut."""
-    amp: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Arithmetic."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
-    num_workers: int | None = None
-    """Loading processes."""
-    max_unreadable: float = 0.1
-    """Share of unreadable pictures above which the evaluation fails."""
     output: str | None = None
     """A JSON file to write the figures to."""
 
@@ -228,12 +217,6 @@ class EvaluateConfig:
         Raises:
             OptionError: naming the option, what was found and what was expected.
         """
-        for name in ("checkpoint", "data_path"):
-            check_text(name, getattr(self, name))
-        check_number("batch_size", self.batch_size, whole=True, above=0)
-        check_number("crop_pct", self.crop_pct, above=0, at_most=1)
-        check_number("max_unreadable", self.max_unreadable, at_least=0, at_most=1)
-        check_choice("amp", self.amp, AMP)
+        super().validate()
+        check_text("data_path", self.data_path)
         check_choice("split", self.split, ("val", "train"))
-        if self.num_workers is not None:
-            check_number("num_workers", self.num_workers, whole=True, at_least=0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from convmae.data.classes import NumberLabels
 from convmae.data.errors import DataError
-from convmae.data.picture import Pixels
+from convmae.data.picture import NO_LABEL, Pixels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +35,21 @@ def find_idx(folder: Path) -> Path | None:
         if any(_find_file(candidate, "images", split) for split in PREFIX):
             return candidate
     return None
+
+
+def only_split(folder: Path) -> str:
+    """The split whose pictures are in `folder`.
+
+    Raises:
+        DataError: those of both are.
+    """
+    there = [split for split in PREFIX if _find_file(folder, "images", split)]
+    if len(there) > 1:
+        raise DataError(
+            f"--data_path: {folder} holds the splits train and val ({' and '.join(PREFIX.values())}"
+            "); give --split"
+        )
+    return there[0]
 
 
 def _find_file(folder: Path, what: str, split: str) -> Path | None:
@@ -129,6 +144,7 @@ class IdxPhotos:
     Args:
         folder: where the files lie.
         split: "train", or "val" for the files that begin with t10k.
+        labelled: labels are needed; otherwise they are read if they are there.
 
     Raises:
         DataError: a file is missing or broken, or pictures and labels are not as many.
@@ -137,25 +153,31 @@ class IdxPhotos:
     channels = 1
     dtype = torch.uint8
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(self, folder: Path, split: str, labelled: bool = True) -> None:
         arrays: list[np.ndarray] = []
         self.paths: list[Path] = []
         for what, dims in (("images", 3), ("labels", 1)):
             path = _find_file(folder, what, split)
+            if path is None and what == "labels" and not labelled:
+                break
             if path is None:
                 raise DataError(f"{folder} lacks {_file_name(what, split)} (or the same with .gz)")
             arrays.append(read_idx(path, dims))
             self.paths.append(path)
         self.folder, self.split = folder, split
-        self.images, self.labels = arrays
-        if len(self.images) != len(self.labels) or not len(self.images):
+        self.images = arrays[0]
+        self.labels: np.ndarray | None = arrays[1] if len(arrays) > 1 else None
+        labels = len(self.images) if self.labels is None else len(self.labels)
+        if len(self.images) != labels or not labels:
             raise DataError(
-                f"{folder} holds {len(self.images)} pictures and {len(self.labels)} labels of "
+                f"{folder} holds {len(self.images)} pictures and {labels} labels of "
                 f"{PREFIX[split]}; expected as many, and at least one"
             )
 
-    def number_labels(self) -> NumberLabels:
-        """The largest label, and where it is."""
+    def number_labels(self) -> NumberLabels | None:
+        """The largest label, and where it is; None without labels."""
+        if self.labels is None:
+            return None
         place = int(self.labels.argmax())
         name = f"{self.folder / _file_name('labels', self.split)}[{place}]"
         return NumberLabels(int(self.labels[place]), name)
@@ -163,7 +185,8 @@ class IdxPhotos:
     @property
     def classes(self) -> Sequence[str]:
         """ "0", "1" ... up to the largest label, at least "9"."""
-        return [str(label) for label in range(max(CLASSES_AT_LEAST, int(self.labels.max()) + 1))]
+        most = -1 if self.labels is None else int(self.labels.max())
+        return [str(label) for label in range(max(CLASSES_AT_LEAST, most + 1))]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -172,7 +195,7 @@ class IdxPhotos:
         return f"{self.folder / _file_name('images', self.split)}[{index}]"
 
     def label(self, index: int) -> int:
-        return int(self.labels[index])
+        return NO_LABEL if self.labels is None else int(self.labels[index])
 
     def load(self, index: int) -> Tensor:
         return torch.from_numpy(self.images[index][None].copy())

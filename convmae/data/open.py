@@ -14,7 +14,7 @@ from convmae.data.demo import CROPS_PER_PHOTO, DEMO_FILES, DemoPhotos
 from convmae.data.errors import DataError, check_share
 from convmae.data.fingerprint import file_entries
 from convmae.data.folder import FolderPhotos, check_readable, find_pictures, walk_pictures
-from convmae.data.idx import IdxPhotos, find_idx, is_idx
+from convmae.data.idx import IdxPhotos, find_idx, is_idx, only_split
 from convmae.data.left_out import LeftOut, kind_of
 from convmae.data.pillow import EXTENSIONS
 from convmae.data.sizes import SHARD, SIZES_FILE
@@ -30,15 +30,17 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val")
 VAL_FOLDERS = ("val", "test")
+LIST_EXTENSION = ".txt"  # of a file with the path of a picture in each line
 
 
 def open_source(
-    data_path: str | os.PathLike[str],
-    split: str = "train",
+    data_path: str | os.PathLike[str] | Sequence[str],
+    split: str | None = "train",
     max_unreadable: float = 0.1,
     max_samples: int | None = None,
     seed: int = 0,
     undivided: bool = False,
+    labelled: bool = True,
 ) -> Source:
     """The pictures at `data_path`, their headers checked.
 
@@ -53,24 +55,33 @@ def open_source(
     - WebDataset shards (`convmae.data.stream`): a folder with `.tar` files (or with `train` and
       `val` folders that have them), a pattern like `path/shard-{000000..000009}.tar`, or the same
       at an http or https address.
+    - With `split=None`, a picture, a `.npy` array, a `.txt` file with a path in each line
+      (relative ones from its folder), or several of these and of folders; they have no classes.
 
     Args:
         data_path: what to open.
-        split: "train" or "val".
+        split: "train" or "val"; None for every picture that lies at `data_path`.
         max_unreadable: share of unreadable pictures above which the source is refused; of shards,
             share of damaged shards.
         max_samples: train on this many pictures only, as many of each class as can be.
         seed: of the choice of these.
         undivided: for `val`, read all pictures where they are not divided into splits.
+        labelled: IDX files need their labels. If False, they have labels if these are there.
 
     Raises:
         DataError: nothing there, nothing of the split, too much of it unreadable, or fewer pictures
             than `max_samples`.
-        ValueError: `split` is neither "train" nor "val".
+        ValueError: `split` is none of these.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be 'train' or 'val', got {split!r}")
-    text = os.fspath(data_path)
+    if split not in (*SPLITS, None):
+        raise ValueError(f"split must be 'train' or 'val', got {split!r}; None is all")
+    if isinstance(data_path, tuple | list):
+        if len(data_path) > 1 and all(name.endswith(SHARD) for name in data_path):
+            return _shard_source(_one_pattern(data_path), split, max_unreadable, max_samples)
+        if len(data_path) != 1:
+            return _listed_source(data_path, split, max_unreadable, max_samples, seed)
+        data_path = data_path[0]
+    text = os.fspath(data_path)  # type: ignore[arg-type]
     if text == "demo":
         demo, limits = DemoPhotos(), (max_unreadable, max_samples, seed)
         description = f"demo: {len(demo)} photographs of scikit-image"
@@ -81,21 +92,27 @@ def open_source(
     if not folder.is_dir():
         if text.endswith(SHARD) or _has_scheme(text):
             return _shard_source(text, split, max_unreadable, max_samples, undivided)
+        if split is None and folder.is_file():
+            return _listed_source((text,), None, max_unreadable, max_samples, seed)
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise DataError(f"--data_path {text!r} {what}; expected 'demo' or a folder of pictures")
     idx = find_idx(folder)
     if idx is not None:
-        idx_photos = IdxPhotos(idx, split)
-        description = f"{len(idx_photos)} pictures of {idx} ({split})"
-        classes, numbers = list(idx_photos.classes), idx_photos.number_labels()
-        limits = (max_unreadable, max_samples, seed)
-        left_out = _beside(idx, is_idx, "files beside the IDX files")
+        idx_photos = IdxPhotos(idx, split or only_split(idx), labelled)
+        description = f"{len(idx_photos)} pictures of {idx} ({idx_photos.split})"
+        classes = None if idx_photos.labels is None else list(idx_photos.classes)
         source = _photo_source(
-            idx_photos, description, classes, *limits, numbers=numbers, left_out=left_out
+            idx_photos,
+            description,
+            classes,
+            *(max_unreadable, max_samples, seed),
+            numbers=idx_photos.number_labels(),
+            left_out=_beside(idx, is_idx, "files beside the IDX files"),
+            root=_root(idx),
         )
         source.entries = partial(file_entries, idx_photos.paths, idx)
         return source
-    here = split_folder(folder, split, text, undivided)
+    here = folder if split is None else split_folder(folder, split, text, undivided)
     beside: list[LeftOut] = []
     if here != folder:
         beside = _beside(folder, lambda name: name in (*SPLITS, *VAL_FOLDERS), "files")
@@ -104,7 +121,9 @@ def open_source(
         beside += _beside(here, lambda name: name.endswith(SHARD) or name == SIZES_FILE, "files")
         shards.left_out = [*beside, *shards.left_out]
         return shards
-    source = _folder_source(here, max_unreadable, max_samples, seed)
+    if split is None:
+        _check_no_split_shards(folder)
+    source = _folder_source(here, max_unreadable, max_samples, seed, _root(folder))
     source.left_out = [*beside, *source.left_out]
     return source
 
@@ -116,6 +135,93 @@ def _beside(folder: Path, is_read: Callable[[str], bool], what: str) -> list[Lef
         if not is_read(entry.name):
             left_out.add("folders" if entry.is_dir() else kind_of(entry.name), entry.name)
     return [left_out] if left_out.total else []
+
+
+def _root(folder: Path) -> str:
+    """What the paths of all files in a folder begin with."""
+    return os.path.join(folder, "")
+
+
+def _one_pattern(names: Sequence[str]) -> str:
+    """A pattern of shards that stands for these names, as a shell makes them of `*.tar`."""
+    special = next((name for name in names if set(name) & set("{},\\")), None)
+    if special is not None:
+        raise DataError(
+            f"--data_path {special!r}: shards that are named one by one have no braces, commas or "
+            "backslashes in their names; give their folder"
+        )
+    return "{" + ",".join(names) + "}"
+
+
+def _check_no_split_shards(folder: Path) -> None:
+    """Raises `DataError` where the folders of splits inside `folder` hold shards."""
+    inside = [folder / name for name in ("train", *VAL_FOLDERS)]
+    found = [str(path) for path in inside if path.is_dir() and any(path.glob(f"*{SHARD}"))]
+    if found:
+        raise DataError(
+            f"--data_path {str(folder)!r} holds shards in {' and '.join(found)}; give one of these "
+            "folders, or --split"
+        )
+
+
+def _listed_source(
+    names: Sequence[str],
+    split: str | None,
+    max_unreadable: float,
+    max_samples: int | None,
+    seed: int,
+) -> PhotoSource:
+    """Files, lists of files and folders of files, in that order."""
+    if split is not None:
+        raise DataError(
+            f"--split {split} is for one folder, but --data_path names {len(names)} places"
+        )
+    extensions = EXTENSIONS | {ARRAY_EXTENSION}
+    paths: list[Path] = []
+    left_out = LeftOut()
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            paths += find_pictures(path, extensions=extensions, left_out=left_out)
+        elif path.suffix.lower() == LIST_EXTENSION and path.is_file():
+            paths += _listed_paths(path)
+        elif path.suffix.lower() in extensions and path.is_file():
+            paths.append(path)
+        else:
+            what = "is no picture" if path.is_file() else "does not exist"
+            kinds = " ".join(sorted(extension[1:] for extension in extensions))
+            raise DataError(
+                f"--data_path {name!r} {what}; expected a folder, shards, a {LIST_EXTENSION} file "
+                f"of paths, or a file of one of these kinds: {kinds}"
+            )
+    one = len(names) == 1
+    root = _root(Path(names[0]).expanduser().parent) if one else ""
+    where = names[0] if one else f"{names[0]} and {len(names) - 1} more"
+    limits = (max_unreadable, max_samples, seed)
+    return _files_source(paths, None, None, where, *limits, root, left_out)
+
+
+def _listed_paths(file: Path) -> list[Path]:
+    """The paths in the lines of a text file.
+
+    A file that does not exist is a picture that cannot be read, if others do.
+
+    Raises:
+        DataError: it is no text, has no path, or none that exists.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--data_path {str(file)!r} is no list of paths: {error}") from error
+    paths = [file.parent / Path(line.strip()).expanduser() for line in lines if line.strip()]
+    if not paths:
+        raise DataError(f"--data_path {str(file)!r} names no file; expected a path in each line")
+    if not any(path.is_file() for path in paths):
+        raise DataError(
+            f"--data_path {str(file)!r}: none of the {len(paths)} files that it names exists, the "
+            f"first is {paths[0]}; relative paths begin at the folder of the list"
+        )
+    return paths
 
 
 def _has_scheme(text: str) -> bool:
@@ -185,7 +291,7 @@ def _has_shards(folder: Path) -> bool:
     return bool(shards)
 
 
-def _mixed_kinds(folder: Path, one: str, other: str) -> DataError:
+def _mixed_kinds(folder: Path | str, one: str, other: str) -> DataError:
     return DataError(
         f"--data_path: {folder} holds files of two kinds, {one} and {other}; expected pictures, "
         ".npy arrays or .tar shards, in a folder of their own"
@@ -193,7 +299,7 @@ def _mixed_kinds(folder: Path, one: str, other: str) -> DataError:
 
 
 def _folder_source(
-    here: Path, max_unreadable: float, max_samples: int | None, seed: int
+    here: Path, max_unreadable: float, max_samples: int | None, seed: int, root: str
 ) -> PhotoSource:
     left_out = LeftOut(f"files in {here}")
     paths = find_pictures(here, extensions=EXTENSIONS | {ARRAY_EXTENSION}, left_out=left_out)
@@ -201,39 +307,57 @@ def _folder_source(
     empty = () if classes is None else empty_folders(here, classes)
     for name in empty:
         left_out.add("folders without a picture", name)
+    limits = (max_unreadable, max_samples, seed)
+    source = _files_source(paths, labels, classes, str(here), *limits, root, left_out)
+    source.entries = partial(file_entries, paths, here)
+    source.empty_classes = empty
+    if classes is None:
+        source.no_classes = _why_no_classes(paths, here)
+    return source
+
+
+def _files_source(
+    paths: list[Path],
+    labels: list[int] | None,
+    classes: list[str] | None,
+    where: str,
+    max_unreadable: float,
+    max_samples: int | None,
+    seed: int,
+    root: str,
+    left_out: LeftOut,
+) -> PhotoSource:
+    """Pictures or arrays in files."""
     arrays = [path for path in paths if path.suffix.lower() == ARRAY_EXTENSION]
-    description = f"{len(paths)} pictures in {here}"
+    description = f"{len(paths)} pictures in {where}"
     if not arrays:
         failures, checked = check_readable(paths)
         check_share(failures, checked, max_unreadable)
         photos: Photos = FolderPhotos(paths, labels)
     elif len(arrays) < len(paths):
         other = next(path for path in paths if path.suffix.lower() != ARRAY_EXTENSION)
-        names = (str(path.relative_to(here)) for path in (arrays[0], other))
-        raise _mixed_kinds(here, *names)
+        names = (str(path).removeprefix(_root(Path(where))) for path in (arrays[0], other))
+        raise _mixed_kinds(where, *names)
     else:
         array_photos = ArrayPhotos(paths, labels)
         failures = array_photos.failures
         check_share(failures, len(array_photos), max_unreadable)
         photos = array_photos
         kind = f"{photos.channels} channels of {str(photos.dtype).removeprefix('torch.')}"
-        description = f"{len(photos)} arrays of {kind} in {here}"
+        description = f"{len(photos)} arrays of {kind} in {where}"
     if classes is not None:
         description += f", {len(classes)} classes"
-    limits = (max_unreadable, max_samples, seed)
-    source = _photo_source(
+    return _photo_source(
         photos,
         description,
         classes,
-        *limits,
+        max_unreadable,
+        max_samples,
+        seed,
         failures=tuple(failures),
         left_out=[left_out] if left_out.total else [],
+        root=root,
     )
-    source.entries = partial(file_entries, paths, here)
-    source.empty_classes = empty
-    if classes is None:
-        source.no_classes = _why_no_classes(paths, here)
-    return source
 
 
 def class_folders(paths: list[Path], here: Path) -> tuple[list[str], list[int]] | None:
@@ -281,6 +405,7 @@ def _photo_source(
     failures: tuple[Failure, ...] = (),
     numbers: NumberLabels | None = None,
     left_out: Sequence[LeftOut] = (),
+    root: str = "",
 ) -> PhotoSource:
     if max_samples is not None:
         broken = {failure.name for failure in failures}
@@ -299,6 +424,7 @@ def _photo_source(
         max_unreadable=max_unreadable,
         numbers=numbers,
         left_out=left_out,
+        root=root,
     )
 
 

@@ -122,7 +122,7 @@ def list_shards(where: str, split: str | None, undivided: bool = False) -> Shard
         where: a local folder, or a pattern of paths or addresses with braces, or the address of a
             folder with `sizes.json`.
         split: "train" or "val": which folder at an address; a pattern is "train" only. None:
-            `where` is the folder of the split itself.
+            `where` is the place of the split itself.
         undivided: for `val`, take all shards where they are not divided into splits.
 
     Raises:
@@ -264,8 +264,8 @@ def _shards_with_sizes(where: str, names: list[str], sizes: Sizes, sizes_file: s
 def _shards_at_address(address: str, split: str | None, undivided: bool) -> Shards:
     """The shards that the `sizes.json` at an address names, in its folder of `split` if any."""
     folder = address if address.endswith("/") else f"{address}/"
-    tried = [f"{folder}{split}/{SIZES_FILE}"]
-    if split == "train" or undivided:
+    tried = [] if split is None else [f"{folder}{split}/{SIZES_FILE}"]
+    if split in ("train", None) or undivided:
         tried.append(f"{folder}{SIZES_FILE}")
     reasons = []
     for sizes_file in tried:

@@ -273,6 +273,7 @@ class PhotoSource(Source):
         classes: names of the labels.
         repeats: how often an epoch of training sees each picture.
         description, workers, failures, max_unreadable, numbers, left_out: see `Source`.
+        root: what the names of the pictures begin with, and need not in a table.
     """
 
     def __init__(
@@ -286,6 +287,7 @@ class PhotoSource(Source):
         max_unreadable: float = 0.1,
         numbers: NumberLabels | None = None,
         left_out: Sequence[LeftOut] = (),
+        root: str = "",
     ) -> None:
         self.photos, self.classes, self.description = photos, classes, description
         self.numbers = numbers
@@ -293,7 +295,7 @@ class PhotoSource(Source):
         self.channels, self.dtype = photos.channels, photos.dtype
         self.pictures, self.samples_per_epoch = len(photos), repeats * len(photos)
         self.workers, self.failures = workers, list(failures)
-        self.max_unreadable, self.left_out = max_unreadable, left_out
+        self.max_unreadable, self.left_out, self.root = max_unreadable, left_out, root
 
     def _train(self, transform: Transform, plan: ReadPlan) -> tuple[Dataset[Any], Any]:
         sampler = RunSampler(

@@ -94,12 +94,16 @@ def decode_sample(raw: RawSample) -> tuple[Picture, str | None]:
     if raw.content is None:
         raise UnreadableError(raw.reason)
     suffix = next(suffix for suffix in raw.content if suffix in PICTURES)
-    data = raw.content[suffix]
-    text = raw.content.get(LABEL)
-    label = None if text is None else label_text(text)
+    data, label = raw.content[suffix], sample_label(raw)
     if suffix == "npy":
         return decode_array(data), label
     return EncodedPicture(data, formats=(FORMATS[suffix],)), label
+
+
+def sample_label(raw: RawSample) -> str | None:
+    """The label of a sample as text, None if it has none."""
+    text = None if raw.content is None else raw.content.get(LABEL)
+    return None if text is None else label_text(text)
 
 
 def class_number(text: str | None, kind: SampleKind, name: str) -> int:
@@ -262,7 +266,7 @@ class StreamDataset(IterableDataset[Batch]):
         before = plan.rank * plan.batches_per_epoch + sum(turns[:reader])
         low, count = before * plan.batch_size, turns[reader] * plan.batch_size
         if not self.training:
-            order = _all_shards(self.shards)
+            order = all_shards(self.shards)
             return read_in_order(self.shards, order, epoch, low, count, frozenset())
 
         from webdataset.filters import _shuffle as shuffle
@@ -424,7 +428,8 @@ def chosen_samples(shards: Shards, count: int) -> list[int]:
     return [samples[place] for place in evenly_spaced(len(samples), count)]
 
 
-def _all_shards(shards: Shards) -> list[int]:
+def all_shards(shards: Shards) -> list[int]:
+    """The numbers of the shards, in order."""
     return list(range(len(shards.names)))
 
 
@@ -484,7 +489,7 @@ class ShardSource(Source):
             DataError: there is none.
         """
         limit = min(self.pictures, MAX_TRIES)
-        for raw in read_in_order(self.shards, _all_shards(self.shards), 0, 0, limit, frozenset()):
+        for raw in read_in_order(self.shards, all_shards(self.shards), 0, 0, limit, frozenset()):
             try:
                 picture, text = decode_sample(raw)
                 whole = Pixels(picture.load())

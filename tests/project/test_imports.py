@@ -23,6 +23,7 @@ KERNELS, MODELS, BENCHMARKS = ROOT / "convmae_kernels", ROOT / "convmae", ROOT /
 OPTIONAL = [
     *("triton", "torchvision", "timm", "PIL", "tqdm", "tensorboard", "safetensors", "tyro"),
     *("matplotlib", "skimage", "scipy", "webdataset", "wandb", "yaml", "hypothesis", "pytest"),
+    "pyarrow",
 ]
 OPS = [
     *("gather_visible", "gather_windows", "gather_windows_grad", "masked_conv2d"),
@@ -272,7 +273,7 @@ def test_import_with_torch_and_numpy_only(package):
 
 def test_only_their_users_need_the_command_line_shards_and_wandb():
     """Every module can be imported without these; without others only if they are not there."""
-    names = ["tyro", "webdataset", "wandb"]
+    names = ["tyro", "webdataset", "wandb", "pyarrow"]
     lines = python(
         blocker(names) + "import importlib, pkgutil, benchmarks, convmae\nfound = {}\n"
         "for package in (convmae, benchmarks):\n"

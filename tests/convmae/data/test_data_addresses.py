@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from convmae.data import DataError, open_source, shards
+from convmae.data.named import named_batches
 from convmae.data.sizes import parse_sizes
 from tests.support.shard_files import SIZES, TINY, damage, values, write_shards
 
@@ -138,3 +139,24 @@ def test_what_an_address_does_not_give_is_told(address) -> None:
         wanted = {f"000001.tar: sample {i}" for i in (2, 3)}
         assert named == wanted | {f"000003.tar: sample {i}" for i in range(5)}
         assert set(values(batch)) == set(range(9)) | set(range(11, 20))
+
+
+@needs_curl
+def test_chosen_batches_at_an_address_are_those_of_the_folder(address) -> None:
+    folder, url = address
+    shards.write_sizes(write_shards(folder))
+    found = []
+    for where in (str(folder), url):
+        source = open_source(where, split=None)
+        batches = list(named_batches(source, TINY, 4, [1, 2, 5, 6], workers=2))
+        found.append({batch.number: (batch.names, values(batch)) for batch in batches})
+        assert not any(reason for batch in batches for reason in batch.reasons)
+    assert found[0] == found[1]
+    assert {number: numbers for number, (_, numbers) in found[0].items()} == {
+        1: [4, 5, 6, 7],
+        2: [8, 9, 10, 11],
+        5: [20, 21, 22, 23],
+        6: [24],
+    }
+    assert found[0][2][0] == [f"shard-00000{s}.tar/s{n:03}" for s, n in
+                              ((1, 8), (1, 9), (1, 10), (2, 11))]  # fmt: skip
