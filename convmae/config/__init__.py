@@ -10,6 +10,7 @@ from convmae.config.checks import (
 )
 from convmae.config.classify import EvaluateConfig, FinetuneConfig, LinprobeConfig
 from convmae.config.convert import ConvertConfig
+from convmae.config.data import DataConfig, ReadOptions
 from convmae.config.errors import MessageError, OptionError, WeightsError, for_option
 from convmae.config.pretrain import PretrainConfig
 from convmae.config.run import RunConfig
@@ -25,6 +26,7 @@ TRAINING_OPTIONS: dict[str, type[RunConfig]] = {
 __all__ = [
     "TRAINING_OPTIONS",
     "ConvertConfig",
+    "DataConfig",
     "EvaluateConfig",
     "FinetuneConfig",
     "InfoConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "LinprobeConfig",
     "OptionError",
     "PretrainConfig",
+    "ReadOptions",
     "ReconstructConfig",
     "RunConfig",
     "StatsConfig",

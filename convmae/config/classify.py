@@ -11,6 +11,7 @@ from convmae.config.checks import (
     check_number,
     check_text,
 )
+from convmae.config.data import DataConfig
 from convmae.config.run import AMP, RunConfig
 
 MIX_MODES = ("batch", "pair", "elem")
@@ -194,7 +195,7 @@ class LinprobeConfig(ClassifyConfig):
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(DataConfig):
     """Measure the accuracy of a classifier on the val split of a data set."""
 
     checkpoint: str
@@ -226,6 +227,7 @@ class EvaluateConfig:
         """
         for name in ("checkpoint", "data_path"):
             check_text(name, getattr(self, name))
+        self.check_reading()
         check_number("batch_size", self.batch_size, whole=True, above=0)
         check_number("crop_pct", self.crop_pct, above=0, at_most=1)
         check_number("max_unreadable", self.max_unreadable, at_least=0, at_most=1)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convmae.config.data import ReadOptions
 from convmae.data.arrays import ARRAY_EXTENSION, ArrayPhotos
 from convmae.data.demo import CROPS_PER_PHOTO, DemoPhotos
 from convmae.data.errors import DataError, check_share
@@ -31,6 +32,7 @@ def open_source(
     max_unreadable: float = 0.1,
     max_samples: int | None = None,
     seed: int = 0,
+    reading: ReadOptions = ReadOptions(),  # noqa: B008 - frozen
 ) -> Source:
     """The pictures at `data_path`, their headers checked.
 
@@ -53,6 +55,7 @@ def open_source(
             share of damaged shards.
         max_samples: train on this many pictures only, as many of each class as can be.
         seed: of the choice of these.
+        reading: how pictures are read.
 
     Raises:
         DataError: nothing there, nothing of the split, too much of it unreadable, or fewer pictures
