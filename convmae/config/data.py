@@ -80,12 +80,12 @@ class ReadOptions:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """How pictures are read. What is not given is as the checkpoint was trained, if there is one."""
+    """How pictures are read. What is not given is as the checkpoint says, if there is one."""
 
     in_chans: int | None = None
     """Channels: 1 reads 8-bit pictures as grey, 3 repeats the one channel of grey data; another
-    number is only compared with what is found. By default 8-bit pictures are read as RGB, and 16-bit
-    and float data with the channels that they have."""
+    number is only compared with what is found. By default 8-bit pictures are read as RGB, and data
+    of 16 bits or float with the channels that they have."""
     bands: tuple[int, ...] | None = None
     """Which bands to read, in this order, counted from 1 as GDAL does; all if not given."""
     nodata: float | None = None

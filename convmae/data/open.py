@@ -11,8 +11,16 @@ from convmae.config.data import ReadOptions
 from convmae.data.arrays import ARRAY_EXTENSION, ArrayPhotos
 from convmae.data.demo import CROPS_PER_PHOTO, DemoPhotos
 from convmae.data.errors import DataError, check_share
-from convmae.data.folder import FolderPhotos, check_readable, find_pictures, walk_pictures
+from convmae.data.folder import (
+    PHOTO,
+    FolderPhotos,
+    find_pictures,
+    refuse_suspected_nodata,
+    survey,
+    walk_pictures,
+)
 from convmae.data.idx import IdxPhotos, find_idx
+from convmae.data.picture import WithChannels
 from convmae.data.pillow import EXTENSIONS
 from convmae.data.source import PhotoSource, Source, choose_balanced
 from convmae.data.stream import ShardSource, open_shards
@@ -66,13 +74,14 @@ def open_source(
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
     text = os.fspath(data_path)
     if text == "demo":
-        demo, limits = DemoPhotos(), (max_unreadable, max_samples, seed)
+        demo = _with_channels(DemoPhotos(), reading, "the demo")
+        limits = (max_unreadable, max_samples, seed)
         description = f"demo: {len(demo)} photographs of scikit-image"
         return _photo_source(demo, description, None, *limits, repeats=CROPS_PER_PHOTO, workers=0)
     folder = Path(text).expanduser()
     if not folder.is_dir():
         if text.endswith(SHARD) or _has_scheme(text):
-            return _shard_source(text, split, max_unreadable, max_samples)
+            return _shard_source(text, split, max_unreadable, max_samples, reading)
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise DataError(f"--data_path {text!r} {what}; expected 'demo' or a folder of pictures")
     idx = find_idx(folder)
@@ -80,11 +89,33 @@ def open_source(
         idx_photos = IdxPhotos(idx, split)
         description = f"{len(idx_photos)} pictures of {idx} ({split})"
         classes = list(idx_photos.classes)
-        return _photo_source(idx_photos, description, classes, max_unreadable, max_samples, seed)
+        photos = _with_channels(idx_photos, reading, "IDX files")
+        return _photo_source(photos, description, classes, max_unreadable, max_samples, seed)
     here = split_folder(folder, split, text)
     if _has_shards(here):
-        return _shard_source(str(here), None, max_unreadable, max_samples)
-    return _folder_source(here, folder, max_unreadable, max_samples, seed)
+        return _shard_source(str(here), None, max_unreadable, max_samples, reading)
+    return _folder_source(here, folder, max_unreadable, max_samples, seed, reading)
+
+
+def _with_channels(photos: Photos, reading: ReadOptions, what: str) -> Photos:
+    """8-bit pictures in memory with `--in_chans` channels.
+
+    Raises:
+        DataError: another option of reading is given, or the channels cannot be made.
+    """
+    given = [name for name in reading.given() if name not in ("in_chans", "max_pixels")]
+    if given:
+        raise DataError(
+            f"--{given[0]} has no effect on {what}, which are 8-bit pictures of "
+            f"{photos.channels} channels; leave it out"
+        )
+    if reading.in_chans in (None, photos.channels):
+        return photos
+    if reading.in_chans not in (1, 3):
+        raise DataError(
+            f"--in_chans {reading.in_chans}: pictures of {what} can be read with 1 or 3 channels"
+        )
+    return WithChannels(photos, reading)
 
 
 def _has_scheme(text: str) -> bool:
@@ -92,14 +123,18 @@ def _has_scheme(text: str) -> bool:
 
 
 def _shard_source(
-    where: str, split: str | None, max_unreadable: float, max_samples: int | None
+    where: str,
+    split: str | None,
+    max_unreadable: float,
+    max_samples: int | None,
+    reading: ReadOptions,
 ) -> ShardSource:
     if max_samples is not None:
         raise DataError(
             f"--max_samples {max_samples} cannot choose from shards, which are read in order; "
             "expected a folder of pictures, or write smaller shards"
         )
-    return open_shards(where, split, max_unreadable, default_workers())
+    return open_shards(where, split, max_unreadable, default_workers(), reading)
 
 
 def split_folder(folder: Path, split: str, data_path: str) -> Path:
@@ -144,33 +179,66 @@ def _mixed_kinds(folder: Path, one: str, other: str) -> DataError:
 
 
 def _folder_source(
-    here: Path, root: Path, max_unreadable: float, max_samples: int | None, seed: int
+    here: Path,
+    root: Path,
+    max_unreadable: float,
+    max_samples: int | None,
+    seed: int,
+    reading: ReadOptions,
 ) -> PhotoSource:
     paths = find_pictures(here, extensions=EXTENSIONS | {ARRAY_EXTENSION})
     classes = class_folders(root / "train" if (root / "train").is_dir() else here)
     labels = None if classes is None else _labels(paths, here, classes)
-    arrays = [path for path in paths if path.suffix.lower() == ARRAY_EXTENSION]
-    description = f"{len(paths)} pictures in {here}"
-    if not arrays:
-        failures, checked = check_readable(paths)
-        check_share(failures, checked, max_unreadable)
-        photos: Photos = FolderPhotos(paths, labels)
-    elif len(arrays) < len(paths):
-        other = next(path for path in paths if path.suffix.lower() != ARRAY_EXTENSION)
-        names = (str(path.relative_to(here)) for path in (arrays[0], other))
-        raise _mixed_kinds(here, *names)
-    else:
-        array_photos = ArrayPhotos(paths, labels)
-        failures = array_photos.failures
-        check_share(failures, len(array_photos), max_unreadable)
-        photos = array_photos
-        kind = f"{photos.channels} channels of {str(photos.dtype).removeprefix('torch.')}"
-        description = f"{len(photos)} arrays of {kind} in {here}"
+    photos, failures, description, notes = open_files(paths, labels, here, max_unreadable, reading)
     if classes is not None:
         description += f", {len(classes)} classes"
+    description = "; ".join([description, *notes])
     return _photo_source(
         photos, description, classes, max_unreadable, max_samples, seed, failures=tuple(failures)
     )
+
+
+def open_files(
+    paths: list[Path],
+    labels: list[int] | None,
+    folder: Path,
+    max_unreadable: float,
+    reading: ReadOptions,
+) -> tuple[Photos, list[Failure], str, list[str]]:
+    """Picture files, or `.npy` files, their headers checked.
+
+    Args:
+        paths: the files.
+        labels: of each; -1 if None.
+        folder: where they lie, for messages.
+        max_unreadable: share of unreadable pictures above which they are refused.
+        reading: how they are read.
+
+    Returns:
+        The pictures, the failures, and for the log what they are and what is done to them.
+
+    Raises:
+        DataError: files of both kinds, too many that cannot be read, or float pictures with values
+            that most likely mean that there are no data.
+    """
+    arrays = [path for path in paths if path.suffix.lower() == ARRAY_EXTENSION]
+    if arrays and len(arrays) < len(paths):
+        other = next(path for path in paths if path.suffix.lower() != ARRAY_EXTENSION)
+        names = [str(os.path.relpath(path, folder)) for path in (arrays[0], other)]
+        raise _mixed_kinds(folder, *names)
+    if arrays:
+        array_photos = ArrayPhotos(paths, labels, reading)
+        check_share(array_photos.failures, len(array_photos), max_unreadable)
+        refuse_suspected_nodata(array_photos, reading, str(folder))
+        count, kind = len(array_photos), array_photos.kind
+        description = f"{count} arrays of {kind.words}, axes {array_photos.layout}, in {folder}"
+        return array_photos, array_photos.failures, description, []
+    found = survey(paths, reading)
+    check_share(found.failures, found.checked, max_unreadable)
+    photos = FolderPhotos(paths, labels, reading, found.kind)
+    refuse_suspected_nodata(photos, reading, str(folder))
+    what = "pictures" if found.kind == PHOTO else f"pictures of {found.kind.words}"
+    return photos, found.failures, f"{len(paths)} {what} in {folder}", found.notes
 
 
 def class_folders(folder: Path) -> list[str] | None:

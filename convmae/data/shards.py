@@ -1,6 +1,6 @@
 """WebDataset shards: which there are, how many samples each has, and their members one by one.
 
-A shard is a `.tar` file of samples: members `<key>.jpg`, `.jpeg`, `.png`, `.webp` or `.npy`, and
+A shard is a `.tar` file of samples: members `<key>.jpg`, `.png`, `.tif` ... or `.npy`, and
 `<key>.cls`, the label as text, side by side. Members of other kinds are never read.
 
 How many samples a shard has must be known before training. Of local shards it is counted from
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit, urlunsplit
 
 from convmae.data.errors import DataError, Failure
+from convmae.data.pillow import EXTENSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,8 +35,7 @@ if TYPE_CHECKING:
 SIZES_FILE = "sizes.json"
 SHARD = ".tar"
 LABEL = "cls"
-FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}  # Pillow's names
-PICTURES = {*FORMATS, "npy"}
+PICTURES = {extension[1:] for extension in EXTENSIONS} | {"npy"}
 SIZES_HELP = (
     f"python -m convmae.data.shards FOLDER writes {SIZES_FILE} for the shards in a local folder; "
     'it is an object like {"shard-000000.tar": 10000}'

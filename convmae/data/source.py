@@ -97,6 +97,7 @@ class Source(ABC):
         function: Callable[[Tensor], Any],
         max_pictures: int | None = None,
         workers: int | None = None,
+        measured: bool = False,
     ) -> Iterator[tuple[int, Any]]:
         """`(index, function(picture))` of every picture `[C, h, w]` as stored, in any order.
 
@@ -104,6 +105,7 @@ class Source(ABC):
             function: picklable.
             max_pictures: of more pictures, this many.
             workers: loading processes; the source's default if None.
+            measured: pictures in float32, with NaN where there are no data.
 
         Yields:
             Instead of a result a `Failure`, where the picture cannot be read.
@@ -258,11 +260,12 @@ class PhotoSource(Source):
         function: Callable[[Tensor], Any],
         max_pictures: int | None = None,
         workers: int | None = None,
+        measured: bool = False,
     ) -> Iterator[tuple[int, Any]]:
         """`(index, function(picture))` of every picture, or of an even sample of `max_pictures`."""
         chosen = evenly_spaced(self.pictures, max_pictures or self.pictures)
         lists = [chosen[start : start + 16] for start in range(0, len(chosen), 16)]
-        dataset = _MapDataset(self.photos, function)
+        dataset = _MapDataset(self.photos, function, measured)
         for results in run_batches(dataset, lists, self._workers(workers)):
             yield from results
 
@@ -270,15 +273,16 @@ class PhotoSource(Source):
 class _MapDataset(Dataset[Any]):
     """`function` of whole pictures."""
 
-    def __init__(self, photos: Photos, function: Callable[[Tensor], Any]) -> None:
-        self.photos, self.function = photos, function
+    def __init__(self, photos: Photos, function: Callable[[Tensor], Any], measured: bool) -> None:
+        self.photos, self.function, self.measured = photos, function, measured
 
     def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
         return [(index, self._result(index)) for index in indices]
 
     def _result(self, index: int) -> Any:
         try:
-            return self.function(self.photos.load(index))
+            load = self.photos.measured if self.measured else self.photos.load
+            return self.function(load(index))
         except UnreadableError as error:
             return Failure(self.photos.name(index), str(error))
 

@@ -24,14 +24,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from convmae.data.arrays import decode_array
+from convmae.config.data import ReadOptions
+from convmae.data.decode import EncodedPicture
 from convmae.data.errors import DataError, Failure, UnreadableError, check_share
+from convmae.data.folder import (
+    LOOKED_AT,
+    PHOTO,
+    check_suspected,
+    describe_headers,
+    differs,
+    most_common_kind,
+)
 from convmae.data.loader import Batch, make_batch, run_batches
 from convmae.data.picture import NO_LABEL, Pixels
-from convmae.data.pillow import EncodedPicture
 from convmae.data.shards import (
     ARCHIVE_ERRORS,
-    FORMATS,
     LABEL,
     PICTURES,
     Shards,
@@ -42,6 +49,7 @@ from convmae.data.shards import (
     read_samples,
 )
 from convmae.data.source import Source
+from convmae.data.stored import Kind
 from convmae.data.transforms import CentreTransform
 from convmae.seeds import Stream, derive_seed, generator_for, seeded
 
@@ -51,7 +59,7 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
     from convmae.data.crops import Size
-    from convmae.data.picture import Picture
+    from convmae.data.decode import Header
     from convmae.data.source import ReadPlan
     from convmae.data.transforms import Transform
 
@@ -77,13 +85,14 @@ class SampleKind(NamedTuple):
     dtype: torch.dtype
     classes: list[str] | None
     labelled: bool
+    reading: ReadOptions
 
 
-def decode_sample(raw: RawSample) -> tuple[Picture, str | None]:
+def decode_sample(raw: RawSample, reading: ReadOptions) -> tuple[EncodedPicture, str | None]:
     """The picture of a sample, and its label as text.
 
     Raises:
-        UnreadableError: there is none, or the array cannot be decoded.
+        UnreadableError: there is none.
     """
     if raw.content is None:
         raise UnreadableError(raw.reason)
@@ -91,9 +100,16 @@ def decode_sample(raw: RawSample) -> tuple[Picture, str | None]:
     data = raw.content[suffix]
     text = raw.content.get(LABEL)
     label = None if text is None else text.decode("ascii", "replace").strip()
-    if suffix == "npy":
-        return decode_array(data), label
-    return EncodedPicture(data, formats=(FORMATS[suffix],)), label
+    return EncodedPicture(data, reading), label
+
+
+class ReadableSample(NamedTuple):
+    """A sample that has been read while looking at the first ones."""
+
+    name: str
+    picture: Pixels
+    header: Header
+    label: str | None
 
 
 def class_number(text: str | None, kind: SampleKind) -> int:
@@ -262,15 +278,13 @@ class StreamDataset(IterableDataset[Batch]):
         Raises:
             UnreadableError: it cannot be decoded, or is not like the others.
         """
-        picture, text = decode_sample(raw)
+        picture, text = decode_sample(raw, self.kind.reading)
         label = class_number(text, self.kind)
         with seeded(derive_seed(self.plan.seed, Stream.SAMPLE, epoch, sample)):
             image = self.transform(picture)
-        if (len(image), image.dtype) != (self.kind.channels, self.kind.dtype):
-            raise UnreadableError(
-                f"{len(image)} channels of {image.dtype}, where other pictures have "
-                f"{self.kind.channels} of {self.kind.dtype}"
-            )
+        kind, wanted = Kind(len(image), image.dtype), Kind(self.kind.channels, self.kind.dtype)
+        if kind != wanted:
+            raise UnreadableError(differs(kind, wanted))
         return image, label
 
     def _train_batch(self, batch: list[RawSample], raw_samples: _Lookahead, began: float) -> Batch:
@@ -346,8 +360,16 @@ class _Lookahead:
 class _MapDataset(IterableDataset[Any]):
     """`function` of the first `limit` whole pictures, shared among the loading processes."""
 
-    def __init__(self, shards: Shards, function: Callable[[Tensor], Any], limit: int) -> None:
+    def __init__(
+        self,
+        shards: Shards,
+        function: Callable[[Tensor], Any],
+        limit: int,
+        kind: SampleKind,
+        measured: bool,
+    ) -> None:
         self.shards, self.function, self.limit = shards, function, limit
+        self.kind, self.measured = kind, measured
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         info = get_worker_info()
@@ -360,7 +382,14 @@ class _MapDataset(IterableDataset[Any]):
 
     def _result(self, raw: RawSample) -> Any:
         try:
-            return self.function(decode_sample(raw)[0].load())
+            picture = decode_sample(raw, self.kind.reading)[0]
+            image = picture.measured() if self.measured else picture.load()
+            found, wanted = len(image), self.kind.channels
+            if found != wanted or (not self.measured and image.dtype != self.kind.dtype):
+                raise UnreadableError(
+                    differs(Kind(found, image.dtype), Kind(wanted, self.kind.dtype))
+                )
+            return self.function(image)
         except UnreadableError as error:
             return Failure(raw.name, str(error))
 
@@ -376,25 +405,37 @@ class ShardSource(Source):
         shards: where they are, and how many.
         max_unreadable: the share of damaged shards above which they are refused.
         workers: loading processes by default.
+        reading: how their pictures are read.
 
     Raises:
         DataError: too many shards are damaged, there is no sample, or none can be read.
     """
 
-    def __init__(self, shards: Shards, max_unreadable: float, workers: int) -> None:
+    def __init__(
+        self, shards: Shards, max_unreadable: float, workers: int, reading: ReadOptions
+    ) -> None:
         check_share(shards.failures, len(shards.names), max_unreadable, "shards")
         self.shards, self.failures = shards, list(shards.failures)
         self.pictures = self.samples_per_epoch = sum(shards.sizes)
         self.classes, self.workers, self.max_unreadable = shards.classes, workers, max_unreadable
         self._previews: dict[tuple[int, Size], Tensor] = {}
-        picture, label = next(self._readable())
-        image = picture.load()
-        self.channels, self.dtype = len(image), image.dtype
-        self.kind = SampleKind(self.channels, self.dtype, self.classes, label is not None)
+        self.reading = reading
+        first = list(islice(self._readable(), LOOKED_AT))
+        headers = [sample.header for sample in first]
+        self.channels, self.dtype = kind = most_common_kind(headers)
+        labelled = first[0].label is not None
+        self.kind = SampleKind(self.channels, self.dtype, self.classes, labelled, reading)
+        if reading.nodata is None:
+            for sample in first:
+                check_suspected(sample.picture.load(), sample.name, shards.where)
         text = f"{self.pictures} samples in {len(shards.names)} shards of {shards.where}"
-        self.description = text + (f", {len(self.classes)} classes" if self.classes else "")
+        text += f", {kind.words}" if kind != PHOTO else ""
+        text += f", {len(self.classes)} classes" if self.classes else ""
+        alike = [header for header in headers if header.kind == kind]
+        notes = describe_headers(alike, reading)
+        self.description = "; ".join([text, *notes])
 
-    def _readable(self) -> Iterator[tuple[Picture, str | None]]:
+    def _readable(self) -> Iterator[ReadableSample]:
         """The first samples that can be read, of the first `MAX_TRIES`, and their labels.
 
         Raises:
@@ -404,12 +445,12 @@ class ShardSource(Source):
         tried: list[Failure] = []
         for raw in read_in_order(self.shards, _all_shards(self.shards), 0, 0, limit, frozenset()):
             try:
-                picture, text = decode_sample(raw)
-                whole = Pixels(picture.load())
+                picture, text = decode_sample(raw, self.reading)
+                header, whole = picture.header(), Pixels(picture.load())
             except UnreadableError as error:
                 tried.append(Failure(raw.name, str(error)))
                 continue
-            yield whole, text
+            yield ReadableSample(raw.name, whole, header, text)
         if len(tried) == limit:
             first_failure = f"; the first, {tried[0].name}: {tried[0].reason}" if tried else ""
             raise DataError(
@@ -426,7 +467,8 @@ class ShardSource(Source):
         """Centre crops of the first `count` readable samples at most, read once: `[N, C, H, W]`."""
         if (count, size) not in self._previews:
             transform = CentreTransform(size)
-            alike = (p for p, _ in self._readable() if len(p.load()) == self.channels)
+            wanted = (self.channels, self.dtype)
+            alike = (s.picture for s in self._readable() if s.header.kind == wanted)
             crops = [transform(picture).contiguous() for picture in islice(alike, count)]
             self._previews[count, size] = torch.stack(crops)
         return self._previews[count, size]
@@ -436,14 +478,21 @@ class ShardSource(Source):
         function: Callable[[Tensor], Any],
         max_pictures: int | None = None,
         workers: int | None = None,
+        measured: bool = False,
     ) -> Iterator[tuple[int, Any]]:
         """`(index, function(picture))` of every picture, or of the first `max_pictures`."""
         limit = min(self.pictures, max_pictures or self.pictures)
-        dataset = _MapDataset(self.shards, function, limit)
+        dataset = _MapDataset(self.shards, function, limit, self.kind, measured)
         return run_batches(dataset, None, self._workers(workers))
 
 
-def open_shards(where: str, split: str | None, max_unreadable: float, workers: int) -> ShardSource:
+def open_shards(
+    where: str,
+    split: str | None,
+    max_unreadable: float,
+    workers: int,
+    reading: ReadOptions = ReadOptions(),  # noqa: B008 - frozen
+) -> ShardSource:
     """The shards of a folder, a pattern or an address; see `list_shards`.
 
     Raises:
@@ -451,4 +500,4 @@ def open_shards(where: str, split: str | None, max_unreadable: float, workers: i
     """
     # One loading process at least: it ignores Ctrl-C, and so does the program that it starts to
     # fetch a shard. Started from the main process, that program would be killed.
-    return ShardSource(list_shards(where, split), max_unreadable, max(1, workers))
+    return ShardSource(list_shards(where, split), max_unreadable, max(1, workers), reading)
