@@ -116,12 +116,14 @@ def _convert(config: ConvertConfig, target: Path) -> ConversionReport:
     pictures, notes = _statistics(config, found, encoder.in_chans)
     is_ours = target.suffix == SAFETENSORS
     notes = [*found.notes, *_remarks(config, found, kind, state), *(notes if is_ours else ())]
-    classes = None if found.ours is None else found.ours.classes
+    classes, reading = (
+        (None, None) if found.ours is None else (found.ours.classes, found.ours.reading)
+    )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as fresh:
             if is_ours:
-                write_weights(fresh, name, model.config, state, pictures, classes)
+                write_weights(fresh, name, model.config, state, pictures, classes, reading)
             else:
                 save_tensors({"model": state}, fresh)
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 "classify; expected what convmae finetune or linprobe wrote"
             )
         nb_classes = int(model.config["num_classes"])
+        reading, notes = config.reading.over(weights.reading)
+        for note in notes if world.main else ():
+            print(note, file=sys.stderr)
         source = open_source(
-            config.data_path, split=config.split, max_unreadable=config.max_unreadable
+            config.data_path,
+            split=config.split,
+            max_unreadable=config.max_unreadable,
+            reading=reading,
         )
         check_labels(source, nb_classes, f"--data_path {config.data_path!r}")
         check_channels(source, model, config.data_path)

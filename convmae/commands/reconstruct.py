@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convmae.config import OptionError, ReconstructConfig, check_patches, for_option
-from convmae.data import DataError, FolderPhotos, PhotoSource, find_pictures, open_source
-from convmae.data.arrays import ArrayPhotos
+from convmae.data import DataError, PhotoSource, find_pictures, open_source
+from convmae.data.arrays import ARRAY_EXTENSION
+from convmae.data.open import open_files
+from convmae.data.pillow import EXTENSIONS
 from convmae.models import ConvMAE
 from convmae.records.pictures import reconstruction_picture, save_picture
 from convmae.training.machine import pick_device
 from convmae.weights.checkpoint import open_weights
 
 if TYPE_CHECKING:
+    from convmae.config import ReadOptions
     from convmae.data import Source
 
 
@@ -39,7 +43,10 @@ def reconstruct(config: ReconstructConfig) -> Path:
             "decoder; expected a ConvMAE from convmae pretrain"
         )
     check_patches(config.mask_ratio, *model.img_size)
-    source = _open(config.images)
+    reading, notes = config.reading.over(weights.reading)
+    for note in notes:
+        print(note, file=sys.stderr)
+    source = _open(config.images, reading)
     if source.channels != model.in_chans:
         raise OptionError(
             f"--images have {source.channels} channels, but the model of --checkpoint takes "
@@ -52,11 +59,11 @@ def reconstruct(config: ReconstructConfig) -> Path:
     return output
 
 
-def _open(names: tuple[str, ...]) -> Source:
+def _open(names: tuple[str, ...], reading: ReadOptions) -> Source:
     """One folder, set of shards or demo as `--data_path` takes it; or files and folders of them."""
     if len(names) == 1 and not Path(names[0]).expanduser().is_file():
         try:
-            return open_source(names[0], max_unreadable=1.0)
+            return open_source(names[0], max_unreadable=1.0, reading=reading)
         except DataError as error:
             raise DataError(error.with_flags.replace("--data_path", "--images")) from error
     paths: list[Path] = []
@@ -65,11 +72,14 @@ def _open(names: tuple[str, ...]) -> Source:
         if path.is_file():
             paths.append(path)
         elif path.is_dir():
-            paths += find_pictures(path, "--images")
+            paths += find_pictures(path, "--images", EXTENSIONS | {ARRAY_EXTENSION})
         else:
             raise OptionError(f"--images {name!r} does not exist; expected a file or a folder")
-    arrays = [path for path in paths if path.suffix.lower() == ".npy"]
-    return PhotoSource(ArrayPhotos(arrays) if arrays else FolderPhotos(paths))
+    try:
+        photos, failures, description, _ = open_files(paths, None, Path(), 1.0, reading)
+    except DataError as error:
+        raise DataError(error.with_flags.replace("--data_path", "--images")) from error
+    return PhotoSource(photos, description=description, failures=failures, max_unreadable=1.0)
 
 
 def main(config: ReconstructConfig) -> int:

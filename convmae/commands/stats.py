@@ -21,7 +21,11 @@ def stats(config: StatsConfig) -> str:
     """
     config.validate()
     source = open_source(
-        config.data_path, split=config.split, max_samples=config.max_samples, seed=config.seed
+        config.data_path,
+        split=config.split,
+        max_samples=config.max_samples,
+        seed=config.seed,
+        reading=config.reading,
     )
     mean, std = channel_statistics(source, workers=config.num_workers)
     lines = [f"# {source.description}; full scale is 1"]

@@ -16,9 +16,8 @@ NETPBM = {".ppm", ".pgm", ".pbm", ".pnm"}
 EXTENSIONS = JPEG | NETPBM | {".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".tga"}
 EXTENSIONS |= {".jp2", ".avif"}
 # Pillow's names of these formats: a file is opened as no other, whatever its content asks for.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "TGA", "JPEG2000", "AVIF")
-FORMATS += ("PPM",)
-SHRINKING = ("JPEG", "MPO")  # formats that are decoded directly at a smaller size
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "TGA", "JPEG2000", "AVIF", "PPM")
+SHRINKING = ("JPEG", "MPO")  # decoded directly at a smaller size; MPO is a JPEG with several
 ORIENTATION_TAG = 0x0112
 WHITE = (255, 255, 255, 255)
 TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")

@@ -420,7 +420,7 @@ class ShardSource(Source):
         self.classes, self.workers, self.max_unreadable = shards.classes, workers, max_unreadable
         self._previews: dict[tuple[int, Size], Tensor] = {}
         self.reading = reading
-        first = list(islice(self._readable(), LOOKED_AT))
+        first = list(islice(self._readable(), max(1, min(LOOKED_AT, *shards.sizes[:1]))))
         headers = [sample.header for sample in first]
         self.channels, self.dtype = kind = most_common_kind(headers)
         labelled = first[0].label is not None

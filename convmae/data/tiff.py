@@ -118,8 +118,8 @@ def _pages(tiff: Any, reading: ReadOptions) -> list[Any]:
         pages.append(page)
         if len(pages) == 2 and reading.pages is None:
             raise UnreadableError(
-                f"a TIFF of several pages ({len(tiff.pages)}); --pages first reads the first alone, "
-                "--pages bands reads each as bands"
+                f"a TIFF of several pages ({len(tiff.pages)}); --pages first reads the first "
+                "alone, --pages bands reads each as bands"
             )
         if reading.pages == "first":
             break

@@ -18,13 +18,14 @@ from convmae.tasks.accuracy import accuracy, better, check_channels, check_label
 from convmae.training.distributed import whole_model
 from convmae.training.state import Run, TrainingError
 from convmae.training.task import Task
-from convmae.weights.checkpoint import save_weights
+from convmae.weights.checkpoint import save_weights, stored_reading
 from convmae.weights.foreign import open_foreign
 from convmae.weights.pretrained import classifier_for, load_pretrained
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from convmae.config import ReadOptions
     from convmae.config.classify import ClassifyConfig
     from convmae.data import Batch, Source, Statistics
     from convmae.records.log import RunLog
@@ -49,7 +50,11 @@ class Classification(Task):
         self.nb_classes = config.nb_classes or len(source.classes or ())
         check_labels(source, self.nb_classes or 1, data)
         self.val = open_source(
-            config.data_path, split="val", max_unreadable=config.max_unreadable, seed=config.seed
+            config.data_path,
+            split="val",
+            max_unreadable=config.max_unreadable,
+            seed=config.seed,
+            reading=config.reading.over(self.reading(config))[0],
         )
         check_labels(self.val, self.nb_classes, f"the val split of {data}")
         with for_option("finetune"):
@@ -96,6 +101,9 @@ class Classification(Task):
     def statistics(self, config: ClassifyConfig) -> Statistics | None:
         return self.initial_statistics
 
+    def reading(self, config: ClassifyConfig) -> ReadOptions | None:
+        return None if config.finetune is None else stored_reading(config.finetune)
+
     # -- evaluation -------------------------------------------------------------------------------
 
     def evaluate(self, run: Run, log: RunLog) -> None:
@@ -135,6 +143,7 @@ class Classification(Task):
                     weights,
                     run.statistics,
                     self.classes,
+                    run.reading,
                 )
             except OSError as error:
                 problem = f"the best weights of step {run.step} could not be written: {error}"

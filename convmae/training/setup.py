@@ -17,7 +17,13 @@ from convmae.training.optim import make_scheduler
 from convmae.training.state import Run
 from convmae.training.step import clip, differentiate
 from convmae.training.step_graph import WARM_UP, StepGraph, cuda_capture, why_not
-from convmae.weights.checkpoint import describe, find_checkpoint, plain, read_training_state
+from convmae.weights.checkpoint import (
+    describe,
+    find_checkpoint,
+    plain,
+    read_training_state,
+    stored_reading,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,11 +49,14 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     if config.log_wandb:
         import_wandb()
     torch.manual_seed(config.seed)
+    learnt = stored_reading(resume) if resume is not None else task.reading(config)
+    reading, reading_notes = config.reading.over(learnt)
     source = open_source(
         config.data_path,
         max_unreadable=config.max_unreadable,
         max_samples=config.max_samples,
         seed=config.seed,
+        reading=reading,
     )
     steps_per_epoch = _steps_per_epoch(config, source, world)
     torch.manual_seed(config.seed)
@@ -72,8 +81,9 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
         scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
         steps_per_epoch=steps_per_epoch,
         workers=source.workers if config.num_workers is None else config.num_workers,
+        reading=reading,
     )
-    notes = [source.description, *model_notes, *_notes(run, why), origin]
+    notes = [source.description, *reading_notes, *model_notes, *_notes(run, why), origin]
     if resume is not None:
         notes += _resume(run, task, resume)
     notes += _use_graph(run, task)

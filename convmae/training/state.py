@@ -12,6 +12,7 @@ from convmae.config import MessageError
 if TYPE_CHECKING:
     from torch import nn
 
+    from convmae.config import ReadOptions
     from convmae.data import Source, Statistics
     from convmae.records.folder import RunFolder
     from convmae.training.distributed import World
@@ -40,6 +41,7 @@ class Run:
     scaler: torch.amp.GradScaler
     steps_per_epoch: int
     workers: int
+    reading: ReadOptions  # of the pictures
     graph: StepGraph | None = None  # runs whole steps, where that was asked for and can be
     step: int = 0  # optimizer steps done, skipped ones included
     losses: list[float] = field(default_factory=list)  # since the last line of the log

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from PIL import Image as PILImage
     from torch import Tensor, nn
 
+    from convmae.config import ReadOptions
     from convmae.data import Batch, Source, Statistics
     from convmae.records.log import RunLog
     from convmae.training.state import Run
@@ -54,6 +55,10 @@ class Task(ABC):
 
     def statistics(self, config: Any) -> Statistics | None:
         """Mean and deviation that the weights to start from were trained with, if any."""
+        return None
+
+    def reading(self, config: Any) -> ReadOptions | None:
+        """How the pictures of the weights to start from were read, if they say."""
         return None
 
     def begin(self, run: Run) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import WeightsError
+from convmae.config import ReadOptions, WeightsError
 from convmae.data import IMAGENET, IMAGENET_MEAN, Statistics
 from convmae.files import CHECKPOINT, flush, replaced_folder, replacing
 from convmae.weights.safe_load import load_tensors
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 STATE = "training_state.pt"
-# In the metadata of a model.safetensors, as JSON; the last three where they are known.
-_DESCRIBED = ("config", "mean", "std", "classes")
+# In the metadata of a model.safetensors, as JSON; all but the first where they are known.
+_DESCRIBED = ("config", "mean", "std", "classes", "reading")
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Weights:
         state: the state dict, on the CPU.
         pictures: mean and deviation of the pictures it was trained on; None if it does not say.
         classes: names of the classes that it tells apart, in their order; None if it does not say.
+        reading: how its pictures were read; None if it does not say.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Weights:
     state: dict[str, Tensor]
     pictures: Statistics | None = None
     classes: tuple[str, ...] | None = None
+    reading: ReadOptions | None = None
 
     def describe(self) -> str:
         """One line that tells this model from another."""
@@ -107,6 +109,7 @@ def save_checkpoint(
     weights: dict[str, Tensor] | None = None,
     pictures: Statistics | None = None,
     classes: Sequence[str] | None = None,
+    reading: ReadOptions | None = None,
 ) -> Path:
     """Writes `run/checkpoint/`, so that a crash at any moment leaves a whole checkpoint behind.
 
@@ -122,6 +125,7 @@ def save_checkpoint(
         weights: the state dict, if the model's own is spread over processes.
         pictures: what its pictures were normalised with.
         classes: names of the classes that it tells apart.
+        reading: how its pictures were read.
 
     Raises:
         OSError: the disk refused; the previous checkpoint is still there.
@@ -132,7 +136,7 @@ def save_checkpoint(
     fresh.mkdir()
     try:
         state = model.state_dict() if weights is None else weights
-        write_weights(fresh / WEIGHTS, name, model.config, state, pictures, classes)
+        write_weights(fresh / WEIGHTS, name, model.config, state, pictures, classes, reading)
         save_tensors(training_state, fresh / STATE)
         for path in (fresh / WEIGHTS, fresh / STATE, fresh):
             flush(path)
@@ -160,6 +164,7 @@ def save_weights(
     weights: dict[str, Tensor] | None = None,
     pictures: Statistics | None = None,
     classes: Sequence[str] | None = None,
+    reading: ReadOptions | None = None,
 ) -> Path:
     """Writes `folder/model.safetensors`, in place of the old one, whole or not at all.
 
@@ -168,7 +173,7 @@ def save_weights(
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if weights is None else weights
     with replacing(folder / WEIGHTS) as fresh:
-        write_weights(fresh, name, model.config, state, pictures, classes)
+        write_weights(fresh, name, model.config, state, pictures, classes, reading)
     return folder / WEIGHTS
 
 
@@ -195,6 +200,7 @@ def write_weights(
     state: Mapping[str, Tensor],
     pictures: Statistics | None = None,
     classes: Sequence[str] | None = None,
+    reading: ReadOptions | None = None,
 ) -> None:
     """Writes `path`, a `.safetensors` file that names its model; whole or not only by `replacing`.
 
@@ -209,6 +215,8 @@ def write_weights(
         metadata |= {key: json.dumps(list(v)) for key, v in pictures._asdict().items()}
     if classes is not None:
         metadata["classes"] = json.dumps(list(classes))
+    if reading is not None:
+        metadata["reading"] = json.dumps(reading.given())
     tensors = {key: value.detach().contiguous() for key, value in state.items()}
     path.touch()
     mode = path.stat().st_mode
@@ -276,12 +284,33 @@ def read_weights_file(file: Path) -> Weights:
         mean, std = (tuple(map(float, values[k])) if k in values else None for k in ("mean", "std"))
         classes = tuple(map(str, values["classes"])) if "classes" in values else None
         config = dict(values["config"])
-    except (ValueError, TypeError) as error:
+        reading = ReadOptions.of(values["reading"]) if "reading" in values else None
+    except (ValueError, TypeError, AttributeError) as error:
         raise WeightsError(
             f"the metadata of {file} are damaged: {error}; expected JSON of {', '.join(_DESCRIBED)}"
         ) from error
     pictures = None if mean is None or std is None else Statistics(mean, std)
-    return Weights(file, metadata["model"], config, state, pictures, classes)
+    return Weights(file, metadata["model"], config, state, pictures, classes, reading)
+
+
+def stored_reading(path: str | Path) -> ReadOptions | None:
+    """How the pictures of a checkpoint were read, without its tensors; None if it does not say.
+
+    Args:
+        path: a run's folder, a checkpoint folder or a file; what convmae has not written says
+            nothing.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    given = Path(path).expanduser()
+    try:
+        is_weights = given.is_file() and given.suffix == ".safetensors"
+        file = given if is_weights else find_checkpoint(given) / WEIGHTS
+        with safe_open(file, framework="pt") as opened:
+            text = (opened.metadata() or {}).get("reading")
+        return None if text is None else ReadOptions.of(json.loads(text))
+    except (WeightsError, SafetensorError, OSError, ValueError, TypeError, AttributeError):
+        return None  # whoever needs the weights tells what is wrong with them
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> ConvMAE | ConvViT:
