@@ -108,8 +108,8 @@ def picture_kind(
     repeated = colours == 1 and wanted == 3
     if wanted != colours and not repeated and not (photo and wanted == 1):
         raise UnreadableError(
-            f"the file has {colours} channels of {dtype}, but --in_chans is {wanted}; --bands "
-            "chooses bands"
+            f"the file has {colours} channel{'s' * (colours > 1)} of {dtype}, but --in_chans is "
+            f"{wanted}; --bands chooses bands"
         )
     return Kind(wanted, result)
 
