@@ -103,6 +103,12 @@ def decode_sample(raw: RawSample, reading: ReadOptions) -> tuple[EncodedPicture,
     return EncodedPicture(data, reading), label
 
 
+def _check_alike(kind: Kind, wanted: SampleKind) -> None:
+    """Raises `UnreadableError` where a picture is not like those of the data set."""
+    if kind != (wanted.channels, wanted.dtype):
+        raise UnreadableError(differs(kind, Kind(wanted.channels, wanted.dtype)))
+
+
 class ReadableSample(NamedTuple):
     """A sample that has been read while looking at the first ones."""
 
@@ -282,9 +288,7 @@ class StreamDataset(IterableDataset[Batch]):
         label = class_number(text, self.kind)
         with seeded(derive_seed(self.plan.seed, Stream.SAMPLE, epoch, sample)):
             image = self.transform(picture)
-        kind, wanted = Kind(len(image), image.dtype), Kind(self.kind.channels, self.kind.dtype)
-        if kind != wanted:
-            raise UnreadableError(differs(kind, wanted))
+        _check_alike(Kind(len(image), image.dtype), self.kind)
         return image, label
 
     def _train_batch(self, batch: list[RawSample], raw_samples: _Lookahead, began: float) -> Batch:
@@ -383,13 +387,8 @@ class _MapDataset(IterableDataset[Any]):
     def _result(self, raw: RawSample) -> Any:
         try:
             picture = decode_sample(raw, self.kind.reading)[0]
-            image = picture.measured() if self.measured else picture.load()
-            found, wanted = len(image), self.kind.channels
-            if found != wanted or (not self.measured and image.dtype != self.kind.dtype):
-                raise UnreadableError(
-                    differs(Kind(found, image.dtype), Kind(wanted, self.kind.dtype))
-                )
-            return self.function(image)
+            _check_alike(picture.header().kind, self.kind)
+            return self.function(picture.measured() if self.measured else picture.load())
         except UnreadableError as error:
             return Failure(raw.name, str(error))
 
@@ -491,7 +490,7 @@ def open_shards(
     split: str | None,
     max_unreadable: float,
     workers: int,
-    reading: ReadOptions = ReadOptions(),  # noqa: B008 - frozen
+    reading: ReadOptions,
 ) -> ShardSource:
     """The shards of a folder, a pattern or an address; see `list_shards`.
 

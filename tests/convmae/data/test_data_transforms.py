@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from convmae.config import ReadOptions
 from convmae.data import (
     DataError,
     EvalTransform,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 Image = pytest.importorskip("PIL.Image")
 transforms = pytest.importorskip("torchvision.transforms.v2")
+HWC = ReadOptions(layout="hwc")
 
 
 def photograph(channels: int = 3, dtype: torch.dtype = torch.uint8) -> Pixels:
