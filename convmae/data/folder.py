@@ -253,8 +253,9 @@ class FolderPhotos:
             UnreadableError: the file cannot be decoded, or differs from the others.
         """
         picture = EncodedPicture(self.paths[index], self.reading)
-        if picture.header().kind != self.kind:
-            raise UnreadableError(differs(picture.header().kind, self.kind))
+        kind = picture.header().kind
+        if kind != self.kind:
+            raise UnreadableError(differs(kind, self.kind))
         return picture.measured()
 
     def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:

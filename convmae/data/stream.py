@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from convmae.config.data import ReadOptions
 from convmae.data.decode import EncodedPicture
 from convmae.data.errors import DataError, Failure, UnreadableError, check_share
 from convmae.data.folder import (
@@ -58,6 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from collections.abc import Set as AbstractSet
 
+    from convmae.config.data import ReadOptions
     from convmae.data.crops import Size
     from convmae.data.decode import Header
     from convmae.data.source import ReadPlan
@@ -430,8 +430,7 @@ class ShardSource(Source):
         text = f"{self.pictures} samples in {len(shards.names)} shards of {shards.where}"
         text += f", {kind.words}" if kind != PHOTO else ""
         text += f", {len(self.classes)} classes" if self.classes else ""
-        alike = [header for header in headers if header.kind == kind]
-        notes = describe_headers(alike, reading)
+        notes = describe_headers([header for header in headers if header.kind == kind], reading)
         self.description = "; ".join([text, *notes])
 
     def _readable(self) -> Iterator[ReadableSample]:
@@ -466,8 +465,8 @@ class ShardSource(Source):
         """Centre crops of the first `count` readable samples at most, read once: `[N, C, H, W]`."""
         if (count, size) not in self._previews:
             transform = CentreTransform(size)
-            wanted = (self.channels, self.dtype)
-            alike = (s.picture for s in self._readable() if s.header.kind == wanted)
+            kind = (self.channels, self.dtype)
+            alike = (s.picture for s in self._readable() if s.header.kind == kind)
             crops = [transform(picture).contiguous() for picture in islice(alike, count)]
             self._previews[count, size] = torch.stack(crops)
         return self._previews[count, size]
