@@ -136,7 +136,7 @@ def decoding_errors() -> tuple[type[Exception], ...]:
     from PIL import Image
 
     lookups = (IndexError, KeyError)
-    values = (ValueError, TypeError, SyntaxError, EOFError, struct.error)
+    values = (ValueError, TypeError, SyntaxError, EOFError, RuntimeError, struct.error)
     return (OSError, MemoryError, Image.DecompressionBombError, *lookups, *values)
 
 

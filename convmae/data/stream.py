@@ -465,8 +465,7 @@ class ShardSource(Source):
         """Centre crops of the first `count` readable samples at most, read once: `[N, C, H, W]`."""
         if (count, size) not in self._previews:
             transform = CentreTransform(size)
-            kind = (self.channels, self.dtype)
-            alike = (s.picture for s in self._readable() if s.header.kind == kind)
+            alike = (s.picture for s in self._readable() if s.header.kind == self.kind[:2])
             crops = [transform(picture).contiguous() for picture in islice(alike, count)]
             self._previews[count, size] = torch.stack(crops)
         return self._previews[count, size]

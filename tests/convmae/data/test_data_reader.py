@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import re
 from pathlib import Path
 
@@ -170,6 +171,33 @@ def test_damaged_files_are_told(tmp_path: Path) -> None:
         EncodedPicture(png[:300]).load()
     with pytest.raises(UnreadableError, match="cut short: 1 of 600 values"):
         EncodedPicture(b"P5 30 20 4095\n12").load()
+
+
+@pytest.mark.parametrize("suffix", ["tif", "bands.tif", "png", "jp2", "avif", "jpg", "pgm"])
+def test_damaged_bytes_are_an_unreadable_picture(tmp_path: Path, suffix: str) -> None:
+    path, rng = tmp_path / f"a.{suffix}", random.Random(suffix)
+    if suffix == "bands.tif":
+        tiff(path, DEEP, planarconfig="contig", compression="deflate")
+    elif suffix == "jp2":
+        rgb = np.ascontiguousarray(DEEP[..., :3])
+        path.write_bytes(imagecodecs.jpeg2k_encode(rgb, level=0, codecformat="jp2"))
+    elif suffix == "pgm":
+        path.write_bytes(b"P2 30 20 4095\n" + b" ".join(b"%d" % v for v in GREY.ravel() % 4096))
+    else:
+        Image.fromarray(GREY if suffix in ("png", "tif") else RGB).save(path)
+    content, unreadable = path.read_bytes(), 0
+    for _ in range(100):
+        damaged = bytearray(content[: rng.randrange(len(content))] if unreadable < 5 else content)
+        for _ in range(min(3, len(damaged))):
+            damaged[rng.randrange(min(len(damaged), 300))] = rng.randrange(256)
+        picture = EncodedPicture(bytes(damaged))
+        for read in (picture.header, picture.load):
+            try:
+                read()
+            except UnreadableError as error:
+                unreadable += 1
+                assert str(error) and "\n" not in str(error)
+    assert unreadable >= 5
 
 
 # -- geometry -------------------------------------------------------------------------------------
