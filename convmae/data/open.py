@@ -103,7 +103,7 @@ def _with_channels(photos: Photos, reading: ReadOptions, what: str) -> Photos:
     Raises:
         DataError: another option of reading is given, or the channels cannot be made.
     """
-    given = [name for name in reading.given() if name not in ("in_chans", "max_pixels")]
+    given = [name for name in reading.given() if name in ("bands", "nodata")]
     if given:
         raise DataError(
             f"--{given[0]} has no effect on {what}, which are 8-bit pictures of "

@@ -18,7 +18,7 @@ from convmae.tasks.accuracy import accuracy, better, check_channels, check_label
 from convmae.training.distributed import whole_model
 from convmae.training.state import Run, TrainingError
 from convmae.training.task import Task
-from convmae.weights.checkpoint import save_weights, stored_reading
+from convmae.weights.checkpoint import save_weights
 from convmae.weights.foreign import open_foreign
 from convmae.weights.pretrained import classifier_for, load_pretrained
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from convmae.config.classify import ClassifyConfig
     from convmae.data import Batch, Source, Statistics
     from convmae.records.log import RunLog
+    from convmae.weights.foreign import ForeignWeights
 
 
 class Classification(Task):
@@ -38,6 +39,7 @@ class Classification(Task):
         self.best: float | None = None
         self.nb_classes = 0
         self.initial_statistics: Statistics | None = None
+        self.initial: ForeignWeights | None = None
         self.val: Source | None = None
         self.ema: Any = None
         self.saved_ema: dict[str, Tensor] | None = None
@@ -54,11 +56,11 @@ class Classification(Task):
             split="val",
             max_unreadable=config.max_unreadable,
             seed=config.seed,
-            reading=config.reading.over(self.reading(config))[0],
+            reading=self.reading,
         )
         check_labels(self.val, self.nb_classes, f"the val split of {data}")
+        initial = self._initial(config)
         with for_option("finetune"):
-            initial = None if config.finetune is None else open_foreign(config.finetune)
             fitting = None if initial is None else classifier_for(initial)
         name = config.model or fitting or "convvit_base"
         model = self._create(name, config, source.channels)
@@ -101,8 +103,18 @@ class Classification(Task):
     def statistics(self, config: ClassifyConfig) -> Statistics | None:
         return self.initial_statistics
 
-    def reading(self, config: ClassifyConfig) -> ReadOptions | None:
-        return None if config.finetune is None else stored_reading(config.finetune)
+    def learnt_reading(self, config: ClassifyConfig) -> ReadOptions | None:
+        self.initial = self._initial(config)
+        ours = None if self.initial is None else self.initial.ours
+        return None if ours is None else ours.reading
+
+    def _initial(self, config: ClassifyConfig) -> ForeignWeights | None:
+        """The weights to start from, opened once; `build` lets go of them."""
+        initial, self.initial = self.initial, None
+        if initial is None and config.finetune is not None:
+            with for_option("finetune"):
+                initial = open_foreign(config.finetune)
+        return initial
 
     # -- evaluation -------------------------------------------------------------------------------
 

@@ -49,8 +49,9 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     if config.log_wandb:
         import_wandb()
     torch.manual_seed(config.seed)
-    learnt = stored_reading(resume) if resume is not None else task.reading(config)
+    learnt = stored_reading(resume) if resume is not None else task.learnt_reading(config)
     reading, reading_notes = config.reading.over(learnt)
+    task.reading = reading
     source = open_source(
         config.data_path,
         max_unreadable=config.max_unreadable,

@@ -20,6 +20,7 @@ class Task(ABC):
     """One kind of training: what it trains, on what, and what is to be seen of it."""
 
     command: str
+    reading: ReadOptions  # how pictures are read; known before `build`
     classes: tuple[str, ...] | None = None  # names of what the model tells apart, in their order
 
     @abstractmethod
@@ -57,7 +58,7 @@ class Task(ABC):
         """Mean and deviation that the weights to start from were trained with, if any."""
         return None
 
-    def reading(self, config: Any) -> ReadOptions | None:
+    def learnt_reading(self, config: Any) -> ReadOptions | None:
         """How the pictures of the weights to start from were read, if they say."""
         return None
 
