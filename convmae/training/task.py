@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from convmae.config import ReadOptions
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image as PILImage
     from torch import Tensor, nn
 
-    from convmae.config import ReadOptions
     from convmae.data import Batch, Source, Statistics
     from convmae.records.log import RunLog
     from convmae.training.state import Run
@@ -20,7 +21,7 @@ class Task(ABC):
     """One kind of training: what it trains, on what, and what is to be seen of it."""
 
     command: str
-    reading: ReadOptions  # how pictures are read; known before `build`
+    reading = ReadOptions()  # how pictures are read; set before `build`
     classes: tuple[str, ...] | None = None  # names of what the model tells apart, in their order
 
     @abstractmethod
