@@ -100,9 +100,8 @@ def _convert(config: ConvertConfig, target: Path) -> ConversionReport:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as fresh:
             if is_ours:
-                write_weights(
-                    fresh, ours.model, ours.config, ours.state, ours.pictures, ours.classes
-                )
+                described = (ours.pictures, ours.classes, ours.reading)
+                write_weights(fresh, ours.model, ours.config, ours.state, *described)
             else:
                 save_tensors({"model": ours.state}, fresh)
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,11 +51,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 "classify; expected what convmae finetune or linprobe wrote"
             )
         nb_classes = int(model.config["num_classes"])
+        reading, notes = config.reading.over(weights.reading)
+        for note in notes if world.main else ():
+            print(note, file=sys.stderr)
         source = open_source(
             config.data_path,
             split=config.split,
             max_unreadable=config.max_unreadable,
             undivided=True,
+            reading=reading,
         )
         data, of = f"--data_path {config.data_path!r}", f"--checkpoint {config.checkpoint!r}"
         check_channels(source, model, config.data_path)

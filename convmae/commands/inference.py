@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from convmae.config import InferenceConfig, RowsConfig
+    from convmae.config import InferenceConfig, ReadOptions, RowsConfig
     from convmae.data import Source, Statistics
     from convmae.data.named import NamedBatch
     from convmae.records.parts import Parts
@@ -216,7 +216,11 @@ def run(config: RowsConfig, make: Callable[[Loaded], Job]) -> RowsSummary:
         with join(config.device, "auto") as world, Interrupts() as interrupts:
             loaded = load(config, world.device)
             job = make(loaded)
-            source = _open(config)
+            reading, notes = config.reading.over(loaded.weights.reading)
+            source = _open(config, reading)
+            if world.main:
+                for note in (*notes, *source.notes, *map(str, source.left_out)):
+                    print(f"note: {note.removeprefix('note: ')}", file=sys.stderr)
             check_channels(source, loaded.model, " ".join(config.paths))
             job.true_classes = _true_classes(source, job.classes)
             parts, missing = _agreed_parts(config, loaded, source, world, stack)
@@ -224,6 +228,7 @@ def run(config: RowsConfig, make: Callable[[Loaded], Job]) -> RowsSummary:
             total, rank = len(missing), world.rank
             own = missing[total * rank // world.size : total * (rank + 1) // world.size]
             began = time.perf_counter()
+            interrupts.hold()
             try:
                 done = _compute(config, loaded, job, source, parts, own, world, interrupts)
             except Exception:
@@ -232,7 +237,7 @@ def run(config: RowsConfig, make: Callable[[Loaded], Job]) -> RowsSummary:
                 raise
             summary.computed = round(world.mean(done)[0] * world.size)
             summary.seconds = time.perf_counter() - began
-            if world.any(interrupts.asked):
+            if world.any(interrupts.asked)[0]:
                 summary.stopped = interrupts.number or signal.SIGTERM
             elif world.main:
                 _count(parts, summary)
@@ -341,10 +346,12 @@ def _say_stopped(parts: Parts) -> None:
 # -- pictures -------------------------------------------------------------------------------------
 
 
-def _open(config: RowsConfig) -> Source:
+def _open(config: RowsConfig, reading: ReadOptions) -> Source:
     """The pictures; those that cannot be read are counted at the end."""
     place: Any = config.paths if len(config.paths) > 1 else config.paths[0]
-    return open_source(place, split=config.split, max_unreadable=1.0, labelled=False)
+    return open_source(
+        place, split=config.split, max_unreadable=1.0, labelled=False, reading=reading
+    )
 
 
 def _true_classes(source: Source, classes: list[str] | None) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,15 +19,15 @@ from convmae.config import (
 from convmae.data import (
     DataError,
     Failure,
-    FolderPhotos,
     PhotoSource,
     Statistics,
     find_pictures,
     open_source,
 )
 from convmae.data.apart import check_picture_apart
-from convmae.data.arrays import ARRAY_EXTENSION, ArrayPhotos
+from convmae.data.arrays import ARRAY_EXTENSION
 from convmae.data.errors import printable
+from convmae.data.open import open_files
 from convmae.data.pillow import EXTENSIONS
 from convmae.models import ConvMAE
 from convmae.models.adapt import DECODER
@@ -38,6 +39,7 @@ from convmae.weights.conversion import convert_weights
 from convmae.weights.foreign import few, open_foreign
 
 if TYPE_CHECKING:
+    from convmae.config import ReadOptions
     from convmae.data import Source
     from convmae.weights.checkpoint import Weights
     from convmae.weights.foreign import ForeignWeights
@@ -99,7 +101,10 @@ def draw(config: ReconstructConfig) -> Drawn:
             "decoder; expected a ConvMAE from convmae pretrain"
         )
     check_patches(config.mask_ratio, *model.img_size)
-    source = _open(config.images)
+    reading, notes = config.reading.over(weights.reading)
+    for note in notes:
+        print(note, file=sys.stderr)
+    source = _open(config.images, reading)
     if source.channels != model.in_chans:
         raise OptionError(
             f"--images have {source.channels} channels, but the model of --checkpoint takes "
@@ -179,15 +184,16 @@ def _convert(config: ReconstructConfig, found: ForeignWeights) -> Weights:
     return done.weights
 
 
-def _open(names: tuple[str, ...]) -> Source:
+def _open(names: tuple[str, ...], reading: ReadOptions) -> Source:
     """One folder, set of shards or demo as `--data_path` takes it; or files and folders of them.
 
     Raises:
-        OptionError: nothing of that name, or pictures and arrays together.
+        OptionError: nothing of that name.
+        DataError: pictures and arrays together, or no picture that can be read.
     """
     if len(names) == 1 and not Path(names[0]).expanduser().is_file():
         try:
-            return open_source(names[0], max_unreadable=1.0)
+            return open_source(names[0], max_unreadable=1.0, reading=reading)
         except DataError as error:
             raise DataError(error.with_flags.replace("--data_path", "--images")) from error
     paths: list[Path] = []
@@ -199,16 +205,11 @@ def _open(names: tuple[str, ...]) -> Source:
             paths += find_pictures(path, "--images", EXTENSIONS | {ARRAY_EXTENSION})
         else:
             raise OptionError(f"--images {name!r} does not exist; expected a file or a folder")
-    arrays = [path for path in paths if path.suffix.lower() == ARRAY_EXTENSION]
-    if not arrays:
-        return PhotoSource(FolderPhotos(paths))
-    if len(arrays) < len(paths):
-        other = next(path for path in paths if path not in arrays)
-        raise OptionError(
-            f"--images are of two kinds, {arrays[0]} and {other}; expected pictures or .npy arrays"
-        )
-    photos = ArrayPhotos(arrays)
-    return PhotoSource(photos, failures=photos.failures)
+    try:
+        photos, failures, description, _ = open_files(paths, None, names[0], 1.0, reading)
+    except DataError as error:
+        raise DataError(error.with_flags.replace("--data_path", "--images")) from error
+    return PhotoSource(photos, description=description, failures=failures, max_unreadable=1.0)
 
 
 def main(config: ReconstructConfig) -> int:

@@ -25,7 +25,11 @@ def stats(config: StatsConfig) -> str:
     """
     config.validate()
     source = open_source(
-        config.data_path, split=config.split, max_samples=config.max_samples, seed=config.seed
+        config.data_path,
+        split=config.split,
+        max_samples=config.max_samples,
+        seed=config.seed,
+        reading=config.reading,
     )
     measured = measure(source, workers=config.num_workers)
     check_deviations(measured, f"--data_path {config.data_path!r}")

@@ -10,6 +10,7 @@ from convmae.config.checks import (
 )
 from convmae.config.classify import EvaluateConfig, FinetuneConfig, LinprobeConfig
 from convmae.config.convert import ConvertConfig
+from convmae.config.data import DataConfig, ReadOptions
 from convmae.config.errors import (
     MessageError,
     OptionError,
@@ -33,6 +34,7 @@ TRAINING_OPTIONS: dict[str, type[RunConfig]] = {
 __all__ = [
     "TRAINING_OPTIONS",
     "ConvertConfig",
+    "DataConfig",
     "EmbedConfig",
     "EvaluateConfig",
     "FinetuneConfig",
@@ -43,6 +45,7 @@ __all__ = [
     "OptionError",
     "PredictConfig",
     "PretrainConfig",
+    "ReadOptions",
     "ReconstructConfig",
     "RowsConfig",
     "RunConfig",

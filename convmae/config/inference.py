@@ -13,6 +13,7 @@ from convmae.config.checks import (
     check_size,
     check_text,
 )
+from convmae.config.data import DataConfig
 from convmae.config.errors import OptionError
 from convmae.config.run import AMP
 
@@ -21,7 +22,7 @@ EMBED_FORMATS = {".npz": "npz", ".npy": "npy", ".parquet": "parquet"}
 
 
 @dataclass
-class InferenceConfig:
+class InferenceConfig(DataConfig):
     """What evaluating, predicting and embedding have in common."""
 
     checkpoint: str
@@ -59,6 +60,7 @@ class InferenceConfig:
             check_text("data_path", path)
         if not self.paths:
             raise OptionError("--data_path needs at least one file or folder, got none")
+        self.check_reading()
         check_number("batch_size", self.batch_size, whole=True, above=0)
         if self.input_size is not None:
             check_size(self.input_size)

@@ -15,6 +15,7 @@ from convmae.config.checks import (
     check_statistics,
     check_text,
 )
+from convmae.config.data import DataConfig
 
 AMP = ("auto", "bfloat16", "float16", "float32")
 STRATEGIES = ("auto", "single", "ddp", "fsdp2")
@@ -22,7 +23,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass
-class RunConfig:
+class RunConfig(DataConfig):
     """What pretraining, finetuning and probing have in common."""
 
     data_path: str = "demo"
@@ -126,6 +127,7 @@ class RunConfig:
         """
         for name in ("data_path", "output_dir", "wandb_project", "device"):
             check_text(name, getattr(self, name))
+        self.check_reading()
         check_size(self.input_size)
         for name in ("batch_size", "epochs", "accum_iter", "log_every", "max_nonfinite"):
             check_number(name, getattr(self, name), whole=True, above=0)

@@ -12,10 +12,11 @@ from convmae.config.checks import (
     check_statistics,
     check_text,
 )
+from convmae.config.data import DataConfig
 
 
 @dataclass
-class ReconstructConfig:
+class ReconstructConfig(DataConfig):
     """Draw what a checkpoint paints: original, masked, reconstructed, reconstructed + visible."""
 
     checkpoint: str
@@ -49,6 +50,7 @@ class ReconstructConfig:
         Raises:
             OptionError: naming the option, what was found and what was expected.
         """
+        self.check_reading()
         check_mask_ratio(self.mask_ratio)
         check_number("seed", self.seed, whole=True, at_least=0)
         check_number("max_images", self.max_images, whole=True, above=0)
@@ -61,7 +63,7 @@ class ReconstructConfig:
 
 
 @dataclass
-class StatsConfig:
+class StatsConfig(DataConfig):
     """Measure the mean and deviation of every channel, for --mean and --std."""
 
     data_path: str
@@ -83,6 +85,7 @@ class StatsConfig:
         Raises:
             OptionError: naming the option, what was found and what was expected.
         """
+        self.check_reading()
         check_text("data_path", self.data_path)
         check_number("seed", self.seed, whole=True, at_least=0)
         if self.max_samples is not None:

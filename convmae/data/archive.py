@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from convmae.data.errors import UnreadableError
 from convmae.data.labels import LABEL, LONGEST_LABEL
 from convmae.data.left_out import LeftOut, kind_of
+from convmae.data.pillow import EXTENSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}  # Pillow's names
-PICTURES = {*FORMATS, "npy"}
+PICTURES = {extension[1:] for extension in EXTENSIONS} | {"npy"}
 
 # What files from elsewhere may announce.
 MEMBER_AT_MOST = 2**32  # bytes of a picture

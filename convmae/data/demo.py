@@ -58,6 +58,9 @@ class DemoPhotos:
     def load(self, index: int) -> Tensor:
         return self._images[index]
 
+    def measured(self, index: int) -> Tensor:
+        return self._images[index].float()
+
     def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
         """`resize(photograph[pick(height, width)], size)`, uint8 `[3, H, W]`."""
         return Pixels(self._images[index]).crop(pick, size)

@@ -200,5 +200,8 @@ class IdxPhotos:
     def load(self, index: int) -> Tensor:
         return torch.from_numpy(self.images[index][None].copy())
 
+    def measured(self, index: int) -> Tensor:
+        return self.load(index).float()
+
     def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
         return Pixels(self.load(index)).crop(pick, size)

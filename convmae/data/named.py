@@ -195,7 +195,11 @@ class _Stream(IterableDataset[NamedBatch]):
                 label = class_number(sample_label(raw), self.kind, raw.name)
         shard = self.shards.names[bisect_right(self._ends, raw.sample)]
         name = f"{shard.removeprefix(self._root)}/{raw.name.removeprefix(f'{shard}: ')}"
-        return NamedPicture(name, label, lambda: self.transform(decode_sample(raw)[0]))
+
+        def load() -> Tensor:
+            return self.transform(decode_sample(raw, self.kind.reading)[0])
+
+        return NamedPicture(name, label, load)
 
 
 def contiguous_runs(numbers: Sequence[int]) -> Iterator[range]:

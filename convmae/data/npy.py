@@ -1,43 +1,160 @@
-"""Headers of `.npy` files, checked before NumPy takes the memory that they announce."""
+"""The contents of one `.npy` file: which axes are what, and one picture of it."""
 
 from __future__ import annotations
 
-import math
-from tokenize import TokenError
-from typing import BinaryIO
+import io
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-MAGIC = np.lib.format.MAGIC_PREFIX
-# What NumPy raises for files that are no arrays, or announce nonsense.
-ARRAY_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, EOFError, SyntaxError, TypeError)
-ARRAY_ERRORS += (KeyError, MemoryError, OverflowError, RecursionError, TokenError)
+from convmae.data.errors import UnreadableError
+from convmae.data.npy_header import ARRAY_ERRORS, check_header
+from convmae.data.stored import Kind, Stored, check_pixels, picture_kind
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from convmae.config.data import ReadOptions
+
+FEW = 4  # an axis of a single picture that is no longer can be its channels
+FEW_OF_MANY = 16  # in [N, ...] arrays, which can be read in two ways alone
+MEANINGS = {
+    "hw": "one picture [H, W] of one channel",
+    "hwc": "one picture [H, W, C] of {2} channels",
+    "chw": "one picture [C, H, W] of {0} channels",
+    "nhw": "{0} pictures [N, H, W] of one channel",
+    "nhwc": "{0} pictures [N, H, W, C] of {3} channels",
+    "nchw": "{0} pictures [N, C, H, W] of {1} channels",
+}
 
 
-def check_header(file: BinaryIO, size: int) -> None:
-    """Checks that a file of `size` bytes can hold the array that its header announces.
+class ArrayLayout(NamedTuple):
+    """What one array holds."""
 
-    A file that is none of `.npy` is left to NumPy. The file is left at its beginning.
+    layout: str
+    """Its axes: one of hw, hwc, chw, nhw, nhwc, nchw."""
+    pictures: int
+    height: int
+    width: int
+    kind: Kind
+
+    @property
+    def many(self) -> bool:
+        """Whether the first axis counts pictures."""
+        return self.layout.startswith("n")
+
+
+def array_layout(array: np.ndarray, reading: ReadOptions) -> ArrayLayout:
+    """How an array holds pictures, by `--layout` or, if that is auto, by its shape alone.
+
+    `[H, W]` is one channel. An array of three axes is a picture with channels, if exactly one of
+    its first and last axis is 1 to 4 long and the others are longer. One of four axes is many
+    pictures, if exactly one of its second and last axis is 1 to 16 long and the others of a picture
+    are longer. Everything else can be read in several ways and is refused.
 
     Raises:
-        ValueError: it cannot.
-        one of ARRAY_ERRORS: the header is damaged.
+        UnreadableError: no picture has this shape or dtype, the shape can be read in several ways,
+            or the picture does not have the bands or size that are asked for.
     """
-    if file.read(len(MAGIC)) == MAGIC:
-        file.seek(0)
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        elif version == (2, 0):
-            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-        else:
-            raise ValueError(
-                f"version {version[0]}.{version[1]} of the format; expected 1.0 or 2.0"
-            )
-        announced, there = math.prod(shape) * dtype.itemsize, size - file.tell()
-        if min(shape, default=0) < 0 or (announced > there and not dtype.hasobject):
-            raise ValueError(
-                f"its header says {list(shape)} of {dtype}, which are {announced:,} bytes, but "
-                f"{there:,} follow"
-            )
-    file.seek(0)
+    shape = array.shape
+    if array.ndim not in (2, 3, 4) or 0 in shape:
+        raise UnreadableError(
+            f"an array of shape {list(shape)}; expected [H, W], [H, W, C], [C, H, W] or [N, ...]"
+        )
+    if array.dtype.kind not in "iuf":
+        raise UnreadableError(f"an array of {array.dtype}; expected whole or real numbers")
+    layout = reading.layout or "auto"
+    if layout == "auto":
+        layout = _only_layout(shape)
+    elif len(layout) != array.ndim:
+        raise UnreadableError(
+            f"an array of shape {list(shape)} does not have the axes of --layout {layout}"
+        )
+    sizes = dict(zip(layout, shape, strict=True))
+    kind = picture_kind(sizes.get("c", 1), array.dtype, reading)
+    check_pixels(sizes["h"], sizes["w"], reading)
+    return ArrayLayout(layout, sizes.get("n", 1), sizes["h"], sizes["w"], kind)
+
+
+def _only_layout(shape: tuple[int, ...]) -> str:
+    """The one layout that a shape can have.
+
+    Raises:
+        UnreadableError: it can have several; the message says what each would mean.
+    """
+    if len(shape) == 2:
+        return "hw"
+    limit = FEW if len(shape) == 3 else FEW_OF_MANY
+    names = ("chw", "hwc") if len(shape) == 3 else ("nchw", "nhwc")
+    first, middle, last = shape[-3:]
+    if min(middle, max(first, last)) > limit:
+        if first <= limit:
+            return names[0]
+        if last <= limit:
+            return names[1]
+    choices = (name for name in MEANINGS if len(name) == len(shape))
+    means = "; ".join(f"--layout {name}: {MEANINGS[name].format(*shape)}" for name in choices)
+    raise UnreadableError(
+        f"an array of shape {list(shape)} can be read in several ways; choose one: {means}"
+    )
+
+
+def open_array(path: Path) -> np.ndarray:
+    """The array of a file, memory-mapped; nothing is ever unpickled.
+
+    Raises:
+        UnreadableError: not a whole `.npy` file of numbers.
+    """
+    try:
+        with path.open("rb") as file:
+            check_header(file, path.stat().st_size)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ARRAY_ERRORS as error:
+        raise UnreadableError(_reason(error)) from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise UnreadableError("an .npz archive; expected a single .npy array")
+    return array
+
+
+def read_array(content: bytes) -> np.ndarray:
+    """The array in the contents of a `.npy` file; nothing is ever unpickled.
+
+    Raises:
+        UnreadableError: not a whole `.npy` file of numbers.
+    """
+    try:
+        file = io.BytesIO(content)
+        check_header(file, len(content))
+        array = np.load(file, allow_pickle=False)
+    except ARRAY_ERRORS as error:
+        raise UnreadableError(_reason(error)) from error
+    if not isinstance(array, np.ndarray):
+        raise UnreadableError("an .npz archive; expected a single .npy array")
+    return array
+
+
+def single_picture(array: np.ndarray, reading: ReadOptions) -> ArrayLayout:
+    """`array_layout` of an array that must hold one picture.
+
+    Raises:
+        UnreadableError: it holds many, or see `array_layout`.
+    """
+    layout = array_layout(array, reading)
+    if layout.many:
+        raise UnreadableError(f"an array of shape {list(array.shape)}; expected a single picture")
+    return layout
+
+
+def stored_array(picture: np.ndarray, layout: str) -> Stored:
+    """One picture of an array, whose layout is `layout`: `[C, h, w]`, not copied."""
+    if layout in ("hw", "nhw"):
+        picture = picture[None]
+    elif layout.endswith("c"):
+        picture = np.moveaxis(picture, -1, 0)
+    return Stored(picture)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"not a .npy array of numbers: {lines[0] if lines else type(error).__name__}"

@@ -8,14 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convmae.config.data import ReadOptions
 from convmae.data.arrays import ARRAY_EXTENSION, ArrayPhotos
 from convmae.data.classes import normal_form
 from convmae.data.demo import CROPS_PER_PHOTO, DEMO_FILES, DemoPhotos
 from convmae.data.errors import DataError, check_share
 from convmae.data.fingerprint import file_entries
-from convmae.data.folder import FolderPhotos, check_readable, find_pictures, walk_pictures
+from convmae.data.folder import (
+    PHOTO,
+    FolderPhotos,
+    find_pictures,
+    refuse_suspected_nodata,
+    survey,
+    walk_pictures,
+)
 from convmae.data.idx import IdxPhotos, find_idx, is_idx, only_split
 from convmae.data.left_out import LeftOut, kind_of
+from convmae.data.picture import WithChannels
 from convmae.data.pillow import EXTENSIONS
 from convmae.data.sizes import SHARD, SIZES_FILE
 from convmae.data.source import PhotoSource, Source, choose_balanced
@@ -41,6 +50,7 @@ def open_source(
     seed: int = 0,
     undivided: bool = False,
     labelled: bool = True,
+    reading: ReadOptions = ReadOptions(),  # noqa: B008 - frozen
 ) -> Source:
     """The pictures at `data_path`, their headers checked.
 
@@ -67,6 +77,7 @@ def open_source(
         seed: of the choice of these.
         undivided: for `val`, read all pictures where they are not divided into splits.
         labelled: IDX files need their labels. If False, they have labels if these are there.
+        reading: how pictures are read.
 
     Raises:
         DataError: nothing there, nothing of the split, too much of it unreadable, or fewer pictures
@@ -77,13 +88,16 @@ def open_source(
         raise ValueError(f"split must be 'train' or 'val', got {split!r}; None is all")
     if isinstance(data_path, tuple | list):
         if len(data_path) > 1 and all(name.endswith(SHARD) for name in data_path):
-            return _shard_source(_one_pattern(data_path), split, max_unreadable, max_samples)
+            return _shard_source(
+                _one_pattern(data_path), split, max_unreadable, max_samples, reading
+            )
         if len(data_path) != 1:
-            return _listed_source(data_path, split, max_unreadable, max_samples, seed)
+            return _listed_source(data_path, split, max_unreadable, max_samples, seed, reading)
         data_path = data_path[0]
     text = os.fspath(data_path)  # type: ignore[arg-type]
     if text == "demo":
-        demo, limits = DemoPhotos(), (max_unreadable, max_samples, seed)
+        demo = _with_channels(DemoPhotos(), reading, "the demo")
+        limits = (max_unreadable, max_samples, seed)
         description = f"demo: {len(demo)} photographs of scikit-image"
         source = _photo_source(demo, description, None, *limits, repeats=CROPS_PER_PHOTO, workers=0)
         source.entries = lambda: [(name, "") for name in DEMO_FILES]
@@ -91,9 +105,9 @@ def open_source(
     folder = Path(text).expanduser()
     if not folder.is_dir():
         if text.endswith(SHARD) or _has_scheme(text):
-            return _shard_source(text, split, max_unreadable, max_samples, undivided)
+            return _shard_source(text, split, max_unreadable, max_samples, reading, undivided)
         if split is None and folder.is_file():
-            return _listed_source((text,), None, max_unreadable, max_samples, seed)
+            return _listed_source((text,), None, max_unreadable, max_samples, seed, reading)
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise DataError(f"--data_path {text!r} {what}; expected 'demo' or a folder of pictures")
     idx = find_idx(folder)
@@ -102,7 +116,7 @@ def open_source(
         description = f"{len(idx_photos)} pictures of {idx} ({idx_photos.split})"
         classes = None if idx_photos.labels is None else list(idx_photos.classes)
         source = _photo_source(
-            idx_photos,
+            _with_channels(idx_photos, reading, "IDX files"),
             description,
             classes,
             *(max_unreadable, max_samples, seed),
@@ -117,13 +131,13 @@ def open_source(
     if here != folder:
         beside = _beside(folder, lambda name: name in (*SPLITS, *VAL_FOLDERS), "files")
     if _has_shards(here):
-        shards = _shard_source(str(here), None, max_unreadable, max_samples)
+        shards = _shard_source(str(here), None, max_unreadable, max_samples, reading)
         beside += _beside(here, lambda name: name.endswith(SHARD) or name == SIZES_FILE, "files")
         shards.left_out = [*beside, *shards.left_out]
         return shards
     if split is None:
         _check_no_split_shards(folder)
-    source = _folder_source(here, max_unreadable, max_samples, seed, _root(folder))
+    source = _folder_source(here, max_unreadable, max_samples, seed, reading, _root(folder))
     source.left_out = [*beside, *source.left_out]
     return source
 
@@ -170,6 +184,7 @@ def _listed_source(
     max_unreadable: float,
     max_samples: int | None,
     seed: int,
+    reading: ReadOptions,
 ) -> PhotoSource:
     """Files, lists of files and folders of files, in that order."""
     if split is not None:
@@ -197,7 +212,7 @@ def _listed_source(
     one = len(names) == 1
     root = _root(Path(names[0]).expanduser().parent) if one else ""
     where = names[0] if one else f"{names[0]} and {len(names) - 1} more"
-    limits = (max_unreadable, max_samples, seed)
+    limits = (max_unreadable, max_samples, seed, reading)
     return _files_source(paths, None, None, where, *limits, root, left_out)
 
 
@@ -224,6 +239,27 @@ def _listed_paths(file: Path) -> list[Path]:
     return paths
 
 
+def _with_channels(photos: Photos, reading: ReadOptions, what: str) -> Photos:
+    """8-bit pictures in memory with `--in_chans` channels.
+
+    Raises:
+        DataError: another option of reading is given, or the channels cannot be made.
+    """
+    given = [name for name in reading.given() if name in ("bands", "nodata")]
+    if given:
+        raise DataError(
+            f"--{given[0]} has no effect on {what}, which are 8-bit pictures of "
+            f"{photos.channels} channels; leave it out"
+        )
+    if reading.in_chans in (None, photos.channels):
+        return photos
+    if reading.in_chans not in (1, 3):
+        raise DataError(
+            f"--in_chans {reading.in_chans}: pictures of {what} can be read with 1 or 3 channels"
+        )
+    return WithChannels(photos, reading)
+
+
 def _has_scheme(text: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text) is not None
 
@@ -233,6 +269,7 @@ def _shard_source(
     split: str | None,
     max_unreadable: float,
     max_samples: int | None,
+    reading: ReadOptions,
     undivided: bool = False,
 ) -> ShardSource:
     if max_samples is not None:
@@ -240,7 +277,7 @@ def _shard_source(
             f"--max_samples {max_samples} cannot choose from shards, which are read in order; "
             "expected a folder of pictures, or write smaller shards"
         )
-    return open_shards(where, split, max_unreadable, default_workers(), undivided)
+    return open_shards(where, split, max_unreadable, default_workers(), reading, undivided)
 
 
 def split_folder(folder: Path, split: str, data_path: str, undivided: bool = False) -> Path:
@@ -299,7 +336,12 @@ def _mixed_kinds(folder: Path | str, one: str, other: str) -> DataError:
 
 
 def _folder_source(
-    here: Path, max_unreadable: float, max_samples: int | None, seed: int, root: str
+    here: Path,
+    max_unreadable: float,
+    max_samples: int | None,
+    seed: int,
+    reading: ReadOptions,
+    root: str,
 ) -> PhotoSource:
     left_out = LeftOut(f"files in {here}")
     paths = find_pictures(here, extensions=EXTENSIONS | {ARRAY_EXTENSION}, left_out=left_out)
@@ -307,7 +349,7 @@ def _folder_source(
     empty = () if classes is None else empty_folders(here, classes)
     for name in empty:
         left_out.add("folders without a picture", name)
-    limits = (max_unreadable, max_samples, seed)
+    limits = (max_unreadable, max_samples, seed, reading)
     source = _files_source(paths, labels, classes, str(here), *limits, root, left_out)
     source.entries = partial(file_entries, paths, here)
     source.empty_classes = empty
@@ -324,29 +366,15 @@ def _files_source(
     max_unreadable: float,
     max_samples: int | None,
     seed: int,
+    reading: ReadOptions,
     root: str,
     left_out: LeftOut,
 ) -> PhotoSource:
     """Pictures or arrays in files."""
-    arrays = [path for path in paths if path.suffix.lower() == ARRAY_EXTENSION]
-    description = f"{len(paths)} pictures in {where}"
-    if not arrays:
-        failures, checked = check_readable(paths)
-        check_share(failures, checked, max_unreadable)
-        photos: Photos = FolderPhotos(paths, labels)
-    elif len(arrays) < len(paths):
-        other = next(path for path in paths if path.suffix.lower() != ARRAY_EXTENSION)
-        names = (str(path).removeprefix(_root(Path(where))) for path in (arrays[0], other))
-        raise _mixed_kinds(where, *names)
-    else:
-        array_photos = ArrayPhotos(paths, labels)
-        failures = array_photos.failures
-        check_share(failures, len(array_photos), max_unreadable)
-        photos = array_photos
-        kind = f"{photos.channels} channels of {str(photos.dtype).removeprefix('torch.')}"
-        description = f"{len(photos)} arrays of {kind} in {where}"
+    photos, failures, description, notes = open_files(paths, labels, where, max_unreadable, reading)
     if classes is not None:
         description += f", {len(classes)} classes"
+    description = "; ".join([description, *notes])
     return _photo_source(
         photos,
         description,
@@ -358,6 +386,49 @@ def _files_source(
         left_out=[left_out] if left_out.total else [],
         root=root,
     )
+
+
+def open_files(
+    paths: list[Path],
+    labels: list[int] | None,
+    where: str,
+    max_unreadable: float,
+    reading: ReadOptions,
+) -> tuple[Photos, list[Failure], str, list[str]]:
+    """Picture files, or `.npy` files, their headers checked.
+
+    Args:
+        paths: the files.
+        labels: of each; -1 if None.
+        where: they lie, for messages.
+        max_unreadable: share of unreadable pictures above which they are refused.
+        reading: how they are read.
+
+    Returns:
+        The pictures, the failures, and for the log what they are and what is done to them.
+
+    Raises:
+        DataError: files of both kinds, too many that cannot be read, or float pictures with values
+            that most likely mean that there are no data.
+    """
+    arrays = [path for path in paths if path.suffix.lower() == ARRAY_EXTENSION]
+    if arrays and len(arrays) < len(paths):
+        other = next(path for path in paths if path.suffix.lower() != ARRAY_EXTENSION)
+        names = [str(path).removeprefix(_root(Path(where))) for path in (arrays[0], other)]
+        raise _mixed_kinds(where, *names)
+    if arrays:
+        array_photos = ArrayPhotos(paths, labels, reading)
+        check_share(array_photos.failures, len(array_photos), max_unreadable)
+        refuse_suspected_nodata(array_photos, reading, where)
+        count, kind = len(array_photos), array_photos.kind
+        description = f"{count} arrays of {kind.words}, axes {array_photos.layout}, in {where}"
+        return array_photos, array_photos.failures, description, []
+    found = survey(paths, reading)
+    check_share(found.failures, found.checked, max_unreadable)
+    photos = FolderPhotos(paths, labels, reading, found.kind)
+    refuse_suspected_nodata(photos, reading, where)
+    what = "pictures" if found.kind == PHOTO else f"pictures of {found.kind.words}"
+    return photos, found.failures, f"{len(paths)} {what} in {where}", found.notes
 
 
 def class_folders(paths: list[Path], here: Path) -> tuple[list[str], list[int]] | None:

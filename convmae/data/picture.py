@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from convmae.data.crops import resized_crop
+from convmae.data.stored import Stored, finish
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from convmae.config.data import ReadOptions
     from convmae.data.crops import PickBox, Size
 
 NO_LABEL = -1
@@ -23,6 +25,13 @@ class Picture(Protocol):
 
     def load(self) -> Tensor:
         """The whole picture as stored, `[C, h, w]`.
+
+        Raises:
+            UnreadableError: the picture cannot be decoded.
+        """
+
+    def measured(self) -> Tensor:
+        """`load` in float32, with NaN where there are no data.
 
         Raises:
             UnreadableError: the picture cannot be decoded.
@@ -61,6 +70,13 @@ class Photos(Protocol):
             UnreadableError: the picture cannot be decoded.
         """
 
+    def measured(self, index: int) -> Tensor:
+        """`load` in float32, with NaN where there are no data.
+
+        Raises:
+            UnreadableError: the picture cannot be decoded.
+        """
+
     def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
         """`resize(picture[pick(h, w)], size)`, `[C, H, W]`, bicubic, antialiased, same dtype.
 
@@ -79,6 +95,9 @@ class ChosenPicture:
     def load(self) -> Tensor:
         return self.photos.load(self.index)
 
+    def measured(self) -> Tensor:
+        return self.photos.measured(self.index)
+
     def crop(self, pick: PickBox, size: Size) -> Tensor:
         return self.photos.crop(self.index, pick, size)
 
@@ -92,8 +111,48 @@ class Pixels:
     def load(self) -> Tensor:
         return self.image
 
+    def measured(self) -> Tensor:
+        return self.image.float()
+
     def crop(self, pick: PickBox, size: Size) -> Tensor:
         return resized_crop(self.image, pick(self.image.shape[1], self.image.shape[2]), size)
+
+
+@dataclass(frozen=True)
+class WithChannels:
+    """8-bit grey or RGB pictures with another number of channels, 1 or 3."""
+
+    photos: Photos
+    reading: ReadOptions
+
+    @property
+    def channels(self) -> int:
+        return self.photos.channels if self.reading.in_chans is None else self.reading.in_chans
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.photos.dtype
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def name(self, index: int) -> str:
+        return self.photos.name(index)
+
+    def label(self, index: int) -> int:
+        return self.photos.label(index)
+
+    def load(self, index: int) -> Tensor:
+        return self._converted(self.photos.load(index))
+
+    def measured(self, index: int) -> Tensor:
+        return self.load(index).float()
+
+    def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
+        return self._converted(self.photos.crop(index, pick, size))
+
+    def _converted(self, image: Tensor) -> Tensor:
+        return finish(Stored(image.numpy(), photo=True), self.reading)
 
 
 @dataclass(frozen=True)
@@ -122,6 +181,9 @@ class Subset:
 
     def load(self, index: int) -> Tensor:
         return self.photos.load(self.indices[index])
+
+    def measured(self, index: int) -> Tensor:
+        return self.photos.measured(self.indices[index])
 
     def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
         return self.photos.crop(self.indices[index], pick, size)

@@ -1,6 +1,6 @@
 """WebDataset shards: which there are, how many samples each has, and their members one by one.
 
-A shard is a `.tar` file of samples: members `<key>.jpg`, `.jpeg`, `.png`, `.webp` or `.npy`, and
+A shard is a `.tar` file of samples: members `<key>.jpg`, `.png`, `.tif` ... or `.npy`, and
 `<key>.cls`, the label as text (`convmae.data.labels`), side by side (`convmae.data.archive` tells
 which members are one sample). All that is left out is counted, by kind, with first names.
 

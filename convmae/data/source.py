@@ -163,6 +163,7 @@ class Source(ABC):
         function: Callable[[Tensor], Any],
         max_pictures: int | None = None,
         workers: int | None = None,
+        measured: bool = False,
     ) -> Iterator[tuple[int, Any]]:
         """`(index, function(picture))` of every picture `[C, h, w]` as stored, in any order.
 
@@ -170,6 +171,7 @@ class Source(ABC):
             function: picklable.
             max_pictures: of more pictures, this many.
             workers: loading processes; the source's default if None.
+            measured: pictures in float32, with NaN where there are no data.
 
         Yields:
             Instead of a result a `Failure`, where the picture cannot be read.
@@ -347,11 +349,12 @@ class PhotoSource(Source):
         function: Callable[[Tensor], Any],
         max_pictures: int | None = None,
         workers: int | None = None,
+        measured: bool = False,
     ) -> Iterator[tuple[int, Any]]:
         """`(index, function(picture))` of every picture, or of an even sample of `max_pictures`."""
         chosen = evenly_spaced(self.pictures, max_pictures or self.pictures)
         lists = [chosen[start : start + 16] for start in range(0, len(chosen), 16)]
-        dataset = _MapDataset(self.photos, function)
+        dataset = _MapDataset(self.photos, function, measured)
         for results in run_batches(dataset, lists, self._workers(workers)):
             yield from results
 
@@ -375,6 +378,9 @@ class Relabelled:
     def load(self, index: int) -> Tensor:
         return self.photos.load(index)
 
+    def measured(self, index: int) -> Tensor:
+        return self.photos.measured(index)
+
     def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
         return self.photos.crop(index, pick, size)
 
@@ -382,15 +388,16 @@ class Relabelled:
 class _MapDataset(Dataset[Any]):
     """`function` of whole pictures."""
 
-    def __init__(self, photos: Photos, function: Callable[[Tensor], Any]) -> None:
-        self.photos, self.function = photos, function
+    def __init__(self, photos: Photos, function: Callable[[Tensor], Any], measured: bool) -> None:
+        self.photos, self.function, self.measured = photos, function, measured
 
     def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
         return [(index, self._result(index)) for index in indices]
 
     def _result(self, index: int) -> Any:
         try:
-            return self.function(self.photos.load(index))
+            load = self.photos.measured if self.measured else self.photos.load
+            return self.function(load(index))
         except UnreadableError as error:
             return Failure(self.photos.name(index), str(error))
 

@@ -42,9 +42,10 @@ def channel_statistics(
 ) -> tuple[list[float], list[float]]:
     """Mean and standard deviation over all pixels of all pictures, per channel, in full scales.
 
-    Every picture counts as stored, uncropped; the pixels of all are pooled, so that a larger
-    picture weighs more. Computed in float64, a mean and a sum of squared deviations for each
-    picture, then pooled in the order of the pictures: the same bits for any number of workers.
+    Every picture counts as stored, uncropped, without the pixels that hold no data; the pixels of
+    all are pooled, so that a larger picture weighs more. Computed in float64, a mean and a sum of
+    squared deviations for each picture, then pooled in the order of the pictures: the same bits
+    for any number of workers.
 
     Args:
         source: where the pictures come from.
@@ -71,7 +72,7 @@ def measure(
         raise ValueError(f"max_pictures must be at least 1, got {max_pictures}")
     measured: dict[int, np.ndarray] = {}  # [3, C]: pixels, mean, squared deviations
     failed: dict[int, Failure] = {}
-    for index, result in source.map(_moments, max_pictures, workers):
+    for index, result in source.map(_moments, max_pictures, workers, measured=True):
         if isinstance(result, Failure):
             failed[index] = result
         else:
@@ -134,8 +135,14 @@ def in_words(values: Sequence[float]) -> str:
 
 
 def _moments(image: Tensor) -> np.ndarray:
-    """`[C, h, w]` -> `[3, C]` float64: pixels, their mean, their sum of squared deviations."""
+    """`[C, h, w]` -> `[3, C]` float64: pixels but NaN, their mean, their squared deviations."""
     values = image.numpy().reshape(len(image), -1).astype(np.float64)
+    if np.isnan(values).any():
+        return np.concatenate([_of_known(band[~np.isnan(band)][None]) for band in values], 1)
+    return _of_known(values)
+
+
+def _of_known(values: np.ndarray) -> np.ndarray:
     mean = values.mean(1)
     squares = ((values - mean[:, None]) ** 2).sum(1)
-    return np.stack([np.full(len(image), float(values.shape[1])), mean, squares])
+    return np.stack([np.full(len(values), float(values.shape[1])), mean, squares])

@@ -27,7 +27,6 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from convmae.data.archive import (
     ARCHIVE_ERRORS,
-    FORMATS,
     PICTURES,
     error_reason,
     is_address,
@@ -35,16 +34,24 @@ from convmae.data.archive import (
     read_member,
     read_samples,
 )
-from convmae.data.arrays import decode_array
 from convmae.data.classes import NumberLabels, number_classes
+from convmae.data.decode import EncodedPicture
 from convmae.data.errors import DataError, Failure, UnreadableError, check_share
+from convmae.data.folder import (
+    LOOKED_AT,
+    PHOTO,
+    check_suspected,
+    describe_headers,
+    differs,
+    most_common_kind,
+)
 from convmae.data.labels import LABEL, NAMES_HELP, LabelReader, label_text
 from convmae.data.loader import Batch, make_batch, run_batches
 from convmae.data.picture import NO_LABEL, Pixels
-from convmae.data.pillow import EncodedPicture
 from convmae.data.shards import Shards, list_shards
 from convmae.data.sizes import SIZES_FILE, SIZES_HELP
 from convmae.data.source import MAX_TRIES, ExpectedLabels, Source, evenly_spaced
+from convmae.data.stored import Kind
 from convmae.data.transforms import CentreTransform
 from convmae.seeds import Stream, derive_seed, generator_for, seeded
 
@@ -53,8 +60,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from collections.abc import Set as AbstractSet
 
+    from convmae.config.data import ReadOptions
     from convmae.data.crops import Size
-    from convmae.data.picture import Picture
+    from convmae.data.decode import Header
     from convmae.data.source import ReadPlan
     from convmae.data.transforms import Transform
 
@@ -79,25 +87,38 @@ class SampleKind(NamedTuple):
 
     channels: int
     dtype: torch.dtype
+    reading: ReadOptions
     reader: LabelReader | None
     """Of their labels; None if there are none."""
     expected: ExpectedLabels | None = None
     """What labels have to be; None where a sample may be without."""
 
 
-def decode_sample(raw: RawSample) -> tuple[Picture, str | None]:
+def decode_sample(raw: RawSample, reading: ReadOptions) -> tuple[EncodedPicture, str | None]:
     """The picture of a sample, and its label as text.
 
     Raises:
-        UnreadableError: there is none, or the array cannot be decoded.
+        UnreadableError: there is none.
     """
     if raw.content is None:
         raise UnreadableError(raw.reason)
     suffix = next(suffix for suffix in raw.content if suffix in PICTURES)
-    data, label = raw.content[suffix], sample_label(raw)
-    if suffix == "npy":
-        return decode_array(data), label
-    return EncodedPicture(data, formats=(FORMATS[suffix],)), label
+    return EncodedPicture(raw.content[suffix], reading), sample_label(raw)
+
+
+def _check_alike(kind: Kind, wanted: SampleKind) -> None:
+    """Raises `UnreadableError` where a picture is not like those of the data set."""
+    if kind != (wanted.channels, wanted.dtype):
+        raise UnreadableError(differs(kind, Kind(wanted.channels, wanted.dtype)))
+
+
+class ReadableSample(NamedTuple):
+    """A sample that has been read while looking at the first ones."""
+
+    name: str
+    picture: Pixels
+    header: Header
+    label: str | None
 
 
 def sample_label(raw: RawSample) -> str | None:
@@ -288,15 +309,11 @@ class StreamDataset(IterableDataset[Batch]):
         Raises:
             UnreadableError: it cannot be decoded, or is not like the others.
         """
-        picture, text = decode_sample(raw)
+        picture, text = decode_sample(raw, self.kind.reading)
         label = class_number(text, self.kind, raw.name)
         with seeded(derive_seed(self.plan.seed, Stream.SAMPLE, epoch, sample)):
             image = self.transform(picture)
-        if (len(image), image.dtype) != (self.kind.channels, self.kind.dtype):
-            raise UnreadableError(
-                f"{len(image)} channels of {image.dtype}, where other pictures have "
-                f"{self.kind.channels} of {self.kind.dtype}"
-            )
+        _check_alike(Kind(len(image), image.dtype), self.kind)
         return image, label
 
     def _train_batch(self, batch: list[RawSample], raw_samples: _Lookahead, began: float) -> Batch:
@@ -373,9 +390,15 @@ class _MapDataset(IterableDataset[Any]):
     """`function` of the whole pictures `numbers`, shared among the loading processes."""
 
     def __init__(
-        self, shards: Shards, function: Callable[[Tensor], Any], numbers: Sequence[int]
+        self,
+        shards: Shards,
+        function: Callable[[Tensor], Any],
+        numbers: Sequence[int],
+        kind: SampleKind,
+        measured: bool,
     ) -> None:
         self.shards, self.function, self.numbers = shards, function, numbers
+        self.kind, self.measured = kind, measured
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         info = get_worker_info()
@@ -386,7 +409,9 @@ class _MapDataset(IterableDataset[Any]):
 
     def _result(self, raw: RawSample) -> Any:
         try:
-            return self.function(decode_sample(raw)[0].load())
+            picture = decode_sample(raw, self.kind.reading)[0]
+            _check_alike(picture.header().kind, self.kind)
+            return self.function(picture.measured() if self.measured else picture.load())
         except UnreadableError as error:
             return Failure(raw.name, str(error))
 
@@ -440,12 +465,15 @@ class ShardSource(Source):
         shards: where they are, and how many.
         max_unreadable: the share of damaged shards above which they are refused.
         workers: loading processes by default.
+        reading: how their pictures are read.
 
     Raises:
         DataError: too many shards are damaged, there is no sample, or none can be read.
     """
 
-    def __init__(self, shards: Shards, max_unreadable: float, workers: int) -> None:
+    def __init__(
+        self, shards: Shards, max_unreadable: float, workers: int, reading: ReadOptions
+    ) -> None:
         check_share(shards.failures, len(shards.names), max_unreadable, "shards")
         self.shards, self.failures = shards, list(shards.failures)
         self.pictures = self.samples_per_epoch = sum(shards.sizes)
@@ -453,16 +481,23 @@ class ShardSource(Source):
         self.left_out = [shards.left_out] if shards.left_out and shards.left_out.total else []
         self.notes, self.entries = shards.notes, shards.entries
         self._crops: dict[tuple[int, Size], tuple[Tensor, list[Failure]]] = {}
-        picture, label = next(self._readable([]))
-        image = picture.load()
-        self.channels, self.dtype = len(image), image.dtype
-        self._describe_labels(label is not None)
+        self.reading = reading
+        first = list(islice(self._readable([]), max(1, min(LOOKED_AT, *shards.sizes[:1]))))
+        headers = [sample.header for sample in first]
+        self.channels, self.dtype = kind = most_common_kind(headers)
+        self._describe_labels(first[0].label is not None)
         named = self.classes is not None and self.numbers is None
         reader = LabelReader(None if shards.classes is None else self.classes)
         labelled = named or self.numbers is not None
-        self.kind = SampleKind(self.channels, self.dtype, reader if labelled else None)
+        self.kind = SampleKind(self.channels, self.dtype, reading, reader if labelled else None)
+        if reading.nodata is None:
+            for sample in first:
+                check_suspected(sample.picture.load(), sample.name, shards.where)
         text = f"{self.pictures} samples in {len(shards.names)} shards of {shards.where}"
-        self.description = text + (f", {len(self.classes)} classes" if self.classes else "")
+        text += f", {kind.words}" if kind != PHOTO else ""
+        text += f", {len(self.classes)} classes" if self.classes else ""
+        notes = describe_headers([header for header in headers if header.kind == kind], reading)
+        self.description = "; ".join([text, *notes])
 
     def _describe_labels(self, first_has: bool) -> None:
         """Sets `classes`, `numbers` and `no_classes`; `first_has`: the first sample has a label."""
@@ -480,7 +515,7 @@ class ShardSource(Source):
     def expect_labels(self, expected: ExpectedLabels) -> None:
         self.kind = self.kind._replace(expected=expected)
 
-    def _readable(self, tried: list[Failure]) -> Iterator[tuple[Pixels, str | None]]:
+    def _readable(self, tried: list[Failure]) -> Iterator[ReadableSample]:
         """The first samples that can be read, of the first `MAX_TRIES`, and their labels.
 
         What cannot be read on the way is added to `tried`.
@@ -491,12 +526,12 @@ class ShardSource(Source):
         limit = min(self.pictures, MAX_TRIES)
         for raw in read_in_order(self.shards, all_shards(self.shards), 0, 0, limit, frozenset()):
             try:
-                picture, text = decode_sample(raw)
-                whole = Pixels(picture.load())
+                picture, text = decode_sample(raw, self.reading)
+                header, whole = picture.header(), Pixels(picture.load())
             except UnreadableError as error:
                 tried.append(Failure(raw.name, str(error)))
                 continue
-            yield whole, text
+            yield ReadableSample(raw.name, whole, header, text)
         if len(tried) == limit:
             first_failure = f"; the first, {tried[0].name}: {tried[0].reason}" if tried else ""
             raise DataError(
@@ -514,12 +549,8 @@ class ShardSource(Source):
         if (count, size) not in self._crops:
             transform = CentreTransform(size)
             failures: list[Failure] = []
-            alike = (
-                pixels
-                for pixels, _ in self._readable(failures)
-                if (len(pixels.image), pixels.image.dtype) == (self.channels, self.dtype)
-            )
-            crops = [transform(pixels).contiguous() for pixels in islice(alike, count)]
+            alike = (s.picture for s in self._readable(failures) if s.header.kind == self.kind[:2])
+            crops = [transform(picture).contiguous() for picture in islice(alike, count)]
             self._crops[count, size] = torch.stack(crops), failures
         return self._crops[count, size]
 
@@ -528,13 +559,14 @@ class ShardSource(Source):
         function: Callable[[Tensor], Any],
         max_pictures: int | None = None,
         workers: int | None = None,
+        measured: bool = False,
     ) -> Iterator[tuple[int, Any]]:
         """`(index, function(picture))` of every picture, or of `chosen_samples`."""
         if max_pictures is None or max_pictures >= self.pictures:
             numbers: Sequence[int] = range(self.pictures)
         else:
             numbers = chosen_samples(self.shards, max_pictures)
-        dataset = _MapDataset(self.shards, function, numbers)
+        dataset = _MapDataset(self.shards, function, numbers, self.kind, measured)
         return run_batches(dataset, None, self._workers(workers))
 
 
@@ -543,6 +575,7 @@ def open_shards(
     split: str | None,
     max_unreadable: float,
     workers: int,
+    reading: ReadOptions,
     undivided: bool = False,
 ) -> ShardSource:
     """The shards of a folder, a pattern or an address; see `list_shards`.
@@ -552,4 +585,5 @@ def open_shards(
     """
     # One loading process at least: it ignores Ctrl-C, and so does the program that it starts to
     # fetch a shard. Started from the main process, that program would be killed.
-    return ShardSource(list_shards(where, split, undivided), max_unreadable, max(1, workers))
+    listed = list_shards(where, split, undivided)
+    return ShardSource(listed, max_unreadable, max(1, workers), reading)

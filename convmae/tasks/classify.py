@@ -23,10 +23,12 @@ from convmae.weights.pretrained import classifier_for, load_pretrained
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from convmae.config import ReadOptions
     from convmae.config.classify import ClassifyConfig
     from convmae.data import Batch, Failure, Source, Statistics
     from convmae.records.log import RunLog
     from convmae.weights.checkpoint import Weights
+    from convmae.weights.foreign import ForeignWeights
 
 
 class Classification(Task):
@@ -37,6 +39,7 @@ class Classification(Task):
         self.nb_classes = 0
         self.initial_statistics: Statistics | None = None
         self.train: Source | None = None
+        self.initial: ForeignWeights | None = None
         self.val: Source | None = None
         self.keeps_head = False  # that of the weights to start from
         self.ema: Any = None
@@ -50,11 +53,15 @@ class Classification(Task):
         self.classes, class_notes = classes_to_learn(source, config.nb_classes, data)
         self.nb_classes, self.train = len(self.classes), source
         self.val = open_source(
-            config.data_path, split="val", max_unreadable=config.max_unreadable, seed=config.seed
+            config.data_path,
+            split="val",
+            max_unreadable=config.max_unreadable,
+            seed=config.seed,
+            reading=self.reading,
         )
         class_notes += self._match(self.val, config, "val", "its train split")
+        initial = self._initial(config)
         with for_option("finetune"):
-            initial = None if config.finetune is None else open_foreign(config.finetune)
             fitting = None if initial is None else classifier_for(initial)
         name = config.model or fitting or "convvit_base"
         model = self._create(name, config, source.channels)
@@ -107,6 +114,19 @@ class Classification(Task):
     def statistics(self, config: ClassifyConfig) -> Statistics | None:
         return self.initial_statistics
 
+    def learnt_reading(self, config: ClassifyConfig) -> ReadOptions | None:
+        self.initial = self._initial(config)
+        ours = None if self.initial is None else self.initial.ours
+        return None if ours is None else ours.reading
+
+    def _initial(self, config: ClassifyConfig) -> ForeignWeights | None:
+        """The weights to start from, opened once; `build` lets go of them."""
+        initial, self.initial = self.initial, None
+        if initial is None and config.finetune is not None:
+            with for_option("finetune"):
+                initial = open_foreign(config.finetune)
+        return initial
+
     # -- evaluation -------------------------------------------------------------------------------
 
     def evaluation_due(self, run: Run) -> bool:
@@ -158,6 +178,7 @@ class Classification(Task):
                     weights,
                     run.statistics,
                     self.classes,
+                    run.reading,
                 )
             except OSError as error:
                 problem = f"the best weights of step {run.step} could not be written: {error}"

@@ -118,7 +118,14 @@ def _write(
         )
     try:
         save_checkpoint(
-            run.folder.path, run.model, run.model_name, state, weights, run.statistics, classes
+            run.folder.path,
+            run.model,
+            run.model_name,
+            state,
+            weights,
+            run.statistics,
+            classes,
+            run.reading,
         )
     except OSError as error:
         return (

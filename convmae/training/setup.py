@@ -20,7 +20,13 @@ from convmae.training.optim import make_scheduler
 from convmae.training.state import Run
 from convmae.training.step import clip, differentiate
 from convmae.training.step_graph import WARM_UP, StepGraph, cuda_capture, why_not
-from convmae.weights.checkpoint import describe, find_checkpoint, plain, read_training_state
+from convmae.weights.checkpoint import (
+    describe,
+    find_checkpoint,
+    plain,
+    read_training_state,
+    stored_reading,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,11 +57,15 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     if config.log_wandb:
         import_wandb()
     torch.manual_seed(config.seed)
+    learnt = stored_reading(resume) if resume is not None else task.learnt_reading(config)
+    reading, reading_notes = config.reading.over(learnt)
+    task.reading = reading
     source = open_source(
         config.data_path,
         max_unreadable=config.max_unreadable,
         max_samples=config.max_samples,
         seed=config.seed,
+        reading=reading,
     )
     fingerprint = world.share(source.fingerprint() if world.main else None)
     changes = None if saved is None else _changes(config, fingerprint, saved[1])
@@ -84,10 +94,11 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
         scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
         steps_per_epoch=steps_per_epoch,
         workers=source.workers if config.num_workers is None else config.num_workers,
+        reading=reading,
         fingerprint=fingerprint,
         data_changes=changes,
     )
-    notes = [source.description, *model_notes, *_notes(run, why), *origin]
+    notes = [source.description, *reading_notes, *model_notes, *_notes(run, why), *origin]
     if resume is not None and saved is not None:
         notes += _resume(run, task, resume, *saved)
     notes += _use_graph(run, task)

@@ -13,6 +13,7 @@ from convmae.records.report import Report
 if TYPE_CHECKING:
     from torch import nn
 
+    from convmae.config import ReadOptions
     from convmae.data import Source, Statistics
     from convmae.data.fingerprint import Fingerprint
     from convmae.records.folder import RunFolder
@@ -43,6 +44,7 @@ class Run:
     scaler: torch.amp.GradScaler
     steps_per_epoch: int
     workers: int
+    reading: ReadOptions  # of the pictures
     lock: RunLock | None = None  # of the folder; in the main process
     fingerprint: Fingerprint | None = None  # of the pictures
     data_changes: str | None = None  # since the checkpoint that it went on from, in words

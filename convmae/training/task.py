@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from convmae.config import ReadOptions
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -23,6 +25,7 @@ class Task(ABC):
     """One kind of training: what it trains, on what, and what is to be seen of it."""
 
     command: str
+    reading = ReadOptions()  # how pictures are read; set before `build`
     classes: ClassNames | None = None  # names of what the model tells apart, in their order
     resumed: Path | None = None  # the checkpoint folder that the run goes on from
 
@@ -59,6 +62,10 @@ class Task(ABC):
 
     def statistics(self, config: Any) -> Statistics | None:
         """Mean and deviation that the weights to start from were trained with, if any."""
+        return None
+
+    def learnt_reading(self, config: Any) -> ReadOptions | None:
+        """How the pictures of the weights to start from were read, if they say."""
         return None
 
     def begin(self, run: Run) -> None:

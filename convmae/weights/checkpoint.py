@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import WeightsError, WeightsWarning
+from convmae.config import ReadOptions, WeightsError, WeightsWarning
 from convmae.data import IMAGENET, IMAGENET_MEAN, Statistics
 from convmae.data.classes import ClassNames, ClassNumbers
 from convmae.files import CHECKPOINT, flush, replaced_folder, replacing
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 STATE = "training_state.pt"
-# In the metadata of a model.safetensors, as JSON; the last three where they are known.
-_DESCRIBED = ("config", "mean", "std", "classes")
+# In the metadata of a model.safetensors, as JSON; all but the first where they are known.
+_DESCRIBED = ("config", "mean", "std", "classes", "reading")
 PICTURES = ("mean", "std")
 
 
@@ -60,6 +60,7 @@ class Weights:
         pictures: mean and deviation of the pictures it was trained on; None if it does not say.
         classes: names of the classes that it tells apart, in their order; None if it does not say.
             `ClassNumbers` where the data that it learned from had numbers alone.
+        reading: how its pictures were read; None if it does not say.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class Weights:
     state: dict[str, Tensor]
     pictures: Statistics | None = None
     classes: ClassNames | None = None
+    reading: ReadOptions | None = None
 
     def describe(self) -> str:
         """One line that tells this model from another."""
@@ -162,6 +164,7 @@ def save_checkpoint(
     weights: dict[str, Tensor] | None = None,
     pictures: Statistics | None = None,
     classes: ClassNames | None = None,
+    reading: ReadOptions | None = None,
 ) -> Path:
     """Writes `run/checkpoint/`, so that a crash at any moment leaves a whole checkpoint behind.
 
@@ -177,6 +180,7 @@ def save_checkpoint(
         weights: the state dict, if the model's own is spread over processes.
         pictures: what its pictures were normalised with.
         classes: names of the classes that it tells apart.
+        reading: how its pictures were read.
 
     Raises:
         OSError: the disk refused; the previous checkpoint is still there.
@@ -189,7 +193,8 @@ def save_checkpoint(
         state = model.state_dict() if weights is None else weights
         save_tensors(training_state, fresh / STATE)
         digest = file_digest(fresh / STATE)
-        write_weights(fresh / WEIGHTS, name, model.config, state, pictures, classes, digest)
+        described = (pictures, classes, reading, digest)
+        write_weights(fresh / WEIGHTS, name, model.config, state, *described)
         for path in (fresh / WEIGHTS, fresh / STATE, fresh):
             flush(path)
     except BaseException:
@@ -216,6 +221,7 @@ def save_weights(
     weights: dict[str, Tensor] | None = None,
     pictures: Statistics | None = None,
     classes: ClassNames | None = None,
+    reading: ReadOptions | None = None,
 ) -> Path:
     """Writes `folder/model.safetensors`, in place of the old one, whole or not at all.
 
@@ -224,7 +230,7 @@ def save_weights(
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if weights is None else weights
     with replacing(folder / WEIGHTS) as fresh:
-        write_weights(fresh, name, model.config, state, pictures, classes)
+        write_weights(fresh, name, model.config, state, pictures, classes, reading)
     return folder / WEIGHTS
 
 
@@ -251,6 +257,7 @@ def write_weights(
     state: Mapping[str, Tensor],
     pictures: Statistics | None = None,
     classes: ClassNames | None = None,
+    reading: ReadOptions | None = None,
     state_digest: str | None = None,
 ) -> None:
     """Writes `path`, a `.safetensors` file that names its model; whole or not only by `replacing`.
@@ -276,6 +283,8 @@ def write_weights(
     if classes is not None:
         numbers = isinstance(classes, ClassNumbers)
         metadata["classes"] = json.dumps([int(n) for n in classes] if numbers else list(classes))
+    if reading is not None:
+        metadata["reading"] = json.dumps(reading.given())
     if state_digest is not None:
         metadata[STATE_DIGEST] = state_digest
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
@@ -348,10 +357,11 @@ def read_weights_file(file: Path, ignore_digest: bool = False) -> Weights:
         )
         classes = _read_classes(values["classes"]) if "classes" in values else None
         config = dict(values["config"])
+        reading = ReadOptions.of(values["reading"]) if "reading" in values else None
         channels = {config.get("in_chans", 3), *(len(v) for v in (mean, std) if v is not None)}
         if len(channels) > 1 or (mean is None) != (std is None):
             raise ValueError("mean, deviation and in_chans are not of the same channels")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise WeightsError(
             f"the metadata of {file} are damaged: {error}; expected JSON of {', '.join(_DESCRIBED)}"
         ) from error
@@ -364,7 +374,27 @@ def read_weights_file(file: Path, ignore_digest: bool = False) -> Weights:
             stacklevel=2,
         )
     pictures = None if mean is None or std is None else Statistics(mean, std)
-    return Weights(file, metadata["model"], config, state, pictures, classes)
+    return Weights(file, metadata["model"], config, state, pictures, classes, reading)
+
+
+def stored_reading(path: str | Path) -> ReadOptions | None:
+    """How the pictures of a checkpoint were read, without its tensors; None if it does not say.
+
+    Args:
+        path: a run's folder, a checkpoint folder or a file; what convmae has not written says
+            nothing.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    given = Path(path).expanduser()
+    try:
+        is_weights = given.is_file() and given.suffix == ".safetensors"
+        file = given if is_weights else find_checkpoint(given) / WEIGHTS
+        with safe_open(file, framework="pt") as opened:
+            text = (opened.metadata() or {}).get("reading")
+        return None if text is None else ReadOptions.of(json.loads(text))
+    except (WeightsError, SafetensorError, OSError, ValueError, TypeError, AttributeError):
+        return None  # whoever needs the weights tells what is wrong with them
 
 
 def _read_classes(values: Any) -> ClassNames:

@@ -80,7 +80,9 @@ def convert_weights(config: ConvertConfig, found: ForeignWeights) -> Converted:
     old = grid_of(found, _grid(config))
     state, missing, reshaped = _fit(found, model, name, arguments, old)
     pictures, notes = _statistics(config, found, encoder.in_chans)
-    weights = Weights(found.path, name, model.config, state, pictures, _classes(found, model))
+    reading = None if found.ours is None else found.ours.reading
+    described = (pictures, _classes(found, model), reading)
+    weights = Weights(found.path, name, model.config, state, *described)
     return Converted(found, weights, kind, missing, reshaped, notes)
 
 

@@ -151,7 +151,7 @@ def test_demo() -> None:
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize(
     ("shape", "channels"),
-    [((20, 30), 1), ((20, 30, 4), 4), ((12, 20, 30), 12), ((3, 20, 3), 3), ((20, 30, 1), 1)],
+    [((20, 30), 1), ((20, 30, 4), 4), ((3, 20, 30), 3), ((20, 5, 3), 3), ((20, 30, 1), 1)],
 )
 def test_arrays_keep_their_values(tmp_path: Path, shape, channels: int, dtype) -> None:
     rng = np.random.default_rng(0)
@@ -181,9 +181,9 @@ def test_sixteen_bits_are_resized_in_range() -> None:
 
 
 def test_many_pictures_in_one_file(tmp_path: Path) -> None:
-    values = np.arange(5 * 8 * 8 * 2, dtype=np.uint16).reshape(5, 8, 8, 2)
+    values = np.arange(5 * 20 * 20 * 2, dtype=np.uint16).reshape(5, 20, 20, 2)
     save(tmp_path / "x" / "a.npy", values)
-    save(tmp_path / "y" / "b.npy", np.moveaxis(values[:2], -1, 1) + 1)
+    save(tmp_path / "y" / "b.npy", values[:2] + 1)
     source = open_source(tmp_path)
     photos = source.photos
     assert source.classes == ["x", "y"] and source.pictures == 7
@@ -245,8 +245,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "reason"),
     [
-        (np.zeros((8, 8), dtype=np.int32), "an array of int32; expected uint8, uint16, float32"),
-        (np.zeros((8, 8), dtype=np.complex64), "an array of complex64"),
+        (np.zeros((8, 8), dtype=np.complex64), "an array of complex64; expected whole or real"),
         (np.zeros(8, dtype=np.uint8), r"an array of shape \[8\]; expected \[H, W\]"),
         (np.zeros((8, 0), dtype=np.uint8), r"an array of shape \[8, 0\]"),
     ],
@@ -264,7 +263,7 @@ def test_values_that_are_not_finite_are_unreadable(tmp_path: Path) -> None:
         save(tmp_path / f"{index}.npy", array)
     (batch,) = open_source(tmp_path).batches(EvalTransform((4, 4)), 3, 0, 1)
     assert [failure.reason for failure in batch.failures] == [
-        "the picture holds NaN or infinite values"
+        "the picture holds NaN or infinite values; --nodata nan leaves NaN out"
     ]
     assert torch.isfinite(batch.images).all()
 

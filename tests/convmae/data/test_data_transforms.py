@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from convmae.config import ReadOptions
 from convmae.data import (
     DataError,
     EvalTransform,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 Image = pytest.importorskip("PIL.Image")
 transforms = pytest.importorskip("torchvision.transforms.v2")
+HWC = ReadOptions(layout="hwc")
 
 
 def photograph(channels: int = 3, dtype: torch.dtype = torch.uint8) -> Pixels:
@@ -155,7 +157,7 @@ def test_a_source_checks_its_transform(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     np.save(tmp_path / "a.npy", np.zeros((8, 8, 5), dtype=np.uint8))
     with pytest.raises(DataError, match="aa .* uint8 of 5"):
-        open_source(tmp_path).batches(FinetuneTransform((32, 32)), 1, 0, 1)
+        open_source(tmp_path, reading=HWC).batches(FinetuneTransform((32, 32)), 1, 0, 1)
 
 
 # -- linear probing and evaluation ----------------------------------------------------------------
@@ -248,7 +250,7 @@ def test_statistics_pool_the_pixels_of_all_pictures(tmp_path: Path, dtype) -> No
         arrays.append((values * scale).astype(dtype))
         np.save(tmp_path / f"{index}.npy", arrays[-1])
     pixels = np.concatenate([array.reshape(-1, 5) for array in arrays]).astype(np.float64) / scale
-    source = open_source(tmp_path)
+    source = open_source(tmp_path, reading=HWC)
     mean, std = channel_statistics(source, workers=0)
     np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(std, pixels.std(0), rtol=1e-12)
