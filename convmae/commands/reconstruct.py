@@ -205,8 +205,9 @@ def _open(names: tuple[str, ...], reading: ReadOptions) -> Source:
             paths += find_pictures(path, "--images", EXTENSIONS | {ARRAY_EXTENSION})
         else:
             raise OptionError(f"--images {name!r} does not exist; expected a file or a folder")
+    where = names[0] if len(names) == 1 else "what is named"
     try:
-        photos, failures, description, _ = open_files(paths, None, names[0], 1.0, reading)
+        photos, failures, description, _ = open_files(paths, None, where, 1.0, reading)
     except DataError as error:
         raise DataError(error.with_flags.replace("--data_path", "--images")) from error
     return PhotoSource(photos, description=description, failures=failures, max_unreadable=1.0)

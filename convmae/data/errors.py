@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from convmae.config.errors import MessageError
@@ -46,7 +45,9 @@ def check_share(
     if count <= limit * total and count < total:
         return
     first = "; ".join(f"{name}: {reason}" for name, reason in failures[:5])
-    share = count / total if total else math.nan
+    if count >= total:
+        raise DataError(f"none of the {total} {what} can be read. The first: {first}")
+    share = count / total
     raise DataError(
         f"{count} of {total} {what} cannot be read ({share:.1%}), more than --max_unreadable "
         f"{limit:g} allows. The first: {first}"

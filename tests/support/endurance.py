@@ -112,7 +112,8 @@ class Endurance:
             step = read_training_state(self.parts)[1]["step"]
         except WeightsError as error:
             return f"the checkpoint cannot be read: {error}"
-        if process.returncode == 0 and step != found[-1][0]:
+        early = "before the first step" in output  # the log may have lines of a run that was killed
+        if process.returncode == 0 and not early and step != found[-1][0]:
             return f"step {step} is saved, but step {found[-1][0]} was logged"
         return ""
 

@@ -16,7 +16,7 @@ import pytest
 
 from convmae.data import DataError, UnreadableError, idx, open_source, sizes
 from convmae.data.archive import EXTENDED_AT_MOST, MEMBER_AT_MOST
-from convmae.data.arrays import decode_array
+from convmae.data.decode import EncodedPicture
 from convmae.data.idx import read_idx
 from convmae.data.shards import list_shards
 from convmae.data.sizes import SIZES_AT_MOST, parse_sizes
@@ -119,15 +119,14 @@ def described(shape: object, dtype: str = "|u1") -> str:
 def test_arrays_that_announce_nonsense(tmp_path: Path, header: str, reason: str) -> None:
     content = npy(header, bytes(64))
     with memory_below(16 * MIB), pytest.raises(UnreadableError, match=reason):
-        decode_array(content)
+        EncodedPicture(content).load()
     np.save(tmp_path / "0.npy", np.zeros((8, 8), np.uint8))
     (tmp_path / "1.npy").write_bytes(content)
     with memory_below(16 * MIB):
         (failure,) = open_source(tmp_path, max_unreadable=0.5).failures
     assert failure.name == str(tmp_path / "1.npy")
-    assert np.array_equal(
-        decode_array(npy(described((8, 8)), bytes(64))).load(), np.zeros((1, 8, 8))
-    )
+    whole = EncodedPicture(npy(described((8, 8)), bytes(64))).load()
+    assert np.array_equal(whole, np.zeros((1, 8, 8)))
 
 
 # -- members of shards ----------------------------------------------------------------------------

@@ -280,7 +280,7 @@ def test_a_run_goes_on_with_its_own_classes_alone(
     config = finetuning(data, run)
     finetune(config)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    more = dataclasses.replace(config, epochs=2, resume="auto")
+    more = dataclasses.replace(config, epochs=2, resume="auto", allow_changed_data=True)
     (data / "train" / "bee").rename(data / "train" / "wasp")
     with pytest.raises(OptionError, match=r"resume .* not know 1: 'wasp'; .* lacks 1: 'bee'"):
         finetune(more)
@@ -360,9 +360,9 @@ def test_a_probe_of_other_classes_gives_its_encoder(tmp_path: Path) -> None:
     model: Any = convmae.create_model("convvit_tiny", img_size=32, num_classes=3, head_norm=True)
     save_weights(tmp_path, model, "convvit_tiny", None, IMAGENET, ClassNames("abc"))
     other: Any = convmae.create_model("convvit_tiny", img_size=32, num_classes=2, head_norm=True)
-    report = load_pretrained(other, open_foreign(tmp_path), ClassNames("cb"))
+    report = load_pretrained(other, open_foreign(tmp_path), classes=ClassNames("cb"))
     assert report.keeps_head and torch.equal(other.head[1].weight, model.head[1].weight[[2, 1]])
-    report = load_pretrained(other, open_foreign(tmp_path), ClassNames("cx"))
+    report = load_pretrained(other, open_foreign(tmp_path), classes=ClassNames("cx"))
     assert not report.keeps_head and "head.1.weight" in report.missing
 
 

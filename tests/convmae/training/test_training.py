@@ -308,7 +308,8 @@ def test_the_demo_trains_and_leaves_everything(
     environment = json.loads((run / "environment.json").read_text())
     assert environment["command"] == "pretrain" and environment["processes"] == "1 (single)"
     assert "finished" in (run / "report.html").read_text()
-    assert [path.name for path in (run / "reconstructions").iterdir()] == ["step-00000016.png"]
+    drawn = sorted((run / "reconstructions").rglob("*.*"))
+    assert [path.name for path in drawn] == ["step-00000016.webp", "step-00000016.png"]
     with Image.open(run / "reconstruction.png") as picture:
         assert picture.size == (6 + 4 * (192 + 6), 26 + 6 * (192 + 6) + 6)
         assert np.asarray(picture).std() > 20

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from convmae import cli, finetune, pretrain
+from convmae.records.report import Report
 from convmae.training import interrupts, saving, setup
 from tests.convmae.tasks.test_finetuning import evaluations, finetuning
 from tests.support.training_processes import ENVIRONMENT, flags, losses
@@ -136,7 +137,7 @@ def test_before_the_first_step_a_signal_acts_at_once_and_leaves_nothing(
 def test_a_signal_in_a_save_or_in_the_report_cuts_nothing(
     pictures: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, report = saving.save_checkpoint, saving.write_report
+    save, report = saving.save_checkpoint, Report.write
 
     def saved(*args: Any, **more: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -151,7 +152,7 @@ def test_a_signal_in_a_save_or_in_the_report_cuts_nothing(
         patch.setattr(saving, "save_checkpoint", saved)
         assert pretrain(config).steps == 4  # one step after the save that was not cut
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "write_report", reported)
+        patch.setattr(Report, "write", reported)
         summary = pretrain(dataclasses.replace(config, resume="auto"))
     assert (summary.steps, summary.interrupted) == (6, False)
     assert same(tensors(tmp_path / "run"), tensors(whole))
