@@ -148,11 +148,11 @@ for stage in "${stages[@]}"; do
         run training 5 echo "left out: tyro, torchvision or webdataset is not installed"
         continue
       fi
-      files=(tests/convmae/test_cli.py tests/convmae/tasks tests/convmae/training)
+      files=(tests/convmae/test_cli.py tests/convmae/{tasks,training,commands})
       options=(-v --junitxml "$report")
       [ -z "$stand_in" ] && has xdist && options+=(-n $((($(nproc) * 3 + 3) / 4)))
       [ -n "$stand_in" ] && options+=(-k test_info) where=cpu || where=cuda
-      CONVMAE_TEST_DEVICE=$where signal=INT run training 300 "$python" -m pytest "${options[@]}" "${files[@]}"
+      CONVMAE_TEST_DEVICE=$where signal=INT run training 450 "$python" -m pytest "${options[@]}" "${files[@]}"
       ;;
     sanitizer) run sanitizer 110 "$python" -m pytest -v -rs -m gpu tests/gpu/test_gpu_sanitizer.py ;;
     memory) measure memory 150 --case memory ;;

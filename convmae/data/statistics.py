@@ -107,11 +107,11 @@ def check_deviations(measured: Measured, data: str) -> None:
         or spread <= max(SMALLEST, CONSTANT * abs(centre))
     ]
     if wrong:
-        named = ", ".join(f"{c} (mean {mean[c]:.6g}, deviation {std[c]:.6g})" for c in wrong)
+        named = ", ".join(f"{c + 1} (mean {mean[c]:.6g}, deviation {std[c]:.6g})" for c in wrong)
         plural = "s" if len(wrong) > 1 else ""
         raise DataError(
-            f"channel{plural} {named} of {len(mean)}, counted from 0, of {data} cannot be "
-            f"normalised: the same everywhere in {measured.pictures:,} pictures, or not finite. "
+            f"channel{plural} {named} of {len(mean)} of {data} cannot be normalised "
+            f"(counted from 1): the same everywhere in {measured.pictures:,} pictures, or not finite. "
             "Leave it out by --bands, or give the --mean and --std of all channels"
         )
 

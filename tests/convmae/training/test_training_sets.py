@@ -199,7 +199,7 @@ def test_a_channel_that_is_the_same_everywhere_is_refused(tmp_path: Path, change
         wide = {"mean": (0.5,) * 4, "std": (0.3, 0.3, 1.0, 0.3)}
         assert pretrain(dataclasses.replace(config, **wide)).steps == 3
         return
-    told = r"channel 2 \(mean 7, deviation .*\) of 4, counted from 0, of .* cannot be normalised"
+    told = r"channel 3 \(mean 7, deviation .*\) of 4 of .* cannot be normalised \(counted from 1\)"
     with pytest.raises(DataError, match=told) as error:
         pretrain(config)
     assert "--bands, or give the --mean and --std" in error.value.with_flags
@@ -377,7 +377,9 @@ def test_reconstruct_writes_nothing_among_its_pictures(tmp_path: Path) -> None:
             reconstruct(ReconstructConfig("none", images, str(output)))
     np.save(tmp_path / "a.npy", np.zeros((8, 8, 3), np.uint8))
     mixed = (str(tmp_path / "a.npy"), str(data / "000.png"))
-    with pytest.raises(ValueError, match="^images: what is named holds files of two kinds, .*a.npy and .*000.png"):
+    with pytest.raises(
+        ValueError, match="^images: what is named holds files of two kinds, .*a.npy"
+    ):
         reconstruction._open(mixed, ReadOptions())
 
 
