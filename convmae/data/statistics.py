@@ -111,8 +111,8 @@ def check_deviations(measured: Measured, data: str) -> None:
         plural = "s" if len(wrong) > 1 else ""
         raise DataError(
             f"channel{plural} {named} of {len(mean)} of {data} cannot be normalised "
-            f"(counted from 1): the same everywhere in {measured.pictures:,} pictures, or not finite. "
-            "Leave it out by --bands, or give the --mean and --std of all channels"
+            f"(counted from 1): the same everywhere in {measured.pictures:,} pictures, or not "
+            "finite. Leave it out by --bands, or give the --mean and --std of all channels"
         )
 
 
