@@ -27,8 +27,8 @@ from convmae.data import (
 from convmae.data.apart import check_picture_apart
 from convmae.data.arrays import ARRAY_EXTENSION
 from convmae.data.errors import printable
+from convmae.data.formats.pillow import EXTENSIONS
 from convmae.data.open import open_files
-from convmae.data.pillow import EXTENSIONS
 from convmae.models import ConvMAE
 from convmae.models.adapt import DECODER
 from convmae.records.pictures import reconstruction_picture, save_picture

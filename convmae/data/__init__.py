@@ -9,6 +9,7 @@ from convmae.data.errors import (
     check_share,
 )
 from convmae.data.folder import FolderPhotos, check_readable, find_pictures
+from convmae.data.formats.pillow import read_picture
 from convmae.data.loader import Batch
 from convmae.data.normalisation import (
     IMAGENET,
@@ -21,7 +22,6 @@ from convmae.data.normalisation import (
 )
 from convmae.data.open import open_source
 from convmae.data.picture import Photos, Picture, Pixels
-from convmae.data.pillow import read_picture
 from convmae.data.source import PhotoSource, Source
 from convmae.data.statistics import channel_statistics
 from convmae.data.transforms import (

@@ -20,9 +20,9 @@ from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from convmae.data.errors import UnreadableError
+from convmae.data.formats.pillow import EXTENSIONS
 from convmae.data.labels import LABEL, LONGEST_LABEL
 from convmae.data.left_out import LeftOut, kind_of
-from convmae.data.pillow import EXTENSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,9 +11,9 @@ from convmae.config.data import ReadOptions
 from convmae.data.crops import resized_crop
 from convmae.data.errors import DataError, Failure, UnreadableError
 from convmae.data.folder import check_readable
-from convmae.data.npy import ArrayLayout, array_layout, open_array, stored_array
+from convmae.data.formats.npy import ArrayLayout, array_layout, open_array, stored_array
+from convmae.data.formats.stored import Stored, finish
 from convmae.data.picture import NO_LABEL
-from convmae.data.stored import Stored, finish
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

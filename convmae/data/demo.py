@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from convmae.data.errors import DataError
+from convmae.data.formats.pillow import read_picture
 from convmae.data.picture import NO_LABEL, Pixels
-from convmae.data.pillow import read_picture
 
 if TYPE_CHECKING:
     from convmae.data.crops import PickBox, Size

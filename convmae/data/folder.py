@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from convmae.config.data import ReadOptions
-from convmae.data.decode import GREY, EncodedPicture, Header
 from convmae.data.errors import DataError, Failure, UnreadableError
+from convmae.data.formats.decode import GREY, EncodedPicture, Header
+from convmae.data.formats.pillow import EXTENSIONS
+from convmae.data.formats.stored import Kind, suspected_nodata
 from convmae.data.left_out import LeftOut, kind_of
 from convmae.data.picture import NO_LABEL
-from convmae.data.pillow import EXTENSIONS
-from convmae.data.stored import Kind, suspected_nodata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -15,21 +15,21 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from convmae.data.errors import UnreadableError
 from convmae.data.loader import run_batches
 from convmae.data.picture import NO_LABEL, ChosenPicture
-from convmae.data.source import PhotoSource
-from convmae.data.stream import (
-    ShardSource,
+from convmae.data.samples import (
     all_shards,
     class_number,
     decode_sample,
     read_in_order,
     sample_label,
 )
+from convmae.data.source import PhotoSource
+from convmae.data.stream import ShardSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from convmae.data.samples import RawSample
     from convmae.data.source import Source
-    from convmae.data.stream import RawSample
     from convmae.data.transforms import Transform
 
 

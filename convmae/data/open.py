@@ -22,10 +22,10 @@ from convmae.data.folder import (
     survey,
     walk_pictures,
 )
+from convmae.data.formats.pillow import EXTENSIONS
 from convmae.data.idx import IdxPhotos, find_idx, is_idx, only_split
 from convmae.data.left_out import LeftOut, kind_of
 from convmae.data.picture import WithChannels
-from convmae.data.pillow import EXTENSIONS
 from convmae.data.sizes import SHARD, SIZES_FILE
 from convmae.data.source import PhotoSource, Source, choose_balanced
 from convmae.data.stream import ShardSource, open_shards

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from convmae.data.crops import resized_crop
-from convmae.data.stored import Stored, finish
+from convmae.data.formats.stored import Stored, finish
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -294,7 +294,7 @@ def test_an_error_says_what_is_stored(
 
 def test_two_processes_write_the_same_rows(tmp_path: Path, model: Path, folder: Path) -> None:
     whole, output = tmp_path / "whole.csv", tmp_path / "out.csv"
-    predict(predicting(model, folder, output=str(whole)))
+    predict(predicting(model, folder, output=str(whole), device="cpu"))
     config = predicting(model, folder, output=str(output), save_every=0.0, device="cpu")
     text = finish(start(command("predict", config), processes=2))
     assert text.count("wrote ") == 1 and f"{COUNT} pictures, 1 of them unreadable" in text
@@ -314,7 +314,7 @@ def test_two_processes_and_shards(tmp_path: Path) -> None:
         write_shard(tmp_path / "shards" / f"{shard}.tar", members)
     mae = pretrained(tmp_path / "mae")
     whole, output = tmp_path / "whole.npy", tmp_path / "out.npy"
-    embed(embedding(mae, tmp_path / "shards", output=str(whole), batch_size=5))
+    embed(embedding(mae, tmp_path / "shards", output=str(whole), batch_size=5, device="cpu"))
     config = embedding(
         mae, tmp_path / "shards", output=str(output), batch_size=5, num_workers=2, device="cpu"
     )

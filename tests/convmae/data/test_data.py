@@ -28,8 +28,8 @@ from convmae.data import (
     read_picture,
 )
 from convmae.data.crops import centre_box, random_box
+from convmae.data.formats.pillow import decoded, to_rgb, upright_size
 from convmae.data.loader import PictureDataset, RunSampler
-from convmae.data.pillow import decoded, to_rgb, upright_size
 from convmae.data.source import PhotoSource
 from convmae.seeds import seeded
 from tests.support.paths import ROOT

@@ -16,7 +16,7 @@ import pytest
 
 from convmae.data import DataError, UnreadableError, idx, open_source, sizes
 from convmae.data.archive import EXTENDED_AT_MOST, MEMBER_AT_MOST
-from convmae.data.decode import EncodedPicture
+from convmae.data.formats.decode import EncodedPicture
 from convmae.data.idx import read_idx
 from convmae.data.shards import list_shards
 from convmae.data.sizes import SIZES_AT_MOST, parse_sizes

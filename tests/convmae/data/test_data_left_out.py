@@ -13,7 +13,7 @@ import torch
 
 from convmae.data import DataError, Source, open_source, shards
 from convmae.data.left_out import KINDS_AT_MOST, OTHER, LeftOut
-from convmae.data.stream import read_chosen
+from convmae.data.samples import read_chosen
 from tests.support.paths import FASHION
 from tests.support.shard_files import TINY, picture, sample, values, write_shard
 

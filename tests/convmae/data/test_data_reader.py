@@ -14,8 +14,8 @@ import torch
 from convmae.config import ReadOptions
 from convmae.data import DataError, UnreadableError, channel_statistics, open_source
 from convmae.data.crops import resized
-from convmae.data.decode import EncodedPicture
-from convmae.data.tiff import upright
+from convmae.data.formats.decode import EncodedPicture
+from convmae.data.formats.tiff import upright
 from tests.support.shard_files import write_shard
 
 Image = pytest.importorskip("PIL.Image")

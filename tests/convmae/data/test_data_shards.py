@@ -176,13 +176,13 @@ def test_samples_that_are_passed_over_are_not_read(
 ) -> None:
     source = open_source(write_shards(tmp_path))
     read: list[str] = []
-    contents = stream._contents
+    contents = samples._contents
 
     def noted(archive, members):
         read.append(members["__key__"])
         return contents(archive, members)
 
-    monkeypatch.setattr(stream, "_contents", noted)
+    monkeypatch.setattr(samples, "_contents", noted)
     (batch,) = source.batches(TINY, 5, 4, 5, workers=0)
     assert len(read) == 5 and sorted(read) == sorted(f"s{value:03}" for value in values(batch))
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from convmae.config.data import MAX_PIXELS, ReadOptions
 from convmae.data.crops import resized_crop
-from convmae.data.deep import HEADER_BYTES, DeepHeader, deep_header, read_deep
 from convmae.data.errors import UnreadableError
-from convmae.data.npy import read_array, single_picture, stored_array
-from convmae.data.npy_header import MAGIC
-from convmae.data.pillow import (
+from convmae.data.formats.deep import HEADER_BYTES, DeepHeader, deep_header, read_deep
+from convmae.data.formats.npy import read_array, single_picture, stored_array
+from convmae.data.formats.npy_header import MAGIC
+from convmae.data.formats.pillow import (
     FORMATS,
     ORIENTATION_TAG,
     SHRINKING,
@@ -27,8 +27,8 @@ from convmae.data.pillow import (
     pillow_values,
     upright_size,
 )
-from convmae.data.stored import Kind, Stored, check_pixels, finish, picture_kind
-from convmae.data.tiff import MAGICS, TiffHeader, read_tiff, read_tiff_header, upright
+from convmae.data.formats.stored import Kind, Stored, check_pixels, finish, picture_kind
+from convmae.data.formats.tiff import MAGICS, TiffHeader, read_tiff, read_tiff_header, upright
 
 if TYPE_CHECKING:
     from pathlib import Path

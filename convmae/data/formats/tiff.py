@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from convmae.data.errors import UnreadableError
-from convmae.data.stored import Stored, check_pixels
+from convmae.data.formats.stored import Stored, check_pixels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from convmae.data.errors import UnreadableError
-from convmae.data.stored import Stored
+from convmae.data.formats.stored import Stored
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by the colour type

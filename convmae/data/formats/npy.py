@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from convmae.data.errors import UnreadableError
-from convmae.data.npy_header import ARRAY_ERRORS, check_header
-from convmae.data.stored import Kind, Stored, check_pixels, picture_kind
+from convmae.data.formats.npy_header import ARRAY_ERRORS, check_header
+from convmae.data.formats.stored import Kind, Stored, check_pixels, picture_kind
 
 if TYPE_CHECKING:
     from pathlib import Path
