@@ -18,6 +18,7 @@ from convmae.data import (
     PretrainTransform,
     channel_statistics,
     open_source,
+    samples,
     stream,
 )
 from convmae.data.source import ExpectedLabels
