@@ -25,6 +25,7 @@ from convmae.data.folder import (
 from convmae.data.formats.pillow import EXTENSIONS
 from convmae.data.idx import IdxPhotos, find_idx, is_idx, only_split
 from convmae.data.left_out import LeftOut, kind_of
+from convmae.data.listed import LIST_EXTENSION, listed_paths, one_pattern
 from convmae.data.picture import WithChannels
 from convmae.data.sizes import SHARD, SIZES_FILE
 from convmae.data.source import PhotoSource, Source, choose_balanced
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val")
 VAL_FOLDERS = ("val", "test")
-LIST_EXTENSION = ".txt"  # of a file with the path of a picture in each line
 
 
 def open_source(
@@ -89,7 +89,7 @@ def open_source(
     if isinstance(data_path, tuple | list):
         if len(data_path) > 1 and all(name.endswith(SHARD) for name in data_path):
             return _shard_source(
-                _one_pattern(data_path), split, max_unreadable, max_samples, reading
+                one_pattern(data_path), split, max_unreadable, max_samples, reading
             )
         if len(data_path) != 1:
             return _listed_source(data_path, split, max_unreadable, max_samples, seed, reading)
@@ -156,17 +156,6 @@ def _root(folder: Path) -> str:
     return os.path.join(folder, "")
 
 
-def _one_pattern(names: Sequence[str]) -> str:
-    """A pattern of shards that stands for these names, as a shell makes them of `*.tar`."""
-    special = next((name for name in names if set(name) & set("{},\\")), None)
-    if special is not None:
-        raise DataError(
-            f"--data_path {special!r}: shards that are named one by one have no braces, commas or "
-            "backslashes in their names; give their folder"
-        )
-    return "{" + ",".join(names) + "}"
-
-
 def _check_no_split_shards(folder: Path) -> None:
     """Raises `DataError` where the folders of splits inside `folder` hold shards."""
     inside = [folder / name for name in ("train", *VAL_FOLDERS)]
@@ -199,7 +188,7 @@ def _listed_source(
         if path.is_dir():
             paths += find_pictures(path, extensions=extensions, left_out=left_out)
         elif path.suffix.lower() == LIST_EXTENSION and path.is_file():
-            paths += _listed_paths(path)
+            paths += listed_paths(path)
         elif path.suffix.lower() in extensions and path.is_file():
             paths.append(path)
         else:
@@ -214,29 +203,6 @@ def _listed_source(
     where = names[0] if one else f"{names[0]} and {len(names) - 1} more"
     limits = (max_unreadable, max_samples, seed, reading)
     return _files_source(paths, None, None, where, *limits, root, left_out)
-
-
-def _listed_paths(file: Path) -> list[Path]:
-    """The paths in the lines of a text file.
-
-    A file that does not exist is a picture that cannot be read, if others do.
-
-    Raises:
-        DataError: it is no text, has no path, or none that exists.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--data_path {str(file)!r} is no list of paths: {error}") from error
-    paths = [file.parent / Path(line.strip()).expanduser() for line in lines if line.strip()]
-    if not paths:
-        raise DataError(f"--data_path {str(file)!r} names no file; expected a path in each line")
-    if not any(path.is_file() for path in paths):
-        raise DataError(
-            f"--data_path {str(file)!r}: none of the {len(paths)} files that it names exists, the "
-            f"first is {paths[0]}; relative paths begin at the folder of the list"
-        )
-    return paths
 
 
 def _with_channels(photos: Photos, reading: ReadOptions, what: str) -> Photos:
