@@ -25,7 +25,7 @@ from benchmarks.registry import register
 from benchmarks.runner import CapturedGraph, Comparison, Contender
 from convmae_kernels import BlockMask
 from convmae_kernels.ops.support.arithmetic import SLOW_ON_CPU
-from convmae_kernels.ops.support.library import Impl, why_not
+from convmae_kernels.ops.support.dispatch import Impl, why_not
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

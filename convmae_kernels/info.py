@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from convmae_kernels.ops.support.library import (
+from convmae_kernels.ops.support.dispatch import (
     CUDA_ARCHITECTURES,
     TRITON_INTERPRETS,
     WHY_NOT_COMPILED,

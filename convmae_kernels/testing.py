@@ -9,8 +9,8 @@ from torch import Tensor
 
 from convmae_kernels.block_mask import BlockMask
 from convmae_kernels.ops import gather_visible, reference, scatter_visible
+from convmae_kernels.ops.support.dispatch import Impl, why_not
 from convmae_kernels.ops.support.dtypes import DTYPES
-from convmae_kernels.ops.support.library import Impl, why_not
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from convmae_kernels.ops.support.library import TRITON_INTERPRETS
+from convmae_kernels.ops.support.dispatch import TRITON_INTERPRETS
 
 # Run by `test_triton_kernels.py`, in a process in which Triton interprets its kernels.
 collect_ignore = [] if TRITON_INTERPRETS else ["convmae_kernels/triton/interpreted"]

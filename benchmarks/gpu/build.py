@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 ASK = (
-    "from convmae_kernels.ops.support.library import why_not_cuda as why; "
+    "from convmae_kernels.ops.support.dispatch import why_not_cuda as why; "
     "print('why not:', why() or '')"
 )
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.limits import copy_bandwidth, environment
 from benchmarks.setting import Setting
-from convmae_kernels.ops.support.library import why_not
+from convmae_kernels.ops.support.dispatch import why_not
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

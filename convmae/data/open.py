@@ -99,6 +99,8 @@ def open_source(
         demo = _with_channels(DemoPhotos(), reading, "the demo")
         limits = (max_unreadable, max_samples, seed)
         description = f"demo: {len(demo)} photographs of scikit-image"
+        notes = _without_effect(("layout", "pages"), reading, "the demo")
+        description = "; ".join([description, *notes])
         source = _photo_source(demo, description, None, *limits, repeats=CROPS_PER_PHOTO, workers=0)
         source.entries = lambda: [(name, "") for name in DEMO_FILES]
         return source
@@ -114,6 +116,8 @@ def open_source(
     if idx is not None:
         idx_photos = IdxPhotos(idx, split or only_split(idx), labelled)
         description = f"{len(idx_photos)} pictures of {idx} ({idx_photos.split})"
+        notes = _without_effect(("layout", "pages"), reading, "IDX files")
+        description = "; ".join([description, *notes])
         classes = None if idx_photos.labels is None else list(idx_photos.classes)
         source = _photo_source(
             _with_channels(idx_photos, reading, "IDX files"),
@@ -388,13 +392,21 @@ def open_files(
         refuse_suspected_nodata(array_photos, reading, where)
         count, kind = len(array_photos), array_photos.kind
         description = f"{count} arrays of {kind.words}, axes {array_photos.layout}, in {where}"
-        return array_photos, array_photos.failures, description, []
+        notes = _without_effect(("pages",), reading, "arrays")
+        return array_photos, array_photos.failures, description, notes
     found = survey(paths, reading)
     check_share(found.failures, found.checked, max_unreadable)
     photos = FolderPhotos(paths, labels, reading, found.kind)
     refuse_suspected_nodata(photos, reading, where)
     what = "pictures" if found.kind == PHOTO else f"pictures of {found.kind.words}"
-    return photos, found.failures, f"{len(paths)} {what} in {where}", found.notes
+    notes = [*found.notes, *_without_effect(("layout",), reading, "picture files")]
+    return photos, found.failures, f"{len(paths)} {what} in {where}", notes
+
+
+def _without_effect(names: tuple[str, ...], reading: ReadOptions, what: str) -> list[str]:
+    """What to tell of options that are given, and mean nothing for pictures of this kind."""
+    given = reading.given()
+    return [f"--{name} {given[name]} has no effect on {what}" for name in names if name in given]
 
 
 def class_folders(paths: list[Path], here: Path) -> tuple[list[str], list[int]] | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from convmae_kernels.ops.support.library import transforms_active
+from convmae_kernels.ops.support.dispatch import transforms_active
 
 if TYPE_CHECKING:
     from convmae_kernels import BlockMask

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.support.checks import check_tensor
-from convmae_kernels.ops.support.library import Impl, register, select
+from convmae_kernels.ops.support.dispatch import Impl, register, select
 from convmae_kernels.zorder import BLOCK_SIZES
 
 if TYPE_CHECKING:

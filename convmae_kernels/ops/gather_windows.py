@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.support import geometry
 from convmae_kernels.ops.support.checks import check_packed
-from convmae_kernels.ops.support.library import Impl, register, select
+from convmae_kernels.ops.support.dispatch import Impl, register, select
 from convmae_kernels.zorder import block_side
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from convmae_kernels.ops.support.arithmetic import as_cast, multiply, patch_conv
 from convmae_kernels.ops.support.autocast import autocast_dtype, autocast_is_on
 from convmae_kernels.ops.support.checks import check_packed
 from convmae_kernels.ops.support.conv_plan import ConvPlan, plan_conv2d
+from convmae_kernels.ops.support.dispatch import Impl, check_impl, register, select
 from convmae_kernels.ops.support.flops import depthwise_flops, weight_gradient_flops
 from convmae_kernels.ops.support.geometry import pair
-from convmae_kernels.ops.support.library import Impl, check_impl, register, select
 from convmae_kernels.zorder import BLOCK_SIZES, to_zorder
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convmae_kernels.ops import reference
-from convmae_kernels.ops.support.library import LIB, register_without_cuda_kernels
+from convmae_kernels.ops.support.dispatch import LIB, register_without_cuda_kernels
 
 LIB.define(
     "neighbour_table(Tensor visible, Tensor block_index, SymInt radius) -> Tensor",

@@ -17,8 +17,8 @@ from convmae_kernels.ops.support import geometry
 from convmae_kernels.ops.support.arithmetic import product_dtype
 from convmae_kernels.ops.support.autocast import without_autocast
 from convmae_kernels.ops.support.conv_plan import multiplies_windows
+from convmae_kernels.ops.support.dispatch import register
 from convmae_kernels.ops.support.flops import window_flops
-from convmae_kernels.ops.support.library import register
 from convmae_kernels.zorder import block_side, rows_from_zorder, rows_to_zorder
 
 if TYPE_CHECKING:

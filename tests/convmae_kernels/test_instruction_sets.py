@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from convmae_kernels.ops.support.library import why_not
+from convmae_kernels.ops.support.dispatch import why_not
 from tests.support.paths import ROOT
 
 TESTS = "test_every_vector_width_and_its_remainder"

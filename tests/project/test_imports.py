@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convmae_kernels.ops.support.library import (
+from convmae_kernels.ops.support.dispatch import (
     LIBRARY_FILE,
     WHY_NOT_COMPILED,
     WHY_NOT_TRITON,
@@ -137,7 +137,7 @@ MAY_IMPORT = {  # what each module of the package may import from the package
     "ops.support.conv_plan": ["ops.support.geometry"],
     "ops.support.checks": ["zorder", "block_mask", "ops.support.dtypes"],
     "ops.support.flops": [],
-    "ops.support.library": ["block_mask", "ops.support.flops", "triton"],
+    "ops.support.dispatch": ["block_mask", "ops.support.flops", "triton"],
     "ops": ["zorder", "block_mask", "ops", "triton"],
     "triton": ["block_mask", "triton"],
     "functional": ["block_mask", "zorder", "functional", "ops"],

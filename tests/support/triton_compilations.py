@@ -21,12 +21,12 @@ import pytest
 import torch
 
 from convmae_kernels.ops import reference
-from convmae_kernels.ops.support import library
+from convmae_kernels.ops.support import dispatch
 
 del os.environ["TRITON_INTERPRET"]  # ... and the kernels are those that a GPU compiles
 
 
-IMPORT_KERNEL = library._import_triton_kernel
+IMPORT_KERNEL = dispatch._import_triton_kernel
 
 
 class Launches:
@@ -105,7 +105,7 @@ def main() -> None:
     with (
         mock.patch.object(JITFunction, "run", lambda *a, **k: launches.launch(*a, **k)),
         mock.patch.object(tuning, "run", launches.run),
-        mock.patch.object(library, "_import_triton_kernel", launches.kernel),
+        mock.patch.object(dispatch, "_import_triton_kernel", launches.kernel),
         mock.patch.object(torch.cuda, "is_available", lambda: True),
     ):
         options = ["-q", "-m", "gpu", "-k", "triton", "-p", "no:cacheprovider", "--tb=line"]

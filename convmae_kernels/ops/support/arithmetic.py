@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from convmae_kernels.ops.support.autocast import autocast_dtype
+from convmae_kernels.ops.support.dispatch import transforms_active
 from convmae_kernels.ops.support.dtypes import HALF_DTYPES
-from convmae_kernels.ops.support.library import transforms_active
 from convmae_kernels.zorder import patch_matrix
 
 if TYPE_CHECKING:

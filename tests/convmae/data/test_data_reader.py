@@ -453,3 +453,18 @@ def test_bands_and_nodata_of_arrays(tmp_path: Path) -> None:
     assert torch.equal(part, image[:, 8:12, 3:8])
     with pytest.raises(DataError, match="the file has 4 bands, but .*bands asks for 9"):
         open_source(tmp_path, reading=ReadOptions(bands=(9,)))
+
+
+def test_options_that_mean_nothing_here_are_told(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    reading = ReadOptions(layout="hwc", pages="first")
+    text = open_source(tmp_path, reading=reading).description
+    assert "--layout hwc has no effect on picture files" in text and "--pages" not in text
+    (tmp_path / "a.png").unlink()
+    np.save(tmp_path / "a.npy", np.zeros((8, 8, 3), np.uint8))
+    text = open_source(tmp_path, reading=reading).description
+    assert "--pages first has no effect on arrays" in text and "--layout" not in text
+    text = open_source("demo", reading=reading).description
+    for option in ("--layout hwc", "--pages first"):
+        assert f"{option} has no effect on the demo" in text
+    assert "no effect" not in open_source("demo").description

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convmae_kernels.ops.support.library import LIBRARY_FILE, WHY_NOT_COMPILED
+from convmae_kernels.ops.support.dispatch import LIBRARY_FILE, WHY_NOT_COMPILED
 from docs import kernel_report
 
 COMPILED = WHY_NOT_COMPILED is None

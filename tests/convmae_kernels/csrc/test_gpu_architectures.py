@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from convmae_kernels.ops.support import library
+from convmae_kernels.ops.support import dispatch
 
 needs_cuda_kernels = pytest.mark.skipif(
-    library.CUDA_ARCHITECTURES == "", reason="the library was built without nvcc"
+    dispatch.CUDA_ARCHITECTURES == "", reason="the library was built without nvcc"
 )
 
 
@@ -31,7 +31,7 @@ needs_cuda_kernels = pytest.mark.skipif(
     ],
 )
 def test_which_gpus_a_library_has_code_for(architectures, capability, runs):
-    assert library.has_code(architectures, capability) is runs
+    assert dispatch.has_code(architectures, capability) is runs
 
 
 # A process with a GPU that is too old for the library. Kernels for GPUs are called with tensors of
@@ -41,28 +41,28 @@ import sys, types, warnings
 import torch
 import convmae_kernels as ck
 from convmae_kernels.ops import reference
-from convmae_kernels.ops.support import library
+from convmae_kernels.ops.support import dispatch
 
 mode = sys.argv[1]
 capabilities = {"old": [(7, 5)], "fits": [(9, 0)], "both": [(9, 0), (7, 5)]}[mode]
-library.CUDA_ARCHITECTURES = sys.modules["convmae_kernels.info"].CUDA_ARCHITECTURES = "8.0, 9.0"
+dispatch.CUDA_ARCHITECTURES = sys.modules["convmae_kernels.info"].CUDA_ARCHITECTURES = "8.0, 9.0"
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: len(capabilities)
 torch.cuda.get_device_name = lambda i=0: "Card"
 torch.cuda.get_device_capability = lambda i=0: capabilities[i]
-torch.cuda.init = library._look_at_gpus  # CUDA starts
+torch.cuda.init = dispatch._look_at_gpus  # CUDA starts
 ran = []
 
 def triton_kernel(name):
     ran.append(name)
     return getattr(reference, name)
 
-library._import_triton_kernel = triton_kernel
+dispatch._import_triton_kernel = triton_kernel
 on_gpu = types.SimpleNamespace(device=torch.device("cuda:0"), is_cuda=True)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    print("cuda:", library.why_not("cuda", on_gpu))
-print("auto:", library.why_not("auto", on_gpu))
+    print("cuda:", dispatch.why_not("cuda", on_gpu))
+print("auto:", dispatch.why_not("auto", on_gpu))
 print("info:", ck.info()["cuda"])
 print("said: " + "; ".join(str(warning.message) for warning in said))
 
@@ -124,7 +124,7 @@ def test_another_card_than_the_library_was_compiled_for():
     assert said["auto"] == ["None"]
     assert said["info"] == [f"no: {MISSING}"]
     (warning,) = said["said"]
-    has_triton = library.WHY_NOT_TRITON is None
+    has_triton = dispatch.WHY_NOT_TRITON is None
     other = "Triton's kernels run" if has_triton else "the slow reference ops run"
     assert warning == f"convmae_kernels: {other} on GPUs in place of the compiled ones: {MISSING}."
     assert said["equal"] == OPS and "raised" not in said
@@ -152,8 +152,8 @@ def test_one_of_two_cards_that_does_not_fit_decides_for_both():
 @needs_cuda_kernels
 def test_whether_cuda_kernels_run_can_be_asked_while_compiling():
     def function(x):
-        return x + (1 if library.why_not_cuda() is None else 2)
+        return x + (1 if dispatch.why_not_cuda() is None else 2)
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
-    expected = 1 if library.why_not_cuda() is None else 2
+    expected = 1 if dispatch.why_not_cuda() is None else 2
     assert compiled(torch.zeros(1)).item() == expected

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from convmae_kernels.ops import reference
-from convmae_kernels.ops.support.library import WHY_NOT_COMPILED
+from convmae_kernels.ops.support.dispatch import WHY_NOT_COMPILED
 from docs import kernel_report, sass, tile_walk
 
 COMPILED = WHY_NOT_COMPILED is None

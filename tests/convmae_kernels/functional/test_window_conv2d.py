@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import convmae_kernels as ck
-from convmae_kernels.ops.support import arithmetic, conv_plan, geometry, library
+from convmae_kernels.ops.support import arithmetic, conv_plan, dispatch, geometry
 from convmae_kernels.ops.support.conv_plan import plan_conv2d
-from convmae_kernels.ops.support.library import why_not
+from convmae_kernels.ops.support.dispatch import why_not
 from convmae_kernels.testing import (
     DTYPES,
     LAYOUTS,
@@ -81,7 +81,7 @@ def test_a_name_without_kernels_is_refused(case, impl, monkeypatch):
     mask = mask_for(case)
     *arguments, _ = make_inputs(case, mask)
     with monkeypatch.context() as patch:
-        patch.setattr(library, "why_not", lambda impl, x: None)  # as if all of them could run here
+        patch.setattr(dispatch, "why_not", lambda impl, x: None)  # as if all of them could run here
         with pytest.raises(RuntimeError) as error:
             convolve(case, mask, *arguments, impl=impl)
     assert str(error.value) == (
