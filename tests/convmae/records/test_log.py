@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -224,10 +225,12 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = (folder / "wandb_id.txt").read_text()
     files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
     assert [file.name for file in files] == [f"run-{name}.wandb"] * len(files) and files
+    expected = (b"convmae-test", b"train/grad_norm", b"eval/acc1", b"reconstruction")
     for file in files:
-        content = file.read_bytes()
-        for found in (b"convmae-test", b"train/grad_norm", b"eval/acc1", b"reconstruction"):
-            assert found in content
+        deadline = time.monotonic() + 120  # wandb writes in a process of its own, behind the run
+        while any(word not in file.read_bytes() for word in expected):
+            assert time.monotonic() < deadline, file.read_bytes()
+            time.sleep(0.1)
 
 
 # -- memory ---------------------------------------------------------------------------------------
