@@ -11,6 +11,7 @@ from torch import Tensor
 from convmae_kernels.functional.pooling import image_counts, image_sum, spread_to_blocks
 from convmae_kernels.ops.support.checks import check_packed
 from convmae_kernels.ops.support.dtypes import accumulation_dtype
+from convmae_kernels.zorder import block_side
 
 if TYPE_CHECKING:
     from convmae_kernels.block_mask import BlockMask
@@ -145,6 +146,60 @@ def masked_group_norm(
     if bias is not None:
         y = y + bias
     return y.to(x.dtype)
+
+
+def masked_instance_norm(
+    x: Tensor,
+    mask: BlockMask,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.instance_norm` over the visible positions of each image.
+
+    Args:
+        x: packed features `[T, s*s, C]`.
+        mask: the mask that `x` was packed with.
+        running_mean, running_var, weight, bias, use_input_stats, momentum, eps: as in
+            `torch.nn.functional.instance_norm`. The running statistics move towards the means,
+            over images with visible positions, of the images' means and unbiased variances.
+
+    Returns:
+        Like `x`; statistics are computed in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: `x` is not packed with this mask, `weight` or `bias` is not `[C]`,
+            or no image has more than a single visible position.
+    """
+    side, channels = check_packed("x", x, mask), x.shape[2]
+    if not use_input_stats:
+        return masked_batch_norm(
+            x, mask, running_mean, running_var, weight, bias, False, momentum, eps
+        )
+    if mask.knows_numbers and mask.max_per_image * side * side == 1:
+        raise ValueError("x must have more than 1 visible position in an image, got 1")
+    if running_mean is not None and running_var is not None:
+        _move_running_statistics(x.detach(), mask, running_mean, running_var, momentum)
+    return masked_group_norm(x, mask, channels, weight, bias, eps)
+
+
+def _move_running_statistics(
+    x: Tensor, mask: BlockMask, running_mean: Tensor, running_var: Tensor, momentum: float
+) -> None:
+    """Moves them towards the means over images of their means and unbiased variances."""
+    with torch.no_grad():
+        wide = x.to(accumulation_dtype(x.dtype))
+        counts = image_counts(mask, block_side(x.shape[1])).unsqueeze(1)
+        images = (counts > 0).sum().clamp_min(1)
+        means = image_sum(wide, mask) / counts.clamp_min(1)  # [B, C], 0 without positions
+        centred = wide - spread_to_blocks(means, mask).unsqueeze(1)
+        variances = image_sum(centred.square(), mask) / (counts - 1).clamp_min(1)
+        running_mean.lerp_((means.sum(0) / images).to(running_mean.dtype), momentum)
+        running_var.lerp_((variances.sum(0) / images).to(running_var.dtype), momentum)
 
 
 def masked_grn(

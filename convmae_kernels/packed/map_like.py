@@ -14,20 +14,43 @@ if TYPE_CHECKING:
 
 # Names of functions and methods, with and without a trailing underscore; operators without theirs.
 ELEMENTWISE = (
-    "abs absolute add addcdiv addcmul bernoulli bfloat16 celu clamp clamp_max clamp_min clip "
-    "clone contiguous cos detach div divide double dropout elu eq erf exp expm1 fill float "
-    "float_power ge gelu gt half hardshrink hardsigmoid hardswish hardtanh isfinite isinf "
-    "isnan le leaky_relu lerp log log1p log_sigmoid logsigmoid lt masked_fill maximum minimum "
-    "mish mul multiply nan_to_num ne neg negative pow reciprocal relu relu6 round rsqrt rsub "
-    "selu sigmoid sign silu sin softplus softshrink softsign sqrt square sub subtract tanh "
-    "tanhshrink threshold true_divide where"
+    "abs absolute acos acosh add addcdiv addcmul airy_ai alpha_dropout angle arccos arccosh arcsin "
+    "arcsinh arctan arctan2 arctanh asin asinh atan atan2 atanh bernoulli bessel_j0 bessel_j1 "
+    "bessel_y0 bessel_y1 bfloat16 bitwise_and bitwise_left_shift bitwise_not bitwise_or "
+    "bitwise_right_shift bitwise_xor bool ceil celu clamp clamp_max clamp_min clip clone "
+    "conj conj_physical contiguous copysign cos cosh deg2rad detach digamma div divide double "
+    "dropout elu entr eq erf erfc erfcx erfinv exp exp2 expit expm1 fill fix float float_power "
+    "floor floor_divide fmax fmin fmod frac gammainc gammaincc gammaln ge gelu greater "
+    "greater_equal gt half hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 i0e i1 i1e "
+    "igamma igammac int isclose isfinite isinf isnan isneginf isposinf isreal ldexp le "
+    "leaky_relu lerp less less_equal lgamma log log10 log1p log2 log_ndtr log_sigmoid logaddexp "
+    "logaddexp2 logical_and logical_not logical_or logical_xor logit logsigmoid long lt "
+    "masked_fill maximum minimum mish modified_bessel_i0 modified_bessel_i1 modified_bessel_k0 "
+    "modified_bessel_k1 mul multigammaln multiply mvlgamma nan_to_num ndtr ndtri ne neg negative "
+    "nextafter not_equal polygamma positive pow psi rad2deg real reciprocal relu relu6 remainder "
+    "round rrelu rsqrt rsub scaled_modified_bessel_k0 scaled_modified_bessel_k1 selu sgn sigmoid "
+    "sign signbit silu sin sinc sinh softplus softshrink softsign spherical_bessel_j0 sqrt square "
+    "sub subtract tan tanh tanhshrink threshold true_divide trunc where xlog1py xlogy zero zeta"
 )
+LIKE = "empty_like full_like ones_like rand_like randn_like zeros_like"  # new values for a map
 OPERATORS = (
     "add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv pow rpow ipow neg abs eq "
-    "ne lt le gt ge"
+    "ne lt le gt ge floordiv rfloordiv ifloordiv mod rmod imod and rand iand or ror ior xor rxor "
+    "ixor invert"
 )
-ABSENT_OPERATORS = (  # of tensors: there to say so
-    "getitem setitem bool matmul rmatmul floordiv rfloordiv mod rmod and or xor invert"
+INDEXING = "getitem setitem"
+ABSENT_OPERATORS = "bool matmul rmatmul"  # of tensors: there to say so
+ATTENTION = "attention looks at all positions of an image or of a window of the dense map"
+MIXES = "it mixes positions or images in a way that a grid of blocks cannot express"
+REFUSALS = (  # why functions are refused, for the commonest ones
+    (
+        "scaled_dot_product_attention multi_head_attention_forward unfold fold matmul bmm baddbmm "
+        "__matmul__ __rmatmul__ einsum tensordot mm",
+        ATTENTION,
+    ),
+    ("grid_sample affine_grid gather scatter masked_select nonzero take_along_dim", MIXES),
+    ("rot90 fliplr flipud diagonal tril triu median kthvalue quantile", MIXES),
+    ("conv1d conv3d conv_transpose1d conv_transpose3d", "convolutions are of [B, C, H, W]"),
 )
 
 
@@ -49,6 +72,7 @@ class MapLike:
     """
 
     handlers: ClassVar[dict[Callable, Callable]]
+    axes: str  # one letter for each dimension; see `convmae_kernels.packed.axes`
 
     @property
     def shape(self) -> torch.Size:
@@ -61,7 +85,7 @@ class MapLike:
     ) -> Any:
         handler = cls.handlers.get(func)
         if handler is None:
-            raise NotImplementedError(_named(func, "packed features do not have it"))
+            raise NotImplementedError(_named(func, _refusal(func)))
         try:
             return handler(func, *args, **(kwargs or {}))
         except (NotImplementedError, TypeError, ValueError) as error:
@@ -77,12 +101,12 @@ class MapLike:
 
     @property
     def ndim(self) -> int:
-        """4."""
-        return 4
+        """4, of a map `[B, C, H, W]`."""
+        return len(self.axes)
 
     def dim(self) -> int:
-        """4."""
-        return 4
+        """4, of a map `[B, C, H, W]`."""
+        return len(self.axes)
 
     def size(self, dim: int | None = None) -> Any:
         """Of the dense map."""
@@ -109,8 +133,16 @@ def _operator(method: Callable) -> Callable:
     return operator
 
 
-for _name in f"{OPERATORS} {ABSENT_OPERATORS}".split():
-    setattr(MapLike, f"__{_name}__", _operator(getattr(Tensor, f"__{_name}__")))
+for _name in f"{OPERATORS} {INDEXING} {ABSENT_OPERATORS}".split():
+    if hasattr(Tensor, f"__{_name}__"):
+        setattr(MapLike, f"__{_name}__", _operator(getattr(Tensor, f"__{_name}__")))
+
+
+def _refusal(func: Callable) -> str:
+    """Why there is no handler."""
+    name = getattr(func, "__name__", "")
+    reasons = [why for names, why in REFUSALS if name in names.split()]
+    return ": ".join(["packed features do not have it", *reasons])
 
 
 def _named(func: Callable, why: str) -> str:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from convmae_kernels import ops
 from convmae_kernels.functional import pooling
 from convmae_kernels.ops.support.checks import check_packed
+from convmae_kernels.packed.axes import NCHW, NHWC, order_of
 from convmae_kernels.packed.map_like import MapLike
 from convmae_kernels.zorder import block_side
 
@@ -37,10 +38,15 @@ class Packed(MapLike):
         features: packed features `[T, s*s, C]`.
         mask: the mask that they were packed with.
         channels_last: whether it looks like `[B, H, W, C]`, as after `permute(0, 2, 3, 1)`.
+        axes: one letter for each dimension of the map that it looks like, in place of
+            `channels_last`: `"BCHW"`, `"BHWC"`, and for a view of channels in groups `"BCCHW"`,
+            of features `[T, s*s, g, C // g]`. `N` are rows and columns in one: tokens are `"BNC"`.
 
     Attributes:
-        features: packed features `[T, s*s, C]`, a tensor like any other.
+        features: packed features `[T, s*s, C]`, a tensor like any other; `[T, s*s, *channels]`
+            where there is not just one dimension of channels.
         mask: the mask.
+        axes: as above.
 
     Raises:
         TypeError, ValueError: `features` is not packed with this mask.
@@ -49,13 +55,19 @@ class Packed(MapLike):
     handlers: ClassVar[dict[Callable, Callable]] = HANDLERS
     features: Tensor
     mask: BlockMask
+    axes: str
 
-    def __init__(self, features: Tensor, mask: BlockMask, channels_last: bool = False) -> None:
-        is_bool = isinstance(features, Tensor) and features.dtype == torch.bool  # of comparisons
-        check_packed("features", features.half() if is_bool else features, mask)
+    def __init__(
+        self,
+        features: Tensor,
+        mask: BlockMask,
+        channels_last: bool = False,
+        axes: str | None = None,
+    ) -> None:
+        self.axes = axes or (NHWC if channels_last else NCHW)
+        _check_features(features, mask, self.axes)
         self.features = features
         self.mask = mask
-        self._channels_last = channels_last
 
     @classmethod
     def gather(cls, images: Tensor, mask: BlockMask) -> Packed:
@@ -67,12 +79,28 @@ class Packed(MapLike):
 
         After `permute(0, 2, 3, 1)` it is `[B, H, W, C]`, contiguous.
         """
-        dense = ops.scatter_visible(self.features, self.mask, fill=fill)
-        return dense.permute(0, 2, 3, 1) if self._channels_last else dense
+        return self._arranged(ops.scatter_visible(self.rows(), self.mask, fill=fill))
 
-    def like(self, features: Tensor) -> Packed:
-        """Other features of the same mask and layout."""
-        return Packed(features, self.mask, self._channels_last)
+    def _arranged(self, dense: Tensor) -> Tensor:
+        """`[B, channels, H, W]`, channels in one dimension, to the axes."""
+        dense = dense.unflatten(1, self.channels) if self.channels else dense.squeeze(1)
+        if "N" in self.axes:
+            dense = dense.flatten(-2)
+        letters = "B" + "C" * len(self.channels) + ("N" if "N" in self.axes else "HW")
+        return dense.permute(order_of(letters, self.axes))
+
+    def like(self, features: Tensor, axes: str | None = None) -> Packed:
+        """Other features of the same mask, with the same axes or others."""
+        if features.is_floating_point():
+            return Packed(features, self.mask, axes=axes or self.axes)
+        block_side(features.shape[1])
+        return _unflatten((features, self.mask), axes or self.axes)  # of a comparison, indices
+
+    def rows(self) -> Tensor:
+        """`[T, s*s, C]`: the features with all channels in one dimension."""
+        if self.features.dim() == 3:
+            return self.features
+        return self.features.reshape(*self.features.shape[:2], self.channels.numel())
 
     @classmethod
     def __torch_function__(
@@ -87,10 +115,25 @@ class Packed(MapLike):
     @property
     def shape(self) -> torch.Size:
         """Of the dense map."""
+        height, width = self.positions
+        sizes = {"B": self.mask.batch_size, "H": height, "W": width, "N": height * width}
+        channels = iter(self.channels)
+        return torch.Size([next(channels) if x == "C" else sizes[x] for x in self.axes])
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """Rows and columns of the dense map."""
         side, (gh, gw) = block_side(self.features.shape[1]), self.mask.grid
-        height, width, channels = gh * side, gw * side, self.features.shape[2]
-        last = (height, width, channels) if self._channels_last else (channels, height, width)
-        return torch.Size((self.mask.batch_size, *last))
+        return gh * side, gw * side
+
+    @property
+    def channels(self) -> torch.Size:
+        """The dimensions of channels."""
+        return self.features.shape[2:]
+
+    @property
+    def _channels_last(self) -> bool:
+        return self.axes == NHWC
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,24 +159,37 @@ class Packed(MapLike):
         """True."""
         return self.features.is_floating_point()
 
-    def __reduce__(self) -> tuple[type, tuple[Tensor, BlockMask, bool]]:
-        return Packed, (self.features, self.mask, self._channels_last)
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        plain = self.axes in (NCHW, NHWC)
+        others = () if plain else (self.axes,)
+        return Packed, (self.features, self.mask, self._channels_last, *others)
 
     def __repr__(self) -> str:
         return f"Packed(shape={tuple(self.shape)}, dtype={self.dtype}, mask={self.mask!r})"
 
 
-def _unflatten(leaves: Iterable[Any], channels_last: bool) -> Packed:
+def _check_features(features: Tensor, mask: BlockMask, axes: str) -> None:
+    """The features are packed with the mask, and fit the axes."""
+    rows = features
+    if isinstance(features, Tensor):
+        if features.dtype == torch.bool:  # of comparisons
+            rows = rows.half()
+        if (number := axes.count("C")) != 1 and features.dim() == 2 + number:
+            rows = rows.flatten(2) if number else rows.unsqueeze(2)
+    check_packed("features", rows, mask)
+
+
+def _unflatten(leaves: Iterable[Any], axes: str) -> Packed:
     packed = object.__new__(Packed)  # leaves may be anything: nothing is checked
     packed.features, packed.mask = leaves
-    packed._channels_last = channels_last
+    packed.axes = axes
     return packed
 
 
 torch.serialization.add_safe_globals([Packed])
 pytree.register_pytree_node(
     Packed,
-    lambda packed: ([packed.features, packed.mask], packed._channels_last),
+    lambda packed: ([packed.features, packed.mask], packed.axes),
     _unflatten,
     serialized_type_name="convmae_kernels.Packed",
 )
@@ -169,7 +225,7 @@ def first_packed(operands: Sequence[Any]) -> Packed:
             and torch.equal(other.mask.visible, packed[0].mask.visible)
         ):
             raise ValueError("two Packed of one operation have different masks")
-        same = other._channels_last == packed[0]._channels_last
+        same = other.axes == packed[0].axes
         if not same or other.features.shape[1] != packed[0].features.shape[1]:
             raise ValueError(
                 f"two Packed of one operation have shapes {tuple(packed[0].shape)} and "
@@ -179,21 +235,37 @@ def first_packed(operands: Sequence[Any]) -> Packed:
 
 
 def broadcast(value: Any, to: Packed) -> Any:
-    """An operand in a form that broadcasts with the features `[T, s*s, C]` of `to`."""
+    """An operand in a form that broadcasts with the features `[T, s*s, *channels]` of `to`."""
     if isinstance(value, Packed):
         return value.features
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
-    if value.dim() > 4:
-        raise ValueError(f"{list(value.shape)} does not broadcast with {tuple(to.shape)}")
-    shaped = value.reshape(*(1,) * (4 - value.dim()), *value.shape)
-    if to._channels_last:
-        shaped = shaped.permute(0, 3, 1, 2)
-    batch, channels, height, width = Packed(to.features, to.mask).shape
-    fits = shaped.shape[0] in (1, batch) and (shaped.shape[1] in (1, channels) or channels == 1)
-    if fits and shaped.shape[2:] == (1, 1):
-        rows = shaped.flatten(1).unsqueeze(1)  # [B or 1, 1, C or 1]
+    refusal = f"{list(value.shape)} does not broadcast with {tuple(to.shape)}"
+    if value.dim() > to.ndim:
+        raise ValueError(refusal)
+    shaped = value.reshape(*(1,) * (to.ndim - value.dim()), *value.shape)
+    positions = "N" if "N" in to.axes else "HW"
+    ordered = "B" + "C" * len(to.channels) + positions
+    shaped = shaped.permute(order_of(to.axes, ordered))
+    sizes = shaped.shape[1 : 1 + len(to.channels)]
+    fits = shaped.shape[0] in (1, to.mask.batch_size) and all(
+        a == b or 1 in (a, b) for a, b in zip(sizes, to.channels)
+    )
+    found = tuple(shaped.shape[-len(positions) :])
+    if fits and set(found) == {1}:
+        rows = shaped.reshape(shaped.shape[0], 1, *sizes)
         return rows if len(rows) == 1 else pooling.spread_to_blocks(rows, to.mask)
-    if fits and shaped.shape[2:] == (height, width):
-        return ops.gather_visible(shaped.expand(batch, -1, -1, -1), to.mask)
-    raise ValueError(f"{list(value.shape)} does not broadcast with {tuple(to.shape)}")
+    height, width = to.positions
+    if fits and found == ((height * width,) if positions == "N" else (height, width)):
+        images = shaped.reshape(shaped.shape[0], sizes.numel(), height, width)
+        rows = _gather_any(images, to.mask)
+        return rows.reshape(*rows.shape[:2], *sizes)
+    raise ValueError(refusal)
+
+
+def _gather_any(images: Tensor, mask: BlockMask) -> Tensor:
+    """`gather_visible` of images of any dtype, or of one image for all."""
+    images = images.expand(mask.batch_size, -1, -1, -1)
+    if images.is_floating_point():
+        return ops.gather_visible(images, mask)
+    return ops.gather_visible(images.double(), mask).to(images.dtype)

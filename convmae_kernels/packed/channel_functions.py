@@ -1,0 +1,522 @@
+"""What functions of channels do with `Packed`: views, indices, parts, order, channels to positions.
+
+A handler is called with the function and its arguments, as in `functions`. Dimensions of channels
+are those of the features `[T, s*s, *channels]`: dimension `2 + channel(axes, dim)`.
+"""
+
+from __future__ import annotations
+
+import collections
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convmae_kernels.packed.axes import (
+    NCHW,
+    channel,
+    place,
+    places,
+    read_index,
+    view_groups,
+    view_sizes,
+    without,
+)
+from convmae_kernels.packed.map_like import handles
+from convmae_kernels.packed.packed import HANDLERS, Packed, broadcast, first_packed
+from convmae_kernels.zorder import block_side, from_zorder, to_zorder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from convmae_kernels.packed.axes import Group
+
+_handles = partial(handles, HANDLERS)
+
+
+def feature_dim(x: Packed, dim: int) -> int:
+    """The dimension of the features that a dimension of channels is."""
+    return 2 + channel(x.axes, dim)
+
+
+def sizes_of(arguments: Sequence[Any], named: dict[str, Any]) -> list[int]:
+    """The numbers of `f(1, 2)`, `f((1, 2))` and `f(size=(1, 2))`."""
+    chosen = (*arguments, *named.values())
+    return list(chosen[0] if len(chosen) == 1 and not isinstance(chosen[0], int) else chosen)
+
+
+# -- views ----------------------------------------------------------------------------------------
+
+
+@_handles(torch.reshape, Tensor.reshape, Tensor.view)
+def _reshape(func, input, *shape, **named):
+    if shape and isinstance(shape[0], torch.dtype):
+        raise NotImplementedError("a view of another dtype is none of the same channels")
+    return _viewed(input, sizes_of(shape, named))
+
+
+@_handles(Tensor.view_as, Tensor.reshape_as)
+def _view_as(func, input, other):
+    return _viewed(input, other.shape)
+
+
+@_handles(torch.flatten, Tensor.flatten)
+def _flatten(func, input, start_dim=0, end_dim=-1):
+    first, last = place(input.axes, start_dim), place(input.axes, end_dim)
+    shape = input.shape
+    middle = shape[first : last + 1].numel()
+    return _viewed(input, [*shape[:first], middle, *shape[last + 1 :]])
+
+
+@_handles(torch.unflatten, Tensor.unflatten)
+def _unflatten(func, input, dim, sizes):
+    at, shape = place(input.axes, dim), input.shape
+    parts = view_sizes([shape[at]], sizes)
+    return _viewed(input, [*shape[:at], *parts, *shape[at + 1 :]])
+
+
+@_handles(torch.unsqueeze, Tensor.unsqueeze)
+def _unsqueeze(func, input, dim):
+    at = dim if dim >= 0 else dim + input.ndim + 1
+    axes = input.axes[:at] + "C" + input.axes[at:]
+    return input.like(input.features.unsqueeze(2 + axes[:at].count("C")), axes)
+
+
+@_handles(torch.squeeze, Tensor.squeeze)
+def _squeeze(func, input, dim=None):
+    shape = input.shape
+    chosen = places(input.axes, dim)
+    gone = [at for at in chosen if input.axes[at] == "C" and shape[at] == 1]
+    if dim is not None and any(input.axes[at] != "C" and shape[at] == 1 for at in chosen):
+        raise NotImplementedError("only channels are squeezed, images and positions stay")
+    features = input.features.squeeze(tuple(2 + channel(input.axes, at) for at in gone))
+    return input.like(features, without(input.axes, gone)) if gone else input
+
+
+def _viewed(x: Packed, sizes: Sequence[int]) -> Packed:
+    """`x.reshape(sizes)`."""
+    sizes = view_sizes(x.shape, sizes)
+    groups = view_groups(x.axes, x.shape, sizes, *x.positions)
+    axes = "".join(group.new for group in groups)
+    features = _merged_into_positions(x.features, x.axes, groups)
+    kept = [
+        size
+        for group in groups
+        for letter, size in zip(group.new, group.sizes)
+        if letter == "C" and not (group.old in ("H", "W") and size != 1)
+    ]
+    features = features.reshape(*features.shape[:2], *kept)
+    return x.like(_split_from_positions(features, groups), axes)
+
+
+def _merged_into_positions(features: Tensor, axes: str, groups: Sequence[Group]) -> Tensor:
+    """Channels that a view joins with rows and columns become positions of the blocks."""
+    before, merged = 0, {}
+    for group in groups:
+        if (group.new.strip("C"), group.old.strip("C")) in (("H", "H"), ("W", "W")):
+            if group.old not in ("H", "W") and len(group.sizes) == 1:
+                merged[group.old.strip("C")] = 2 + before
+        before += group.old.count("C")
+    if not merged:
+        return features
+    if set(merged) != {"H", "W"} or features.shape[merged["H"]] != features.shape[merged["W"]]:
+        raise NotImplementedError("rows and columns must grow by the same factor")
+    return into_positions(features, merged["H"], merged["W"])
+
+
+def _split_from_positions(features: Tensor, groups: Sequence[Group]) -> Tensor:
+    """Rows and columns that a view splits become dimensions of channels."""
+    before, split, factors = 0, {}, set()
+    for group in groups:
+        if group.old in ("H", "W") and len([size for size in group.sizes if size != 1]) == 2:
+            at = group.new.rindex("C")
+            split[group.old] = 2 + before + group.new[:at].count("C")
+            factors.add(group.sizes[at])
+        before += group.new.count("C")
+    if not split:
+        return features
+    if set(split) != {"H", "W"} or len(factors) != 1:
+        raise NotImplementedError("rows and columns must be split by the same factor")
+    return from_positions(features, factors.pop(), split["H"], split["W"])
+
+
+def into_positions(features: Tensor, rows: int, columns: int) -> Tensor:
+    """Two dimensions of k channels to k x k positions: `[T, n, ..., k, k] -> [T, n*k*k, ...]`."""
+    squares = to_zorder(features.movedim((rows, columns), (-2, -1)))  # [T, n, ..., k*k]
+    return squares.movedim(-1, 2).flatten(1, 2)
+
+
+def from_positions(features: Tensor, factor: int, rows: int, columns: int) -> Tensor:
+    """The inverse of `into_positions`."""
+    block_side(factor * factor)
+    if features.shape[1] % (factor * factor):
+        raise NotImplementedError(
+            f"{factor} x {factor} positions do not fit into blocks of {features.shape[1]} positions"
+        )
+    squares = features.unflatten(1, (features.shape[1] // factor**2, factor**2))
+    return from_zorder(squares.movedim(2, -1)).movedim((-2, -1), (rows, columns))
+
+
+# -- order of dimensions --------------------------------------------------------------------------
+
+
+def permuted(x: Packed, order: Sequence[int]) -> Packed:
+    """`x.permute(order)`."""
+    if sorted(order) != list(range(x.ndim)):
+        raise ValueError(f"{tuple(order)} is no order of the dimensions of {tuple(x.shape)}")
+    channels = [2 + channel(x.axes, at) for at in order if x.axes[at] == "C"]
+    axes = "".join(x.axes[at] for at in order)
+    in_order = channels == sorted(channels)
+    return x.like(x.features if in_order else x.features.permute(0, 1, *channels), axes)
+
+
+@_handles(torch.permute, Tensor.permute)
+def _permute(func, input, *dims, **named):
+    return permuted(input, [place(input.axes, dim) for dim in sizes_of(dims, named)])
+
+
+@_handles(
+    *(torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes),
+    *(torch.swapdims, Tensor.swapdims),
+)
+def _transpose(func, input, *dims, **named):
+    first, second = (place(input.axes, dim) for dim in (*dims, *named.values()))
+    order = list(range(input.ndim))
+    order[first], order[second] = second, first
+    return permuted(input, order)
+
+
+@_handles(torch.movedim, Tensor.movedim, torch.moveaxis, Tensor.moveaxis)
+def _movedim(func, input, source, destination):
+    moved = places(input.axes, source)
+    targets = places(input.axes, destination)
+    rest = iter([at for at in range(input.ndim) if at not in moved])
+    order = [
+        moved[targets.index(at)] if at in targets else next(rest) for at in range(input.ndim)
+    ]
+    return permuted(input, order)
+
+
+# -- indices --------------------------------------------------------------------------------------
+
+
+def _place_in_square(step: int, start: tuple[int, int]) -> int:
+    """The place of row and column of a square of step x step positions in Z-order."""
+    found, bit = 0, 0
+    while step >> bit > 1:
+        found |= (start[0] >> bit & 1) << (2 * bit + 1) | (start[1] >> bit & 1) << (2 * bit)
+        bit += 1
+    return found
+
+
+def _indexed(x: Packed, index: Any) -> tuple[tuple[Any, ...], str]:
+    """An index of the features, and the axes of what it gives."""
+    read = read_index(x.axes, x.shape, index)
+    square = read.step**2
+    if x.features.shape[1] % square:
+        raise NotImplementedError(
+            f"a step of {read.step} does not divide the blocks of "
+            f"{block_side(x.features.shape[1])} x {block_side(x.features.shape[1])} positions"
+        )
+    positions = slice(_place_in_square(read.step, read.start), None, square)
+    return (slice(None), positions, *read.channels), read.axes
+
+
+@_handles(Tensor.__getitem__)
+def _getitem(func, input, index):
+    entries = index if isinstance(index, tuple) else (index,)
+    if not isinstance(input, Packed) or any(isinstance(entry, Packed) for entry in entries):
+        raise NotImplementedError("the number of values that it chooses differs between images")
+    chosen, axes = _indexed(input, index)
+    return input.like(input.features[chosen], axes)
+
+
+@_handles(Tensor.__setitem__)
+def _setitem(func, input, index, value):
+    if not isinstance(input, Packed):
+        raise ValueError("packed features cannot be written into a tensor")
+    if isinstance(index, Packed):  # x[x < 0] = 0
+        first_packed([input, index])
+        input.features[index.features.expand_as(input.features)] = value
+        return
+    chosen, axes = _indexed(input, index)
+    target = input.like(input.features[chosen], axes)
+    first_packed([target, value])
+    input.features[chosen] = broadcast(value, target)
+
+
+@_handles(torch.select, Tensor.select)
+def _select(func, input, dim, index):
+    at = place(input.axes, dim)
+    features = input.features.select(feature_dim(input, dim), index)
+    return input.like(features, without(input.axes, [at]))
+
+
+def _along_channels(name: str, position: int, keyword: str) -> None:
+    """Enters a function that keeps the dimensions, and whose `dim` may only be of channels."""
+
+    def handler(func, input, *args, **kwargs):
+        if keyword not in kwargs and len(args) <= position:
+            raise NotImplementedError(f"only along channels, and {keyword} is not given")
+        dim = kwargs[keyword] if keyword in kwargs else args[position]
+        several = not isinstance(dim, int)
+        at = tuple(feature_dim(input, d) for d in dim) if several else feature_dim(input, dim)
+        if keyword in kwargs:
+            kwargs[keyword] = at
+        else:
+            args = (*args[:position], at, *args[position + 1 :])
+        return input.like(func(input.features, *args, **kwargs))
+
+    for space in (torch, Tensor):
+        HANDLERS[getattr(space, name)] = handler
+
+
+_along_channels("index_select", 0, "dim")
+_along_channels("narrow", 0, "dim")
+_along_channels("roll", 1, "dims")
+_along_channels("repeat_interleave", 1, "dim")
+
+
+@_handles(torch.flip, Tensor.flip)
+def _flip(func, input, *dims, **named):
+    chosen = [feature_dim(input, dim) for dim in sizes_of(dims, named)]
+    return input.like(input.features.flip(chosen))
+
+
+@_handles(Tensor.repeat, torch.tile, Tensor.tile)
+def _repeat(func, input, *sizes, **named):
+    times = sizes_of(sizes, named)
+    times = [1] * (input.ndim - len(times)) + times
+    if len(times) > input.ndim or any(n != 1 for n, x in zip(times, input.axes) if x != "C"):
+        raise NotImplementedError(f"only channels are repeated, got {tuple(times)}")
+    return input.like(
+        input.features.repeat(1, 1, *(n for n, x in zip(times, input.axes) if x == "C"))
+    )
+
+
+@_handles(Tensor.expand, torch.broadcast_to, Tensor.broadcast_to)
+def _expand(func, input, *sizes, **named):
+    return _expanded(input, sizes_of(sizes, named))
+
+
+@_handles(Tensor.expand_as)
+def _expand_as(func, input, other):
+    """Of a plain tensor too: what the map's shape makes of it, at visible positions."""
+    if isinstance(input, Packed):
+        return _expanded(input, other.shape)
+    features = broadcast(input, other)
+    return other.like(features.expand(other.features.shape))
+
+
+def _expanded(x: Packed, sizes: Sequence[int]) -> Packed:
+    shape = x.shape
+    fits = len(sizes) == x.ndim and all(
+        new in (-1, old) for new, old, axis in zip(sizes, shape, x.axes) if axis != "C"
+    )
+    if not fits:
+        raise NotImplementedError(f"only channels expand, {tuple(shape)} does not to {sizes}")
+    channels = [new for new, axis in zip(sizes, x.axes) if axis == "C"]
+    return x.like(x.features.expand(-1, -1, *channels))
+
+
+# -- parts ----------------------------------------------------------------------------------------
+
+
+@_handles(torch.cat, torch.concat, torch.concatenate)
+def _cat(func, tensors, dim=0, **options):
+    first = first_packed(tensors)
+    at = feature_dim(first, options.get("axis", dim))
+    if not all(isinstance(x, Packed) for x in tensors):
+        raise ValueError("all tensors must be Packed")
+    return first.like(torch.cat([x.features for x in tensors], at))
+
+
+@_handles(torch.stack)
+def _stack(func, tensors, dim=0):
+    first = first_packed(tensors)
+    if not all(isinstance(x, Packed) for x in tensors):
+        raise ValueError("all tensors must be Packed")
+    at = dim if dim >= 0 else dim + first.ndim + 1
+    axes = first.axes[:at] + "C" + first.axes[at:]
+    where = 2 + axes[:at].count("C")
+    return first.like(torch.stack([x.features for x in tensors], where), axes)
+
+
+@_handles(
+    *(torch.chunk, Tensor.chunk, torch.split, Tensor.split),
+    *(torch.tensor_split, Tensor.tensor_split),
+    *(torch.split_with_sizes, Tensor.split_with_sizes),
+)
+def _chunk(func, input, sizes=None, dim=0, **named):
+    sizes = next(iter(named.values()), sizes)  # each function has another name for it
+    return tuple(input.like(part) for part in func(input.features, sizes, feature_dim(input, dim)))
+
+
+@_handles(torch.unbind, Tensor.unbind)
+def _unbind(func, input, dim=0):
+    axes = without(input.axes, [place(input.axes, dim)])
+    return tuple(input.like(part, axes) for part in input.features.unbind(feature_dim(input, dim)))
+
+
+# -- functions along channels ---------------------------------------------------------------------
+
+Extreme = collections.namedtuple("Extreme", "values indices")
+
+
+def _keeps_channels(func, input, *args, **kwargs):
+    """Functions along one dimension of channels that keep it, like a softmax."""
+    dim = kwargs.pop("dim", None)
+    if dim is None:
+        dim, args = (args[0], args[1:]) if args else (None, args)
+    if dim is None:
+        raise NotImplementedError("dim must be given")
+    if input.axes[place(input.axes, dim)] == "N":
+        return _softmax_of_positions(func, input, **kwargs)
+    dtype = kwargs.get("dtype")
+    x = input.features if dtype is None else input.features.to(dtype)
+    along = _SOFT.get(func.__name__, func)
+    return input.like(along(x, feature_dim(input, dim)))
+
+
+_SOFT = {name: getattr(torch, name) for name in ("softmax", "log_softmax", "cumsum", "cumprod")}
+_SOFT["softmin"] = lambda x, dim: torch.softmax(-x, dim)
+
+
+def _softmax_of_positions(func: Any, x: Packed, dtype: torch.dtype | None = None, **_: Any) -> Any:
+    """Over the visible positions of each image."""
+    if func.__name__ not in ("softmax", "log_softmax", "special_softmax"):
+        raise NotImplementedError("visible positions have no neighbours to go along")
+    wide = x if dtype is None else x.to(dtype)
+    at = wide.axes.index("N")
+    shifted = wide - wide.detach().amax(at, keepdim=True)
+    total = shifted.exp().sum(at, keepdim=True)
+    total = torch.where(total > 0, total, 1)
+    return shifted - total.log() if func.__name__ == "log_softmax" else shifted.exp() / total
+
+
+_handles(
+    *(torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax, F.softmin),
+    *(torch.log_softmax, Tensor.log_softmax, F.log_softmax, torch.special.log_softmax),
+    *(torch.cumsum, Tensor.cumsum, torch.cumprod, Tensor.cumprod),
+)(_keeps_channels)
+
+
+@_handles(torch.argmax, Tensor.argmax, torch.argmin, Tensor.argmin)
+def _argmax(func, input, dim=None, keepdim=False):
+    if dim is None:
+        raise NotImplementedError("dim must be given, one of channels: positions have no indices")
+    indices = func(input.features, feature_dim(input, dim), keepdim)
+    return input.like(
+        indices, input.axes if keepdim else without(input.axes, [place(input.axes, dim)])
+    )
+
+
+@_handles(torch.sort, Tensor.sort, torch.topk, Tensor.topk)
+def _sort(func, input, *args, **kwargs):
+    args = list(args)
+    at = 1 if func.__name__ == "topk" else 0
+    dim = args.pop(at) if len(args) > at else kwargs.pop("dim", -1)
+    values, indices = func(input.features, *args[:at], dim=feature_dim(input, dim), **kwargs)
+    return Extreme(input.like(values), input.like(indices))
+
+
+@_handles(torch.argsort, Tensor.argsort)
+def _argsort(func, input, dim=-1, descending=False, **options):
+    x = input.features
+    return input.like(x.argsort(dim=feature_dim(input, dim), descending=descending, **options))
+
+
+@_handles(torch.max, Tensor.max, torch.min, Tensor.min)
+def _max(func, input, dim=None, keepdim=False, **named):
+    other = named.get("other", dim)
+    name = func.__name__
+    if isinstance(other, (Tensor, Packed)):
+        return getattr(torch, f"{name}imum")(input, other)
+    if dim is None:
+        return input.amax() if name == "max" else input.amin()
+    found = func(input.features, feature_dim(input, dim), keepdim)
+    axes = input.axes if keepdim else without(input.axes, [place(input.axes, dim)])
+    return Extreme(input.like(found[0], axes), input.like(found[1], axes))
+
+
+@_handles(F.glu, torch._C._nn.glu)
+def _glu(func, input, dim=-1):
+    return input.like(torch._C._nn.glu(input.features, feature_dim(input, dim)))
+
+
+@_handles(torch.cosine_similarity, F.cosine_similarity)
+def _cosine_similarity(func, x1, x2, dim=1, eps=1e-8):
+    first = first_packed([x1, x2])
+    a, b = broadcast(x1, first), broadcast(x2, first)
+    features = func(a, b, feature_dim(first, dim), eps)
+    return first.like(features, without(first.axes, [place(first.axes, dim)]))
+
+
+@_handles(F.normalize)
+def _normalize(func, input, p=2.0, dim=1, eps=1e-12, out=None):
+    return input / input.norm(p, dim, keepdim=True).clamp_min(eps)
+
+
+# -- modules --------------------------------------------------------------------------------------
+
+
+def _needs(x: Packed, *choices: str) -> None:
+    if not isinstance(x, Packed) or x.axes not in choices:
+        expected = " or ".join(f"[{', '.join(axes)}]" for axes in choices)
+        raise ValueError(f"it needs {expected}, got {tuple(x.shape)}")
+
+
+@_handles(torch.prelu, F.prelu, Tensor.prelu)
+def _prelu(func, input, weight):
+    if input.axes[1] != "C" and weight.numel() != 1:
+        raise ValueError(f"it needs [B, C, ...], got {tuple(input.shape)} ({input.axes})")
+    if weight.numel() == 1:
+        return input.like(torch.prelu(input.features, weight))
+    return input.like(torch.prelu(input.features.movedim(2, 1), weight).movedim(1, 2))
+
+
+@_handles(torch.channel_shuffle, F.channel_shuffle, torch.native_channel_shuffle)
+def _channel_shuffle(func, input, groups):
+    _needs(input, NCHW)
+    if groups < 1 or input.features.shape[2] % groups:
+        raise ValueError(f"groups={groups} must divide the {input.features.shape[2]} channels")
+    return input.like(input.features.unflatten(2, (groups, -1)).transpose(2, 3).flatten(2))
+
+
+@_handles(F.pixel_shuffle, torch.pixel_shuffle)
+def _pixel_shuffle(func, input, upscale_factor):
+    """Every position becomes a square of positions of its block."""
+    _needs(input, NCHW)
+    square = block_side(upscale_factor**2) ** 2
+    if input.features.shape[2] % square:
+        raise ValueError(f"{square} must divide the {input.features.shape[2]} channels")
+    split = input.features.unflatten(2, (-1, upscale_factor, upscale_factor))
+    return input.like(into_positions(split, 3, 4))
+
+
+@_handles(F.pixel_unshuffle, torch.pixel_unshuffle)
+def _pixel_unshuffle(func, input, downscale_factor):
+    """Every square of positions of a block becomes one position."""
+    _needs(input, NCHW)
+    return input.like(from_positions(input.features, downscale_factor, 3, 4).flatten(2))
+
+
+@_handles(F.dropout2d, torch.feature_dropout)
+def _dropout2d(func, input, p=0.5, training=True, inplace=False):
+    """One draw for each image and channel, that of a dense map."""
+    _needs(input, NCHW, "BCN")
+    ones = input.features.new_ones(input.mask.batch_size, *input.channels, 1, 1)
+    scale = broadcast(F.dropout2d(ones, p, training), input.like(input.features, NCHW))
+    if not inplace:
+        return input.like(input.features * scale)
+    input.features.mul_(scale)
+    return input
+
+
+@_handles(F.local_response_norm)
+def _local_response_norm(func, input, size, alpha=1e-4, beta=0.75, k=1.0):
+    _needs(input, NCHW)
+    y = func(input.features.transpose(1, 2), size, alpha, beta, k)
+    return input.like(y.transpose(1, 2))
