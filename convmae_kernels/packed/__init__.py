@@ -4,6 +4,7 @@ from convmae_kernels.packed import (  # noqa: F401  (they fill the tables of fun
     channel_functions,
     dense_channels,
     functions,
+    products,
     reductions,
 )
 from convmae_kernels.packed.equivalence import Equivalence, EquivalenceError, check_equivalence

@@ -190,6 +190,14 @@ def _normalize(func, input, p=2.0, dim=1, eps=1e-12, out=None):
     return input.like(func(input.masked(0.0 if of_positions else HARMLESS), p, dim, eps))
 
 
+@_handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+def _matmul(func, input, other):
+    if isinstance(input, MaskedDense) and isinstance(other, MaskedDense):
+        return input.masked() @ other.masked()  # a sum over positions
+    first = input if isinstance(input, MaskedDense) else other
+    return first.like(plain(input) @ plain(other))
+
+
 # -- reductions -----------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from convmae_kernels.ops import gather_visible
-from convmae_kernels.packed.map_like import MapLike
+from convmae_kernels.packed.map_like import MapLike, run_named
 from convmae_kernels.packed.masked_dense import MaskedDense
 from convmae_kernels.packed.packed import Packed
 
@@ -204,7 +204,7 @@ class _Run:
     def run(self, x: MapLike) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            values = visible_values(self.model(x))
+            values = visible_values(run_named(self.model, x))
             generator = torch.Generator().manual_seed(self.seed)
             loss = sum(
                 (v * torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v)).sum()
@@ -223,7 +223,7 @@ def visible_values(output: object) -> list[Tensor]:
     tensors = []
     for leaf in leaves:
         if isinstance(leaf, Packed):
-            tensors.append(leaf.features)
+            tensors.append(leaf.rows())
         elif isinstance(leaf, MaskedDense) and leaf.dtype.is_floating_point:
             tensors.append(gather_visible(leaf.nchw(), leaf.mask))
         elif isinstance(leaf, Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import traceback
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -38,8 +39,8 @@ OPERATORS = (
     "ne lt le gt ge floordiv rfloordiv ifloordiv mod rmod imod and rand iand or ror ior xor rxor "
     "ixor invert"
 )
-INDEXING = "getitem setitem"
-ABSENT_OPERATORS = "bool matmul rmatmul"  # of tensors: there to say so
+OTHER_OPERATORS = "getitem setitem matmul"
+ABSENT_OPERATORS = "bool rmatmul"  # of tensors: there to say so
 ATTENTION = "attention looks at all positions of an image or of a window of the dense map"
 MIXES = "it mixes positions or images in a way that a grid of blocks cannot express"
 REFUSALS = (  # why functions are refused, for the commonest ones
@@ -133,7 +134,7 @@ def _operator(method: Callable) -> Callable:
     return operator
 
 
-for _name in f"{OPERATORS} {INDEXING} {ABSENT_OPERATORS}".split():
+for _name in f"{OPERATORS} {OTHER_OPERATORS} {ABSENT_OPERATORS}".split():
     if hasattr(Tensor, f"__{_name}__"):
         setattr(MapLike, f"__{_name}__", _operator(getattr(Tensor, f"__{_name}__")))
 
@@ -158,3 +159,31 @@ def _named(func: Callable, why: str) -> str:
             break
     name = getattr(func, "__name__", str(func))
     return f"{name}{where}: {why}; packed.dense() gives the dense map, packed.features the values"
+
+
+def run_named(model: nn.Module, *args: Any) -> Any:
+    """`model(*args)`, whose own errors without a message get one.
+
+    Raises:
+        NotImplementedError: an assertion, or another error without a message, of a module of the
+            model; names the module and the line.
+    """
+    try:
+        return model(*args)
+    except Exception as error:
+        if str(error).strip():
+            raise
+        where = type(model).__name__
+        line: Any = "?"
+        for frame in traceback.walk_tb(error.__traceback__):
+            owner = frame[0].f_locals.get("self")
+            if isinstance(owner, nn.Module):
+                name = frame[0].f_code.co_name
+                where = f"{type(owner).__name__}.{name}"
+                summary = traceback.FrameSummary(frame[0].f_code.co_filename, frame[1], name)
+                line = summary.line or f"line {frame[1]}"
+        raise NotImplementedError(
+            f"{where}: {type(error).__name__} at `{line}`: the module asks for something that "
+            "this map, or packed features, do not have, such as the windows of a dense map of "
+            "another size"
+        ) from error

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from convmae_kernels.packed.map_like import run_named
 from convmae_kernels.packed.packed import Packed
+from convmae_kernels.recording import is_recorded
 
 if TYPE_CHECKING:
     from convmae_kernels.block_mask import BlockMask
@@ -42,7 +44,8 @@ class SparseModel(nn.Module):
             NotImplementedError: the model does something that packed features do not support.
             TypeError, ValueError: images and mask do not fit; see `gather_visible`.
         """
-        output = self.model(Packed.gather(images, mask))
+        packed = Packed.gather(images, mask)
+        output = self.model(packed) if is_recorded() else run_named(self.model, packed)
         if not dense:
             return output
 
