@@ -339,6 +339,8 @@ def _stack(func, tensors, dim=0):
     if not all(isinstance(x, Packed) for x in tensors):
         raise ValueError("all tensors must be Packed")
     at = dim if dim >= 0 else dim + first.ndim + 1
+    if not 0 < at <= first.ndim:
+        raise NotImplementedError(f"only channels are stacked, behind the images, got dim={dim}")
     axes = first.axes[:at] + "C" + first.axes[at:]
     where = 2 + axes[:at].count("C")
     return first.like(torch.stack([x.features for x in tensors], where), axes)

@@ -111,7 +111,7 @@ def _expand_as(func, input, other):
 
 @_handles(torch.cat, torch.concat, torch.concatenate)
 def _cat(func, tensors, dim=0, **options):
-    return tensors[0].like(func([x.values for x in tensors], dim, **options))
+    return tensors[0].like(torch.cat([x.values for x in tensors], options.get("axis", dim)))
 
 
 @_handles(torch.stack)

@@ -17,7 +17,7 @@ from convmae_kernels import ops
 from convmae_kernels.functional import norm, pooling
 from convmae_kernels.ops.support.arithmetic import multiply
 from convmae_kernels.packed.axes import NCHW
-from convmae_kernels.packed.map_like import ELEMENTWISE, LIKE, OPERATORS, handles
+from convmae_kernels.packed.map_like import ELEMENTWISE, FACTS, LIKE, OPERATORS, handles
 from convmae_kernels.packed.packed import HANDLERS, Packed, broadcast, first_packed
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def _elementwise(func: Callable, *args: Any, **kwargs: Any) -> Packed:
 
 IN_PLACE = set()
 for _name in OPERATORS.split():
-    _function = getattr(Tensor, f"__{_name}__")
+    _function = getattr(Tensor, f"__{_name}__", None)
+    if _function is None:
+        continue
     HANDLERS[_function] = _elementwise
     if _name[0] == "i" and _name != "invert":
         IN_PLACE.add(_function)
@@ -299,10 +301,12 @@ for _name in LIKE.split():
     HANDLERS[getattr(torch, _name)] = _elementwise
 
 
-def _make(func, input, *args, **kwargs):
-    """A plain tensor of another shape, in the dtype and on the device of the features."""
+def _of_features(func, input, *args, **kwargs):
+    """A fact of the features, or a plain tensor of another shape like them."""
     return func(input.features, *args, **kwargs)
 
 
-for _name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):
-    HANDLERS[getattr(Tensor, _name)] = _make
+for _name in FACTS.split():
+    for _space in (torch, Tensor):
+        if hasattr(_space, _name):
+            HANDLERS[getattr(_space, _name)] = _of_features

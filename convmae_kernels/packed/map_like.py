@@ -18,13 +18,15 @@ ELEMENTWISE = (
     "abs absolute acos acosh add addcdiv addcmul airy_ai alpha_dropout angle arccos arccosh arcsin "
     "arcsinh arctan arctan2 arctanh asin asinh atan atan2 atanh bernoulli bessel_j0 bessel_j1 "
     "bessel_y0 bessel_y1 bfloat16 bitwise_and bitwise_left_shift bitwise_not bitwise_or "
-    "bitwise_right_shift bitwise_xor bool ceil celu clamp clamp_max clamp_min clip clone "
-    "conj conj_physical contiguous copysign cos cosh deg2rad detach digamma div divide double "
+    "bitwise_right_shift bitwise_xor bool ceil celu chebyshev_polynomial_t chebyshev_polynomial_u "
+    "chebyshev_polynomial_v chebyshev_polynomial_w clamp clamp_max clamp_min clip clone "
+    "conj conj_physical contiguous copy copysign cos cosh deg2rad detach digamma div divide double "
     "dropout elu entr eq erf erfc erfcx erfinv exp exp2 expit expm1 fill fix float float_power "
     "floor floor_divide fmax fmin fmod frac gammainc gammaincc gammaln ge gelu greater "
-    "greater_equal gt half hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 i0e i1 i1e "
-    "igamma igammac int isclose isfinite isinf isnan isneginf isposinf isreal ldexp le "
-    "leaky_relu lerp less less_equal lgamma log log10 log1p log2 log_ndtr log_sigmoid logaddexp "
+    "greater_equal gt half hardshrink hardsigmoid hardswish hardtanh heaviside "
+    "hermite_polynomial_h hermite_polynomial_he hypot i0 i0e i1 i1e "
+    "igamma igammac int isclose isfinite isinf isnan isneginf isposinf isreal laguerre_polynomial_l ldexp le "
+    "leaky_relu legendre_polynomial_p lerp less less_equal lgamma log log10 log1p log2 log_ndtr log_sigmoid logaddexp "
     "logaddexp2 logical_and logical_not logical_or logical_xor logit logsigmoid long lt "
     "masked_fill maximum minimum mish modified_bessel_i0 modified_bessel_i1 modified_bessel_k0 "
     "modified_bessel_k1 mul multigammaln multiply mvlgamma nan_to_num ndtr ndtri ne neg negative "
@@ -32,6 +34,10 @@ ELEMENTWISE = (
     "round rrelu rsqrt rsub scaled_modified_bessel_k0 scaled_modified_bessel_k1 selu sgn sigmoid "
     "sign signbit silu sin sinc sinh softplus softshrink softsign spherical_bessel_j0 sqrt square "
     "sub subtract tan tanh tanhshrink threshold true_divide trunc where xlog1py xlogy zero zeta"
+)
+FACTS = (
+    "get_device is_complex is_conj is_floating_point is_inference is_signed element_size new_empty "
+    "new_full new_ones new_tensor new_zeros"
 )
 LIKE = "empty_like full_like ones_like rand_like randn_like zeros_like"  # new values for a map
 OPERATORS = (

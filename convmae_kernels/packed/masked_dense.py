@@ -13,7 +13,7 @@ from torch import Tensor
 from convmae_kernels.ops import gather_visible, scatter_visible
 from convmae_kernels.ops.support.arithmetic import multiply
 from convmae_kernels.packed.axes import NCHW, NHWC, order_of
-from convmae_kernels.packed.map_like import ELEMENTWISE, LIKE, OPERATORS, MapLike, handles
+from convmae_kernels.packed.map_like import ELEMENTWISE, FACTS, LIKE, OPERATORS, MapLike, handles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,11 +131,12 @@ class MaskedDense(MapLike):
 
     def masked(self, hidden: float = 0.0) -> Tensor:
         """The map with `hidden` at hidden positions."""
-        return torch.where(self.visible(), self.values, hidden)
+        filled = torch.where(self.visible(), self.values, hidden)
+        return filled if self.dtype.is_floating_point else filled.to(self.dtype)
 
     def cleared(self) -> MaskedDense:
         """Zero at hidden positions, where a NaN or an infinity would spoil the gradients."""
-        return self.like(self.masked().to(self.dtype))
+        return self.like(self.masked())
 
 
 _handles = partial(handles, MaskedDense.handlers)
@@ -262,7 +263,9 @@ def _instance_norm(func, input, running_mean=None, running_var=None, weight=None
             mean, variance = x.mean((0, 2)), x.var((0, 2), correction=0)
             means.append(mean.detach())
             variances.append(x.detach().var((0, 2), correction=min(1, x.shape[2] - 1)))
-        y[image][visible[image]] = F.batch_norm(x, mean, variance, weight, bias, eps=eps)[0].T
+        x = (x[0].T - mean) / (variance + eps).sqrt()
+        x = x if weight is None else x * weight
+        y[image][visible[image]] = x if bias is None else x + bias
     if means and running_mean is not None:
         running_mean.lerp_(torch.stack(means).mean(0), momentum)
         running_var.lerp_(torch.stack(variances).mean(0), momentum)
@@ -298,5 +301,7 @@ def _highest(maximum: Tensor, seen: Tensor) -> Tensor:
     return torch.where(seen > 0, maximum, 0)
 
 
-for _name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):
-    _handles(getattr(Tensor, _name))(lambda func, input, *a, **k: func(input.values, *a, **k))
+for _name in FACTS.split():
+    for _space in (torch, Tensor):
+        if hasattr(_space, _name):
+            _handles(getattr(_space, _name))(lambda func, x, *a, **k: func(x.values, *a, **k))

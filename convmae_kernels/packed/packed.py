@@ -174,7 +174,12 @@ def _check_features(features: Tensor, mask: BlockMask, axes: str) -> None:
     if isinstance(features, Tensor):
         if features.dtype == torch.bool:  # of comparisons
             rows = rows.half()
-        if (number := axes.count("C")) != 1 and features.dim() == 2 + number:
+        if (number := axes.count("C")) != 1:
+            if features.dim() != 2 + number:
+                raise ValueError(
+                    f"features must have {2 + number} dimensions for axes {axes}, two and one for "
+                    f"each C, got {list(features.shape)}"
+                )
             rows = rows.flatten(2) if number else rows.unsqueeze(2)
     check_packed("features", rows, mask)
 

@@ -486,8 +486,8 @@ def test_sparsify_names_what_is_not_supported():
     model = timm.create_model("vgg11", num_classes=3)
     with pytest.raises(NotImplementedError, match="adaptive_avg_pool2d|conv2d|flatten"):
         sparsify(model)(make_images(32), MASK)
-    model = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.PixelShuffle(2))
-    with pytest.raises(NotImplementedError, match="^pixel_shuffle in PixelShuffle.forward: "):
+    model = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.Unfold(2))
+    with pytest.raises(NotImplementedError, match="^unfold in Unfold.forward: "):
         sparsify(model)(make_images(), MASK)
 
 
