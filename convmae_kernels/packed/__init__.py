@@ -6,6 +6,7 @@ from convmae_kernels.packed import (  # noqa: F401  (they fill the tables of fun
     functions,
     products,
     reductions,
+    view_functions,
 )
 from convmae_kernels.packed.equivalence import Equivalence, EquivalenceError, check_equivalence
 from convmae_kernels.packed.map_like import ELEMENTWISE, OPERATORS, MapLike, handles

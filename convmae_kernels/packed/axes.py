@@ -69,7 +69,7 @@ def without(axes: str, dims: Sequence[int]) -> str:
 
 
 def order_of(letters: str, axes: str) -> list[int]:
-    """The permutation that makes dimensions `letters` those of `axes`; channels keep their order."""
+    """The permutation from dimensions `letters` to those of `axes`; channels keep their order."""
     channels = iter([at for at, letter in enumerate(letters) if letter == "C"])
     return [next(channels) if letter == "C" else letters.index(letter) for letter in axes]
 

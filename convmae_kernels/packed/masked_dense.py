@@ -126,7 +126,9 @@ class MaskedDense(MapLike):
         if self.axes == NCHW:
             return mask
         mask = mask[:, 0].flatten(1) if "N" in self.axes else mask[:, 0]
-        mask = mask.permute(order_of("BN" if "N" in self.axes else "BHW", self.axes.replace("C", "")))
+        mask = mask.permute(
+            order_of("BN" if "N" in self.axes else "BHW", self.axes.replace("C", ""))
+        )
         return mask[tuple(None if axis == "C" else slice(None) for axis in self.axes)]
 
     def masked(self, hidden: float = 0.0) -> Tensor:
@@ -146,8 +148,9 @@ def plain(value: Any, hidden: float | None = None) -> Any:
     """The values of a map, with `hidden` in place of what is hidden; anything else as it is."""
     if not isinstance(value, MaskedDense):
         return value
-    smooth = hidden is None or not value.dtype.is_floating_point
-    return value.values if smooth else value.masked(hidden)
+    if hidden is None or not value.dtype.is_floating_point:
+        return value.values
+    return value.masked(hidden)
 
 
 def _positionwise(func: Callable, *args: Any, **kwargs: Any) -> MaskedDense:

@@ -254,9 +254,7 @@ SHUFFLES = {
     "focus": lambda x: torch.cat(
         [x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1
     ),
-    "shuffle": lambda x: (
-        x.view(B, 2, C // 2, H, W).transpose(1, 2).contiguous().view(B, C, H, W)
-    ),
+    "shuffle": lambda x: x.view(B, 2, C // 2, H, W).transpose(1, 2).contiguous().view(B, C, H, W),
     "shuffle, reshaped": lambda x: x.reshape(B, 3, 2, H, W).permute(0, 2, 1, 3, 4).flatten(1, 2),
     "there and back": lambda x: x.flatten(2).transpose(1, 2).view(B, H, W, C).permute(0, 3, 1, 2),
     "tokens": lambda x: x.flatten(2).transpose(1, 2) @ torch.ones(C, 5).double().cumsum(0),
@@ -428,9 +426,7 @@ def test_products_of_matrices(mask):
     x = pack(hide(images, 0), mask=mask).flatten(2)
     dense = torch.where(mask.to_dense(SIDE), hide(images, 0), 0).flatten(2)
     torch.testing.assert_close((matrices @ x).dense(), matrices @ dense)
-    torch.testing.assert_close(
-        (x.transpose(1, 2) @ matrices.mT).dense(), dense.mT @ matrices.mT
-    )
+    torch.testing.assert_close((x.transpose(1, 2) @ matrices.mT).dense(), dense.mT @ matrices.mT)
     torch.testing.assert_close(torch.bmm(x, x.transpose(1, 2)), dense @ dense.mT)
     with pytest.raises(NotImplementedError, match="attention looks at all positions"):
         x.transpose(1, 2) @ x

@@ -1,6 +1,5 @@
 """Every element-wise function of PyTorch that packed features have, against dense maps."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +8,6 @@ from convmae_kernels.packed import HANDLERS, MaskedDense
 from convmae_kernels.packed.map_like import ELEMENTWISE, LIKE, OPERATORS
 from convmae_kernels.packed.masked_dense import RANDOM
 from tests.support.packed_maps import B, C, H, W, check_like_dense, make_map, pack
-
 
 SPACES = {"torch": torch, "Tensor": Tensor, "F": F, "_nn": torch._C._nn, "special": torch.special}
 BINARY = (

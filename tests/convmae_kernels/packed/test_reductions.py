@@ -128,7 +128,9 @@ def test_over_images_and_positions(name, keepdim):
     same(lambda x: function(x, (0, 2, 3), keepdim=keepdim), expected)
 
 
-@pytest.mark.parametrize("name", ["mean", "sum", "amax", "amin", "std", "var", "norm", "max", "min"])
+@pytest.mark.parametrize(
+    "name", ["mean", "sum", "amax", "amin", "std", "var", "norm", "max", "min"]
+)
 def test_over_everything(name):
     images = make_map()
     found, rows = getattr(pack(hide(images)), name)(), as_rows(images)
