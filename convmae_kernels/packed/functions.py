@@ -49,7 +49,7 @@ for _name in OPERATORS.split():
     _function = getattr(Tensor, f"__{_name}__", None)
     if _function is None:
         continue
-    HANDLERS[_function] = _elementwise
+    HANDLERS[_function] = HANDLERS[_function.__name__] = _elementwise
     if _name[0] == "i" and _name != "invert":
         IN_PLACE.add(_function)
 for _name in ELEMENTWISE.split():

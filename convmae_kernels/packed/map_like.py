@@ -61,7 +61,7 @@ REFUSALS = (  # why functions are refused, for the commonest ones
 )
 
 
-def handles(table: dict[Callable, Callable], *functions: Callable) -> Callable:
+def handles(table: dict[Callable | str, Callable], *functions: Callable | str) -> Callable:
     """Decorates a handler of `functions`, and enters it into their table."""
 
     def add(handler: Callable) -> Callable:
@@ -78,7 +78,7 @@ class MapLike:
     names the operation and the module.
     """
 
-    handlers: ClassVar[dict[Callable, Callable]]
+    handlers: ClassVar[dict[Callable | str, Callable]]
     axes: str  # one letter for each dimension; see `convmae_kernels.packed.axes`
 
     @property
@@ -90,7 +90,8 @@ class MapLike:
     def __torch_function__(
         cls, func: Callable, types: object, args: Sequence = (), kwargs: dict | None = None
     ) -> Any:
-        handler = cls.handlers.get(func)
+        # Operators by name: `torch.compile` does not find those that are written in Python.
+        handler = cls.handlers.get(getattr(func, "__name__", "")) or cls.handlers.get(func)
         if handler is None:
             raise NotImplementedError(_named(func, _refusal(func)))
         try:

@@ -40,7 +40,7 @@ class MaskedDense(MapLike):
     `check_equivalence`, and what skipping is compared with in the benchmarks. Plain PyTorch.
     """
 
-    handlers: ClassVar[dict[Callable, Callable]] = {}
+    handlers: ClassVar[dict[Callable | str, Callable]] = {}
 
     def __init__(self, values: Tensor, mask: BlockMask, axes: str = NCHW) -> None:
         self.values = values
@@ -189,7 +189,8 @@ for _space in (torch, Tensor, F, torch._C._nn, torch.special):
 for _name in OPERATORS.split():
     if hasattr(Tensor, f"__{_name}__"):
         _kind = _positionwise if _name.lstrip("ri") in SMOOTH.split() else _singular
-        MaskedDense.handlers[getattr(Tensor, f"__{_name}__")] = _kind
+        _function = getattr(Tensor, f"__{_name}__")
+        _handles(_function, _function.__name__)(_kind)
 _handles(F.layer_norm, torch.layer_norm, F.interpolate)(_positionwise)
 _handles(F.rms_norm, torch.rms_norm)(_singular)
 _handles(*(getattr(torch, name) for name in LIKE.split()))(_positionwise)

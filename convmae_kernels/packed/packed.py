@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from convmae_kernels.block_mask import BlockMask
 
-HANDLERS: dict[Callable, Callable] = {}  # of Packed: function -> handler(function, *arguments)
+HANDLERS: dict[Callable | str, Callable] = {}  # of Packed: function -> handler(function, *arguments)
 
 
 class Packed(MapLike):
@@ -52,7 +52,7 @@ class Packed(MapLike):
         TypeError, ValueError: `features` is not packed with this mask.
     """
 
-    handlers: ClassVar[dict[Callable, Callable]] = HANDLERS
+    handlers: ClassVar[dict[Callable | str, Callable]] = HANDLERS
     features: Tensor
     mask: BlockMask
     axes: str

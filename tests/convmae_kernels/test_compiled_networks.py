@@ -30,3 +30,21 @@ def test_no_graph_break_and_no_recompilation(name):
     check(ck.BlockMask.random(2, (2, 2), 0.5))
     with torch.compiler.set_stance("fail_on_recompile"):
         check(ck.BlockMask.random(2, (2, 2), 0.5))
+
+
+def test_functions_of_channels_and_operators():
+    """Views in groups, indices, and the operators that PyTorch has written in Python."""
+    torch.compiler.reset()
+
+    def function(images, mask):
+        x = ck.Packed.gather(images, mask)
+        b, c, h, w = x.shape
+        y = x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+        y = (1 - y) ** 2 / torch.arange(1.0, c + 1)[:, None, None] + 2 / (2 + x.sigmoid())
+        y[:, :2] = y[:, 2:4] // 0.5
+        y = y + torch.stack([x, y], 1).softmax(1).sum(1) * y.flatten(2).softmax(-1).view(y.shape)
+        return torch.cat([y[:, ::2], y.amax(1).unsqueeze(1)], 1).features
+
+    images, mask = torch.randn(2, 4, 8, 8), ck.BlockMask.random(2, (2, 2), 0.5)
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images, mask), function(images, mask))
