@@ -5,7 +5,6 @@ A handler is called with the function and its arguments, as in `functions`.
 
 from __future__ import annotations
 
-import collections
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convmae_kernels.packed.axes import NCHW, place, read_index, without
-from convmae_kernels.packed.map_like import handles
+from convmae_kernels.packed.map_like import Extreme, handles
 from convmae_kernels.packed.packed import HANDLERS, Packed, broadcast, first_packed
 from convmae_kernels.packed.view_functions import (
     feature_dim,
@@ -194,8 +193,6 @@ def _unbind(func, input, dim=0):
 
 
 # -- functions along channels ---------------------------------------------------------------------
-
-Extreme = collections.namedtuple("Extreme", "values indices")
 
 
 def _keeps_channels(func, input, *args, **kwargs):

@@ -20,10 +20,8 @@ from convmae_kernels.packed.axes import (
     view_groups,
     without,
 )
-from convmae_kernels.packed.channel_functions import Extreme
-from convmae_kernels.packed.map_like import handles
+from convmae_kernels.packed.map_like import Extreme, handles, read_variance
 from convmae_kernels.packed.masked_dense import HARMLESS, MaskedDense, plain
-from convmae_kernels.packed.reductions import read_variance
 
 if TYPE_CHECKING:
     from collections.abc import Callable

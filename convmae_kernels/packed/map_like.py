@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import traceback
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,26 @@ REFUSALS = (  # why functions are refused, for the commonest ones
     ("rot90 fliplr flipud diagonal tril triu median kthvalue quantile", MIXES),
     ("conv1d conv3d conv_transpose1d conv_transpose3d", "convolutions are of [B, C, H, W]"),
 )
+
+
+class Extreme(NamedTuple):
+    """What `max(dim)`, `sort` and `topk` return: two maps."""
+
+    values: Any
+    indices: Any
+
+
+def read_variance(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, float, bool]:
+    """`dim`, `correction` and `keepdim` of `var(unbiased)`, `var(dim, unbiased, keepdim)`, ..."""
+    options = dict(kwargs)
+    values = list(args)
+    dim = options.pop("dim", None)
+    if values and not isinstance(values[0], bool):
+        dim = values.pop(0)
+    unbiased = values.pop(0) if values else options.pop("unbiased", True)
+    keepdim = values.pop(0) if values else options.pop("keepdim", False)
+    correction = options.pop("correction", None)
+    return dim, float(unbiased) if correction is None else float(correction), keepdim
 
 
 def handles(table: dict[Callable | str, Callable], *functions: Callable | str) -> Callable:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from convmae_kernels.block_mask import BlockMask
 
-HANDLERS: dict[Callable | str, Callable] = {}  # of Packed: function -> handler(function, *arguments)
+HANDLERS: dict[Callable | str, Callable] = {}  # function or its name -> handler
 
 
 class Packed(MapLike):

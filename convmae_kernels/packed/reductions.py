@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convmae_kernels.functional import norm, pooling
 from convmae_kernels.packed.axes import channel, places, without
-from convmae_kernels.packed.map_like import handles
+from convmae_kernels.packed.map_like import handles, read_variance
 from convmae_kernels.packed.packed import HANDLERS, Packed
 
 if TYPE_CHECKING:
@@ -214,19 +214,6 @@ _handles(torch.special.logsumexp)(_handler(LOGSUMEXP))
 def _vector_norm(func, input, p=2, dim=None, keepdim=False, **options):
     p = options.pop("ord", p)
     return reduced(input, _norm(p), dim, keepdim, options.get("dtype"))
-
-
-def read_variance(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, float, bool]:
-    """`dim`, `correction` and `keepdim` of `var(unbiased)`, `var(dim, unbiased, keepdim)`, ..."""
-    options = dict(kwargs)
-    values = list(args)
-    dim = options.pop("dim", None)
-    if values and not isinstance(values[0], bool):
-        dim = values.pop(0)
-    unbiased = values.pop(0) if values else options.pop("unbiased", True)
-    keepdim = values.pop(0) if values else options.pop("keepdim", False)
-    correction = options.pop("correction", None)
-    return dim, float(unbiased) if correction is None else float(correction), keepdim
 
 
 @_handles(torch.var, Tensor.var)

@@ -125,6 +125,9 @@ def test_kernels_never_import_models():
 
 
 INSIDE = "convmae_kernels"
+PACKED_FUNCTIONS = [
+    *("block_mask", "functional", "ops", "packed.axes", "packed.map_like", "packed.packed"),
+]
 MAY_IMPORT = {  # what each module of the package may import from the package
     "recording": [],
     "zorder": [],
@@ -141,14 +144,22 @@ MAY_IMPORT = {  # what each module of the package may import from the package
     "ops": ["zorder", "block_mask", "ops", "triton"],
     "triton": ["block_mask", "triton"],
     "functional": ["block_mask", "zorder", "functional", "ops"],
+    "packed.axes": [],
     "packed.map_like": [],
-    "packed.packed": ["zorder", "block_mask", "functional", "ops", "packed.map_like"],
-    "packed.functions": ["block_mask", "functional", "ops", "packed.map_like", "packed.packed"],
-    "packed.masked_dense": ["block_mask", "ops", "packed.map_like"],
+    "packed.packed": [
+        *("zorder", "block_mask", "functional", "ops", "packed.axes", "packed.map_like"),
+    ],
+    "packed.functions": PACKED_FUNCTIONS,
+    "packed.view_functions": ["zorder", *PACKED_FUNCTIONS],
+    "packed.channel_functions": ["zorder", "packed.view_functions", *PACKED_FUNCTIONS],
+    "packed.reductions": PACKED_FUNCTIONS,
+    "packed.products": PACKED_FUNCTIONS,
+    "packed.masked_dense": ["block_mask", "ops", "packed.axes", "packed.map_like"],
+    "packed.dense_channels": ["packed.axes", "packed.map_like", "packed.masked_dense"],
     "packed.equivalence": [
         *("block_mask", "ops", "packed.map_like", "packed.masked_dense", "packed.packed"),
     ],
-    "packed.sparsify": ["block_mask", "packed.packed"],
+    "packed.sparsify": ["block_mask", "recording", "packed.map_like", "packed.packed"],
     "packed": ["packed"],
     "nn": ["block_mask", "functional", "ops", "packed", "recording"],
     "info": ["ops"],
