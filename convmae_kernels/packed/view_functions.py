@@ -76,6 +76,8 @@ def _unflatten(func, input, dim, sizes):
 @_handles(torch.unsqueeze, Tensor.unsqueeze)
 def _unsqueeze(func, input, dim):
     at = dim if dim >= 0 else dim + input.ndim + 1
+    if not 0 <= at <= input.ndim:
+        raise ValueError(f"dim={dim} of a map of {input.ndim} dimensions")
     axes = input.axes[:at] + "C" + input.axes[at:]
     return input.like(input.features.unsqueeze(2 + axes[:at].count("C")), axes)
 
@@ -111,7 +113,8 @@ def _merged_into_positions(features: Tensor, groups: Sequence[Group]) -> Tensor:
     """Channels that a view joins with rows and columns become positions of the blocks."""
     before, merged = 0, {}
     for group in groups:
-        if group.old in ("HC", "WC") and group.new in ("H", "W"):
+        joins = group.old in ("HC", "WC") and group.new in ("H", "W")
+        if joins and features.shape[2 + before] != 1:
             merged[group.old[0]] = 2 + before
         before += group.old.count("C")
     if not merged:

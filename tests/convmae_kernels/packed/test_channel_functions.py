@@ -214,6 +214,7 @@ def test_what_a_grid_of_blocks_cannot_express_is_refused(name):
     ("function", "why"),
     [
         (lambda x: x.view(B, 4, H, W), r"\(4, 6, 12, 16\) cannot be viewed as \(4, 4, 12, 16\)"),
+        (lambda x: x.unsqueeze(6), "dim=6 of a map of 4 dimensions"),
         (lambda x: x.mean(7), "dim=7 of a map of 4 dimensions"),
         (lambda x: x[:, 0, 0, 0, 0], "an index of 5 entries into 4 dimensions"),
         (lambda x: F.channel_shuffle(x, 4), "groups=4 must divide the 6 channels"),
@@ -256,6 +257,9 @@ SHUFFLES = {
     ),
     "shuffle": lambda x: x.view(B, 2, C // 2, H, W).transpose(1, 2).contiguous().view(B, C, H, W),
     "shuffle, reshaped": lambda x: x.reshape(B, 3, 2, H, W).permute(0, 2, 1, 3, 4).flatten(1, 2),
+    "one channel": lambda x: x.permute(0, 2, 3, 1)[..., :1].reshape(B, H, W),
+    "one channel, back": lambda x: x[:, 0].view(B, H, W, 1).flatten(2).unsqueeze(1),
+    "one channel of tokens": lambda x: x[:, :1].flatten(1).view(B, 1, H, 1, W),
     "there and back": lambda x: x.flatten(2).transpose(1, 2).view(B, H, W, C).permute(0, 3, 1, 2),
     "tokens": lambda x: x.flatten(2).transpose(1, 2) @ torch.ones(C, 5).double().cumsum(0),
 }
