@@ -7,6 +7,7 @@ from convmae_kernels.functional import (
     masked_batch_norm,
     masked_grn,
     masked_group_norm,
+    masked_instance_norm,
     masked_max_pool2d,
     masked_sync_batch_norm,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "masked_conv_transpose2d",
     "masked_grn",
     "masked_group_norm",
+    "masked_instance_norm",
     "masked_max_pool2d",
     "masked_sync_batch_norm",
     "nn",

@@ -182,7 +182,7 @@ def masked_instance_norm(
         )
     if mask.knows_numbers and mask.max_per_image * side * side == 1:
         raise ValueError("x must have more than 1 visible position in an image, got 1")
-    if running_mean is not None and running_var is not None:
+    if running_mean is not None and running_var is not None and mask.num_visible:
         _move_running_statistics(x.detach(), mask, running_mean, running_var, momentum)
     return masked_group_norm(x, mask, channels, weight, bias, eps)
 

@@ -78,6 +78,10 @@ NORMS = {
     "group_norm_1": group_norm(1),
     "group_norm_3": group_norm(3),
     "group_norm_6": group_norm(6),
+    "instance_norm": (
+        lambda mask, x, w, b: ck.masked_instance_norm(x, mask, None, None, w, b),
+        lambda mask, x, w, b: loop_group_norm(x, mask, w, b, CHANNELS),
+    ),
     "grn": (
         lambda mask, x, w, b: ck.masked_grn(x, mask, w, b),
         lambda mask, x, w, b: loop_grn(x, mask, w, b),
@@ -225,7 +229,10 @@ def test_no_visible_block_leaves_the_running_statistics():
     mean, var = torch.full((CHANNELS,), 2.0), torch.full((CHANNELS,), 3.0)
     for training in (True, False):
         y = ck.masked_batch_norm(torch.zeros(0, 4, CHANNELS), mask, mean, var, None, None, training)
-        assert y.shape == (0, 4, CHANNELS)
+        z = ck.masked_instance_norm(
+            torch.zeros(0, 4, CHANNELS), mask, mean, var, None, None, training
+        )
+        assert y.shape == z.shape == (0, 4, CHANNELS)
         assert (mean == 2).all()
         assert (var == 3).all()
 
