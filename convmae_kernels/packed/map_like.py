@@ -51,8 +51,8 @@ ATTENTION = "attention looks at all positions of an image or of a window of the 
 MIXES = "it mixes positions or images in a way that a grid of blocks cannot express"
 REFUSALS = (  # why functions are refused, for the commonest ones
     (
-        "scaled_dot_product_attention multi_head_attention_forward unfold fold matmul bmm baddbmm "
-        "__matmul__ __rmatmul__ einsum tensordot mm",
+        "scaled_dot_product_attention multi_head_attention_forward unfold fold baddbmm __rmatmul__ "
+        "einsum tensordot mm",
         ATTENTION,
     ),
     ("grid_sample affine_grid gather scatter masked_select nonzero take_along_dim", MIXES),

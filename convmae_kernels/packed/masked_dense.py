@@ -12,7 +12,7 @@ from torch import Tensor
 
 from convmae_kernels.ops import gather_visible, scatter_visible
 from convmae_kernels.ops.support.arithmetic import multiply
-from convmae_kernels.packed.axes import NCHW, NHWC, order_of
+from convmae_kernels.packed.axes import NCHW, order_of
 from convmae_kernels.packed.map_like import ELEMENTWISE, FACTS, LIKE, OPERATORS, MapLike, handles
 
 if TYPE_CHECKING:
@@ -76,10 +76,6 @@ class MaskedDense(MapLike):
     def is_floating_point(self) -> bool:
         """Whether its values are."""
         return self.values.is_floating_point()
-
-    @property
-    def _channels_last(self) -> bool:
-        return self.axes == NHWC
 
     def like(self, values: Tensor, axes: str | None = None) -> MaskedDense:
         """Another map of the same mask, with the same axes or others."""
