@@ -1,6 +1,10 @@
 """Features of visible blocks that flow through ordinary modules, and networks that run on them."""
 
-from convmae_kernels.packed import functions  # noqa: F401  (fills the table of `Packed`)
+from convmae_kernels.packed import (  # noqa: F401  (they fill the tables of functions)
+    functions,
+    masked_dense_positions,
+    position_functions,
+)
 from convmae_kernels.packed.equivalence import Equivalence, EquivalenceError, check_equivalence
 from convmae_kernels.packed.map_like import ELEMENTWISE, OPERATORS, MapLike, handles
 from convmae_kernels.packed.masked_dense import MaskedDense

@@ -107,7 +107,7 @@ for _space in (torch, Tensor, F, torch._C._nn):
                 MaskedDense.handlers[getattr(_space, _variant)] = _positionwise
 for _name in OPERATORS.split():
     MaskedDense.handlers[getattr(Tensor, f"__{_name}__")] = _positionwise
-_handles(F.layer_norm, torch.layer_norm, F.interpolate)(_positionwise)
+_handles(F.layer_norm, torch.layer_norm)(_positionwise)
 
 
 @_handles(F.linear, torch._C._nn.linear)
@@ -135,14 +135,6 @@ def _random(func, input, *args, **kwargs):
     return input.like(values)
 
 
-@_handles(torch.conv2d, torch.conv_transpose2d)
-def _convolution(func, input, weight, bias=None, *args, **kwargs):
-    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return func(x, weight, bias, *args, **kwargs)
-
-    return input.like(multiply(convolve, input.masked(), weight, bias))
-
-
 @_handles(F.batch_norm)
 def _batch_norm(func, input, *args, **kwargs):
     visible = input.visible()[:, 0]
@@ -162,30 +154,6 @@ def _group_norm(func, input, num_groups, weight=None, bias=None, eps=1e-5, *_):
     y = ((x - mean) / (squares / number + eps).sqrt()).flatten(1, 2)
     y = y if weight is None else y * weight[:, None, None]
     return input.like(y if bias is None else y + bias[:, None, None])
-
-
-@_handles(torch.max_pool2d, F.max_pool2d)
-def _max_pool2d(func, input, *args, **kwargs):
-    seen = func(input.visible().to(input.dtype), *args, **kwargs)
-    return input.like(_highest(func(input.masked(float("-inf")), *args, **kwargs), seen)).cleared()
-
-
-@_handles(torch._C._nn.avg_pool2d, F.avg_pool2d)
-def _avg_pool2d(func, input, kernel_size, stride=None, padding=0, *_, **__):
-    seen = F.avg_pool2d(input.visible().to(input.dtype), kernel_size, stride, padding)
-    y = F.avg_pool2d(input.masked(), kernel_size, stride, padding)
-    return input.like(y / seen.clamp_min(1e-6))
-
-
-@_handles(F.adaptive_avg_pool2d, torch._C._nn.adaptive_avg_pool2d)
-def _adaptive_avg_pool2d(func, input, output_size):
-    return _mean(func, input, (2, 3), True)
-
-
-@_handles(F.adaptive_max_pool2d, torch._C._nn.adaptive_max_pool2d)
-def _adaptive_max_pool2d(func, input, output_size, return_indices=False):
-    seen = func(input.visible().to(input.dtype), output_size)
-    return _highest(func(input.masked(float("-inf")), output_size), seen)
 
 
 @_handles(torch.mean, Tensor.mean)
@@ -212,10 +180,10 @@ def _amax(func, input, dim=None, keepdim=False):
         return input.like(input.values.amax(dim, keepdim))
     dim = tuple(range(4)) if dim is None else tuple(dim)
     seen = input.visible().to(input.dtype).amax(dim, keepdim)
-    return _highest(input.masked(float("-inf")).amax(dim, keepdim), seen)
+    return highest(input.masked(float("-inf")).amax(dim, keepdim), seen)
 
 
-def _highest(maximum: Tensor, seen: Tensor) -> Tensor:
+def highest(maximum: Tensor, seen: Tensor) -> Tensor:
     """A maximum of visible positions, 0 where none was `seen`."""
     return torch.where(seen > 0, maximum, 0)
 

@@ -37,7 +37,7 @@ UNSUPPORTED = {
     "__matmul__": lambda x: x @ torch.eye(W, dtype=torch.float64),
     "__floordiv__": lambda x: x // 2,
     "__bool__": lambda x: 1 if x > 0 else 2,
-    "pad": lambda x: F.pad(x, (1, 1, 1, 1)),
+    "pad": lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"),
     "softmax": lambda x: x.softmax(1),
     "roll": lambda x: torch.roll(x, 1, 2),
     "unfold": lambda x: F.unfold(x, 3),
@@ -46,7 +46,7 @@ UNSUPPORTED = {
     "prelu": nn.PReLU(C).double(),
     "stack": lambda x: torch.stack([x, x]),
     "matmul": lambda x: torch.matmul(x, x),
-    "interpolate": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "interpolate": lambda x: F.interpolate(x, scale_factor=3, mode="bilinear"),
     "is_contiguous": lambda x: x.is_contiguous(),
 }
 
@@ -55,7 +55,11 @@ UNSUPPORTED = {
 def test_unsupported_operations_are_named(name):
     function = UNSUPPORTED[name]
     where = "PReLU.forward" if isinstance(function, nn.Module) else "Calls.forward"
-    why = {"interpolate": "only mode"}.get(name, "packed features do not have it")
+    why = {
+        "interpolate": "only a factor that is a power of two",
+        "pad": "mode='circular' shows the opposite side",
+        "unfold": "its columns are positions of a dense map",
+    }.get(name, "packed features do not have it")
     with pytest.raises(NotImplementedError, match=f"^{name} in {where}: {why}.*packed.dense()"):
         nn.Sequential(nn.Identity(), Calls(function))(pack(make_map()))
     if not isinstance(function, nn.Module):
@@ -71,16 +75,16 @@ def rejects(error, message, module, *arguments):
 ONLY = NotImplementedError
 UNSUPPORTED_MODULES = [  # module, its input, error, how the message begins or what it holds
     (
-        lambda: nn.ConvTranspose2d(C, 4, 4, 2, padding=1),
+        lambda: nn.ConvTranspose2d(C, 4, 3, 3),
         "channels first",
-        ONLY,
-        "conv_transpose2d in ConvTranspose2d.forward: only a kernel as large as its",
+        ValueError,
+        "conv_transpose2d in ConvTranspose2d.forward: stride must be a power of two",
     ),
     (
         lambda: nn.ConvTranspose2d(C, 4, 3, 2),
         "channels first",
         ValueError,
-        "conv_transpose2d in ConvTranspose2d.forward: weight must be",
+        "conv_transpose2d in ConvTranspose2d.forward: padding must keep the grid of blocks",
     ),
     (
         lambda: nn.Conv2d(C, 4, 3),
@@ -101,10 +105,10 @@ UNSUPPORTED_MODULES = [  # module, its input, error, how the message begins or w
         "conv2d in Conv2d._conv_forward: x has 6 channels, but weight",
     ),
     (
-        lambda: nn.Conv2d(C, 4, 3, padding=1, padding_mode="reflect"),
+        lambda: nn.Conv2d(C, 4, 3, padding=1, padding_mode="circular"),
         "channels first",
         ONLY,
-        "pad in Conv2d._conv_forward: packed features do not have it",
+        "pad in Conv2d._conv_forward: mode='circular' shows the opposite side",
     ),
     (
         lambda: nn.Conv2d(C, 4, 3, padding=1),
@@ -155,7 +159,7 @@ UNSUPPORTED_MODULES = [  # module, its input, error, how the message begins or w
         "max_pool2d in MaxPool2d.forward: ceil_mode=True would make a larger map",
     ),
     (
-        lambda: nn.AvgPool2d(3, 2, ceil_mode=True),
+        lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True),
         "channels first",
         ValueError,
         "avg_pool2d in AvgPool2d.forward: ceil_mode=True would make a larger map",
@@ -164,13 +168,13 @@ UNSUPPORTED_MODULES = [  # module, its input, error, how the message begins or w
         lambda: nn.MaxPool2d(2, return_indices=True),
         "channels first",
         ONLY,
-        "in MaxPool2d.forward: packed features do not have it",
+        "in MaxPool2d.forward: there are no indices of maxima",
     ),
     (
-        lambda: nn.AvgPool2d(2, divisor_override=3),
+        lambda: nn.LPPool2d(2, 2),
         "channels first",
         ONLY,
-        "avg_pool2d in AvgPool2d.forward: the divisor is the number of visible positions",
+        "lp_pool2d in LPPool2d.forward: a norm over windows",
     ),
     (
         lambda: nn.AdaptiveAvgPool2d(7),
@@ -185,40 +189,40 @@ UNSUPPORTED_MODULES = [  # module, its input, error, how the message begins or w
         "in AdaptiveMaxPool2d.forward: only an output of 1 x 1",
     ),
     (
-        lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+        lambda: nn.Upsample(scale_factor=2, mode="bicubic", align_corners=True),
         "channels first",
-        ONLY,
-        'interpolate in Upsample.forward: only mode="nearest" by a power of two',
+        ValueError,
+        "interpolate in Upsample.forward: align_corners=True is not supported",
     ),
     (
         lambda: nn.Upsample(scale_factor=3),
         "channels first",
         ONLY,
-        "interpolate in Upsample.forward: only mode",
+        "interpolate in Upsample.forward: only a factor that is a power of two",
     ),
     (
-        lambda: nn.Upsample(scale_factor=0.5),
+        lambda: nn.Upsample(scale_factor=0.125),
         "channels first",
-        ONLY,
-        "interpolate in Upsample.forward: only mode",
+        ValueError,
+        "interpolate in Upsample.forward: scale_factor must be a power of two",
     ),
     (
         lambda: nn.Upsample(size=(2 * H, W)),
         "channels first",
         ONLY,
-        "interpolate in Upsample.forward: only mode",
+        "interpolate in Upsample.forward: only a factor that is a power of two",
     ),
     (
         lambda: nn.Upsample(scale_factor=(2, 4)),
         "channels first",
         ONLY,
-        "interpolate in Upsample.forward: only mode",
+        "interpolate in Upsample.forward: only a factor that is a power of two",
     ),
     (
         lambda: nn.Upsample(scale_factor=16),
         "channels first",
         ValueError,
-        "interpolate in Upsample.forward: packed features are [T, s*s, C] with s",
+        "interpolate in Upsample.forward: scale_factor must be a power of two",
     ),
     (lambda: nn.Flatten(), "channels first", ONLY, "flatten in Flatten.forward"),
 ]
@@ -304,7 +308,7 @@ def test_equal_masks_need_not_be_the_same_object():
 def test_the_innermost_module_is_named():
     class Inner(nn.Module):
         def helper(self, x):
-            return F.pad(x, (1, 1))
+            return F.pad(x, (1, 1), mode="circular")
 
         def forward(self, x):
             return self.helper(x)
