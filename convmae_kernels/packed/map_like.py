@@ -139,9 +139,11 @@ def _named(kind: type[Exception], func: Callable, why: str) -> Exception:
             if not modules:
                 where = f" in {type(owner).__name__}.{frame.function}"
             modules.append(owner)
-    if modules:
-        paths = (name for name, module in modules[-1].named_modules() if module is modules[0])
-        path = next(paths, "")
+    for root in reversed(modules):  # the outermost may hold a copy of what runs
+        found = [name for name, module in root.named_modules() if module is modules[0]]
+        if found and type(root).__name__ != "SparseModel":
+            path = found[0]
+            break
     refusal = Refusal(getattr(func, "__name__", str(func)), where, path, why)
     error = kind(f"{refusal}; packed.dense() gives the dense map, packed.features the values")
     error.refusal = refusal  # type: ignore[attr-defined]
