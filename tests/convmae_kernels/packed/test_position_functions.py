@@ -76,7 +76,8 @@ def test_padding_before_a_convolution(border, pad, kernel, stride, dilation):
 
 
 def test_reflection_of_blocks_of_one_position():
-    check(lambda x: F.conv2d(F.pad(x, (1,) * 4, "reflect"), weight(4, C, 3, 3)), side=1)
+    parameters = weight(4, C, 3, 3)
+    check(lambda x: F.conv2d(F.pad(x, (1,) * 4, "reflect"), parameters), side=1)
 
 
 @pytest.mark.parametrize("border", [*BORDERS, "lowest"])
@@ -97,12 +98,13 @@ def test_padding_before_a_pooling(border, own):
 
 def test_layers_that_pad():
     layers = pytest.importorskip("timm.layers")
+    pools = pytest.importorskip("timm.layers.pool2d_same")
     torch.manual_seed(0)
     for module in (
         layers.Conv2dSame(C, 4, 3, stride=2),
         layers.Conv2dSame(C, C, 5, stride=2, groups=C),
-        layers.MaxPool2dSame(3, 2),
-        layers.AvgPool2dSame(3, 2),
+        pools.MaxPool2dSame(3, 2),
+        pools.AvgPool2dSame(3, 2),
         layers.BlurPool2d(C),
         nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(C, 4, 3, 2)),
         nn.Sequential(nn.ConstantPad2d((1, 0, 1, 0), 3.0), nn.MaxPool2d(3, 2)),
