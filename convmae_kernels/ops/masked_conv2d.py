@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from convmae_kernels.ops import reference, window_conv2d  # noqa: F401  (registers the op)
 from convmae_kernels.ops.support.arithmetic import as_cast, multiply, patch_conv2d
@@ -99,7 +100,7 @@ def masked_conv2d(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
     *,
-    padding: str | int | tuple[int, int] = "same",
+    padding: str | int | tuple = "same",
     impl: Impl = "auto",
 ) -> Tensor:
     """`gather(conv2d(scatter(x), weight, bias, stride, padding))`, only at visible positions.
@@ -117,9 +118,10 @@ def masked_conv2d(
         dilation: distance between the taps, at least 1.
         groups: as in `torch.nn.functional.conv2d`.
         padding: "same", which is `dilation * (k - 1) // 2`, or 0 where the taps reach no farther
-            than the stride, as in patch embeddings; "valid", which is 0; or a number or a
-            pair of numbers of positions with which a map's side shrinks by `stride`, no more and
-            no less: patch embeddings, whose kernel is their stride, have 0.
+            than the stride, as in patch embeddings; "valid", which is 0; or a number, a pair of
+            numbers, or `((top, bottom), (left, right))`, of positions with which a map's side
+            shrinks by `stride`, no more and no less: patch embeddings, whose kernel is their
+            stride, have 0. Of four numbers some may be negative: positions that are left out.
         impl: which implementation runs; "auto" is the fastest that is there, "reference" always
             applies. The other names choose kernels of this package: for depthwise convolutions with
             an odd kernel up to 15 and "same" padding those that convolve, for others those that
@@ -158,7 +160,9 @@ def masked_conv2d(
         run = select(impl, "masked_conv2d", reference.masked_conv2d, x, mask)
         y = run(x, weight, bias, neighbours, plan.dilation)
         stride = plan.stride
-        return y if stride == 1 else y.unflatten(1, (-1, stride * stride))[:, :, 0].contiguous()
+        if stride == 1:
+            return y
+        return y.unflatten(1, (-1, stride * stride))[:, :, plan.first].contiguous()
     run = select(impl, "window_conv2d", reference.window_conv2d, x, mask)
     return run(x, weight, bias, neighbours, plan.stride, plan.padding, plan.dilation, groups)
 
@@ -181,47 +185,147 @@ def _check_without_kernels(impl: Impl, x: Tensor, weight: Tensor, plan: ConvPlan
 
 
 def masked_conv_transpose2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: BlockMask, stride: int | tuple[int, int]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: BlockMask,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    output_padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, int] = 1,
 ) -> Tensor:
-    """`gather(conv_transpose2d(scatter(x), weight, bias, stride))`, for kernels of side `stride`.
+    """`gather(conv_transpose2d(scatter(x), weight, bias, stride, ...))`, at visible positions only.
+
+    Where the kernel is the stride it is one matrix product. Otherwise the outputs whose row and
+    column leave the same rest when divided by the stride are a convolution of `x` with every
+    `stride`-th tap: `stride * stride` convolutions, which together do what one would.
 
     Args:
         x: packed features `[T, s*s, C_in]`, float32, bfloat16, float16 or float64.
-        weight: `[C_in, C_out, stride, stride]` in the dtype of `x`.
+        weight: `[C_in, C_out / groups, kh, kw]` in the dtype of `x`.
         bias: `[C_out]` or None.
         mask: the mask that `x` was packed with.
         stride: a power of two, the same in both directions; `s * stride` is at most 32.
+        padding, output_padding, groups, dilation: as in `torch.nn.functional.conv_transpose2d`; the
+            map's side must grow by `stride` exactly, so that `2 * padding - output_padding` is
+            `dilation * (k - 1) + 1 - stride`.
 
     Returns:
         `[T, (s * stride) ** 2, C_out]` in the dtype of `x`, or autocast's, for the same mask.
+        Differentiable any number of times.
 
     Raises:
         TypeError: an argument is not a tensor of one of the dtypes, or dtypes differ.
-        ValueError: shapes, devices or stride do not fit.
+        ValueError: shapes, devices or stride do not fit, or the sizes do not keep the grid.
     """
     side = check_packed("x", x, mask)
     check_parameters(x, weight, bias)
+    step, margin, steps = _check_transposed(
+        side, x, weight, bias, stride, padding, output_padding, groups, dilation
+    )
+    kernel = tuple(weight.shape[2:])
+    if kernel == (step, step) and groups == 1 and margin == (0, 0) and steps == (1, 1):
+        return _transposed_product(x, weight, bias, step)
+    # [C_out, C_in / groups, kh, kw], as a convolution has it
+    weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    rows, columns = (_phases(*sizes, step) for sizes in zip(kernel, margin, steps))
+    parts = []
+    for row in rows:
+        for column in columns:
+            if row is None or column is None:  # no tap reaches these outputs
+                part = x.new_zeros(x.shape[0], x.shape[1], weight.shape[0])
+                part = part.to(autocast_dtype(x))
+                parts.append(part if bias is None else part + as_cast(bias).to(part.dtype))
+                continue
+            taps = weight[:, :, row.first :: row.every][:, :, :, column.first :: column.every]
+            taps = pad(taps.flip(2, 3), (*column.zeros, *row.zeros))
+            margins = (row.before, row.after), (column.before, column.after)
+            spacing = row.spacing, column.spacing
+            parts.append(masked_conv2d(x, taps, bias, mask, 1, spacing, groups, padding=margins))
+    outputs = torch.stack(parts, dim=2).unflatten(2, (step, step))  # [T, s*s, step, step, C_out]
+    return to_zorder(outputs.permute(0, 1, 4, 2, 3)).transpose(2, 3).flatten(1, 2)
+
+
+class _Phase(NamedTuple):
+    """The taps that reach every `stride`-th output: `first`, `first + every`, ...
+
+    In the reverse order, with as many `zeros` before and behind them as it takes to reach the
+    output's own position, they are a kernel whose taps lie `spacing` apart. It reaches `before`
+    positions before that position and `after` behind it.
+    """
+
+    first: int
+    every: int
+    zeros: tuple[int, int]
+    spacing: int
+    before: int
+    after: int
+
+
+def _phases(kernel: int, padding: int, dilation: int, stride: int) -> list[_Phase | None]:
+    """For the outputs 0, ..., stride - 1 of each `stride`, the taps that reach them, if any do.
+
+    Tap `d` of a position `i` adds to the output `stride * i + dilation * d - padding`.
+    """
+    phases: list[_Phase | None] = []
+    for phase in range(stride):
+        taps = [d for d in range(kernel) if (phase + padding - dilation * d) % stride == 0]
+        if not taps:
+            phases.append(None)
+            continue
+        met = [(phase + padding - dilation * d) // stride for d in taps]
+        every, spacing = (taps[1] - taps[0], met[0] - met[1]) if len(taps) > 1 else (kernel, 1)
+        zeros = max(0, -(-met[-1] // spacing)), max(0, -(met[0] // spacing))
+        before, after = spacing * zeros[0] - met[-1], spacing * zeros[1] + met[0]
+        phases.append(_Phase(taps[0], every, zeros, spacing, before, after))
+    return phases
+
+
+def _check_transposed(side, x, weight, bias, stride, padding, output_padding, groups, dilation):
+    """The stride as a number, padding and dilation as pairs.
+
+    Raises:
+        ValueError: they do not fit, or do not keep the grid.
+    """
     rows, columns = pair("stride", stride)
     if rows != columns or rows * side not in BLOCK_SIZES:
         raise ValueError(
             f"stride must be a power of two, the same in both directions, with which blocks of "
             f"side {side} have a side of at most {BLOCK_SIZES[-1]}, got {stride}"
         )
-    if weight.dim() != 4 or weight.shape[0] != x.shape[2] or weight.shape[2:] != (rows, rows):
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups must be a positive integer, got {groups!r}")
+    if weight.dim() != 4 or weight.shape[0] != x.shape[2] or weight.shape[0] % groups:
         raise ValueError(
-            f"weight must be [C_in, C_out, stride, stride] with C_in={x.shape[2]} and "
-            f"stride={rows}, got {list(weight.shape)}"
+            f"weight must be [C_in, C_out / groups, kh, kw] with C_in={x.shape[2]}, which "
+            f"groups={groups} divides, got {list(weight.shape)}"
         )
-    out_channels = weight.shape[1]
+    out_channels = weight.shape[1] * groups
     if bias is not None and bias.shape != (out_channels,):
         raise ValueError(f"bias must be [{out_channels}], got {list(bias.shape)}")
+    padding, dilation = pair("padding", padding, least=0), pair("dilation", dilation)
+    more = pair("output_padding", output_padding, least=0)
+    for k, p, d, extra in zip(weight.shape[2:], padding, dilation, more):
+        if d * (k - 1) + 1 - rows != 2 * p - extra:
+            raise ValueError(
+                f"padding must keep the grid of blocks: with kernel {tuple(weight.shape[2:])}, "
+                f"stride {rows} and dilation {dilation}, 2 * padding - output_padding must be "
+                f"{d * (k - 1) + 1 - rows}, got padding={padding} and output_padding={more}"
+            )
+    return rows, padding, dilation
+
+
+def _transposed_product(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """Of a kernel that is its stride: every position makes `stride * stride` outputs alone."""
+    out_channels = weight.shape[1]
     weight, bias = as_cast(weight), None if bias is None else as_cast(bias)
     matrix = to_zorder(weight).permute(2, 1, 0).flatten(0, 1)  # [stride**2 * C_out, C_in]
-    outputs = x.shape[1] * rows * rows
+    outputs = x.shape[1] * stride * stride
 
     def product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None or autocast_dtype(x).itemsize > 2:
-            y = linear(x, matrix, None if bias is None else bias.repeat(rows * rows))
+            y = linear(x, matrix, None if bias is None else bias.repeat(stride * stride))
             return y.reshape(x.shape[0], outputs, out_channels)
         # A repeated bias would have a gradient of sums that are each rounded to the half type.
         return linear(x, matrix).reshape(x.shape[0], outputs, out_channels) + bias.to(

@@ -4,6 +4,8 @@ from convmae_kernels.packed import (  # noqa: F401  (they fill the tables of fun
     channel_functions,
     dense_channels,
     functions,
+    masked_dense_positions,
+    position_functions,
     products,
     reductions,
     view_functions,

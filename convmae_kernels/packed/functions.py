@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convmae_kernels import ops
-from convmae_kernels.functional import norm, pooling
+from convmae_kernels.functional import norm
 from convmae_kernels.ops.support.arithmetic import multiply
 from convmae_kernels.packed.axes import NCHW
 from convmae_kernels.packed.map_like import ELEMENTWISE, FACTS, LIKE, OPERATORS, handles
@@ -76,54 +75,6 @@ def _cast(func, input, *args, **kwargs):
 def _nchw(x: Packed) -> None:
     if not isinstance(x, Packed) or x.axes != NCHW:
         raise ValueError(f"it needs [B, C, H, W], got {tuple(x.shape)}")
-
-
-@_handles(torch.conv2d, F.conv2d)
-def _conv2d(func, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    _nchw(input)
-    y = ops.masked_conv2d(
-        input.features,
-        weight,
-        bias,
-        input.mask,
-        _plain(stride),
-        _plain(dilation),
-        groups,
-        padding=_plain(padding),
-    )
-    return input.like(y)
-
-
-@_handles(torch.conv_transpose2d, F.conv_transpose2d)
-def _conv_transpose2d(
-    func,
-    input,
-    weight,
-    bias=None,
-    stride=1,
-    padding=0,
-    output_padding=0,
-    groups=1,
-    dilation=1,
-):
-    _nchw(input)
-    if {*_both(padding), *_both(output_padding)} != {0} or groups != 1 or {*_both(dilation)} != {1}:
-        raise NotImplementedError(
-            "only a kernel as large as its stride is supported, without padding, groups, dilation"
-        )
-    y = ops.masked_conv_transpose2d(input.features, weight, bias, input.mask, _plain(stride))
-    return input.like(y)
-
-
-def _both(value: Any) -> tuple[int, ...]:
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
-def _plain(value: Any) -> Any:
-    """One number of a list of one, a tuple of a list of two."""
-    if isinstance(value, (list, tuple)):
-        return value[0] if len(value) == 1 else tuple(value)
-    return value
 
 
 @_handles(torch._C._nn.linear, F.linear)
@@ -213,88 +164,6 @@ def _instance_norm(
         eps,
     )
     return input.like(y)
-
-
-# -- pooling ---------------------------------------------------------------------------------------
-
-
-@_handles(torch.max_pool2d, F.max_pool2d)
-def _max_pool2d(
-    func,
-    input,
-    kernel_size,
-    stride=None,
-    padding=0,
-    dilation=1,
-    ceil_mode=False,
-    return_indices=False,
-):
-    _nchw(input)
-    _check_ceil(kernel_size, stride, padding, dilation, ceil_mode)
-    if return_indices:
-        raise NotImplementedError("there are no indices")
-    sizes = (_plain(v) for v in (kernel_size, stride or kernel_size, padding, dilation))
-    return input.like(pooling.masked_max_pool2d(input.features, input.mask, *sizes))
-
-
-@_handles(torch._C._nn.avg_pool2d, F.avg_pool2d)
-def _avg_pool2d(
-    func,
-    input,
-    kernel_size,
-    stride=None,
-    padding=0,
-    ceil_mode=False,
-    count_include_pad=True,
-    divisor_override=None,
-):
-    _nchw(input)
-    _check_ceil(kernel_size, stride, padding, 1, ceil_mode)
-    if divisor_override is not None:
-        raise NotImplementedError("the divisor is the number of visible positions")
-    sizes = (_plain(v) for v in (kernel_size, stride or kernel_size, padding))
-    return input.like(pooling.masked_avg_pool2d(input.features, input.mask, *sizes))
-
-
-def _check_ceil(kernel, stride, padding, dilation, ceil_mode):
-    """Rounding up must not make another output."""
-    parts = zip(*map(_both, (kernel, stride or kernel, padding, dilation)))
-    if ceil_mode and any((2 * p - d * (k - 1) - 1) % s for k, s, p, d in parts):
-        raise ValueError("ceil_mode=True would make a larger map")
-
-
-@_handles(F.adaptive_avg_pool2d, torch._C._nn.adaptive_avg_pool2d)
-def _adaptive_avg_pool2d(func, input, output_size):
-    return _to_one(input, output_size, pooling.image_mean)
-
-
-@_handles(F.adaptive_max_pool2d, torch._C._nn.adaptive_max_pool2d)
-def _adaptive_max_pool2d(func, input, output_size, return_indices=False):
-    return _to_one(input, output_size, pooling.image_max)
-
-
-def _to_one(input, output_size, reduce):
-    _nchw(input)
-    if {*_both(output_size)} != {1}:
-        raise NotImplementedError("only an output of 1 x 1 is supported")
-    return reduce(input.features, input.mask)[:, :, None, None]
-
-
-# -- resolution ------------------------------------------------------------------------------------
-
-
-@_handles(F.interpolate)
-def _interpolate(func, input, size=None, scale_factor=None, mode="nearest", **options):
-    _nchw(input)
-    height = input.shape[2]
-    times = scale_factor if size is None else _both(size)[0] / height
-    times = _both(times) if not isinstance(times, float) else (times, times)
-    whole = (
-        len({*times}) == 1 and times[0] == int(times[0]) and int(times[0]) & int(times[0]) - 1 == 0
-    )
-    if mode != "nearest" or not whole or (size and _both(size)[1] != input.shape[3] * times[0]):
-        raise NotImplementedError('only mode="nearest" by a power of two is supported')
-    return input.like(input.features.repeat_interleave(int(times[0]) ** 2, dim=1))
 
 
 for _name in LIKE.split():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import traceback
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -99,6 +100,7 @@ class MapLike:
     """
 
     handlers: ClassVar[dict[Callable | str, Callable]]
+    absent: ClassVar[str] = "packed features do not have it"
     axes: str  # one letter for each dimension; see `convmae_kernels.packed.axes`
 
     @property
@@ -113,13 +115,13 @@ class MapLike:
         # Operators by name: `torch.compile` does not find those that are written in Python.
         handler = cls.handlers.get(getattr(func, "__name__", "")) or cls.handlers.get(func)
         if handler is None:
-            raise NotImplementedError(_named(func, _refusal(func)))
+            raise _named(NotImplementedError, func, _refusal(cls, func))
         try:
             return handler(func, *args, **(kwargs or {}))
         except (NotImplementedError, TypeError, ValueError) as error:
             if type(error) not in (NotImplementedError, TypeError, ValueError):
                 raise
-            raise type(error)(_named(func, str(error))) from error
+            raise _named(type(error), func, str(error)) from error
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(Tensor, name, None)
@@ -166,26 +168,46 @@ for _name in f"{OPERATORS} {OTHER_OPERATORS} {ABSENT_OPERATORS}".split():
         setattr(MapLike, f"__{_name}__", _operator(getattr(Tensor, f"__{_name}__")))
 
 
-def _refusal(func: Callable) -> str:
+def _refusal(cls: type[MapLike], func: Callable) -> str:
     """Why there is no handler."""
     name = getattr(func, "__name__", "")
     reasons = [why for names, why in REFUSALS if name in names.split()]
-    return ": ".join(["packed features do not have it", *reasons])
+    return ": ".join([cls.absent, *reasons])
 
 
-def _named(func: Callable, why: str) -> str:
-    """The message for an operation that packed features do not have, or not with such arguments.
+@dataclass(frozen=True)
+class Refusal:
+    """Why an operation is not there: `str` names it, the module that asks for it and the reason."""
 
-    It names the operation and the module that asks for it.
-    """
-    where = ""
-    for frame in inspect.stack()[2:]:
+    operation: str
+    where: str  # " in Conv2d._conv_forward", or nothing
+    path: str  # of the module in its network, "layer3.0.conv2", or nothing
+    why: str
+
+    def __str__(self) -> str:
+        path = f" (module {self.path})" if self.path else ""
+        return f"{self.operation}{self.where}: {self.why}{path}"
+
+
+def _named(kind: type[Exception], func: Callable, why: str) -> Exception:
+    """The error of an operation that packed features do not have, or not with such arguments."""
+    where = path = ""
+    modules: list[nn.Module] = []  # the innermost first
+    for frame in inspect.stack(0)[2:]:
         owner = frame.frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
-            where = f" in {type(owner).__name__}.{frame.function}"
+            if not modules:
+                where = f" in {type(owner).__name__}.{frame.function}"
+            modules.append(owner)
+    for root in reversed(modules):  # the outermost may hold a copy of what runs
+        found = [name for name, module in root.named_modules() if module is modules[0]]
+        if found and type(root).__name__ != "SparseModel":
+            path = found[0]
             break
-    name = getattr(func, "__name__", str(func))
-    return f"{name}{where}: {why}; packed.dense() gives the dense map, packed.features the values"
+    refusal = Refusal(getattr(func, "__name__", str(func)), where, path, why)
+    error = kind(f"{refusal}; packed.dense() gives the dense map, packed.features the values")
+    error.refusal = refusal  # type: ignore[attr-defined]
+    return error
 
 
 def run_named(model: nn.Module, *args: Any) -> Any:

@@ -187,7 +187,7 @@ for _name in OPERATORS.split():
         _kind = _positionwise if _name.lstrip("ri") in SMOOTH.split() else _singular
         _function = getattr(Tensor, f"__{_name}__")
         _handles(_function, _function.__name__)(_kind)
-_handles(F.layer_norm, torch.layer_norm, F.interpolate)(_positionwise)
+_handles(F.layer_norm, torch.layer_norm)(_positionwise)
 _handles(F.rms_norm, torch.rms_norm)(_singular)
 _handles(*(getattr(torch, name) for name in LIKE.split()))(_positionwise)
 
@@ -214,14 +214,6 @@ def _random(func, input, *args, **kwargs):
     if kwargs.get("inplace") or func.__name__.endswith("_"):
         values = input.values.copy_(values)
     return input.like(values)
-
-
-@_handles(torch.conv2d, torch.conv_transpose2d)
-def _convolution(func, input, weight, bias=None, *args, **kwargs):
-    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return func(x, weight, bias, *args, **kwargs)
-
-    return input.like(multiply(convolve, input.masked(), weight, bias))
 
 
 @_handles(F.batch_norm)
@@ -272,31 +264,7 @@ def _instance_norm(func, input, running_mean=None, running_var=None, weight=None
     return input.like(y.movedim(-1, 1))
 
 
-@_handles(torch.max_pool2d, F.max_pool2d)
-def _max_pool2d(func, input, *args, **kwargs):
-    seen = func(input.visible().to(input.dtype), *args, **kwargs)
-    return input.like(_highest(func(input.masked(float("-inf")), *args, **kwargs), seen)).cleared()
-
-
-@_handles(torch._C._nn.avg_pool2d, F.avg_pool2d)
-def _avg_pool2d(func, input, kernel_size, stride=None, padding=0, *_, **__):
-    seen = F.avg_pool2d(input.visible().to(input.dtype), kernel_size, stride, padding)
-    y = F.avg_pool2d(input.masked(), kernel_size, stride, padding)
-    return input.like(y / seen.clamp_min(1e-6))
-
-
-@_handles(F.adaptive_avg_pool2d, torch._C._nn.adaptive_avg_pool2d)
-def _adaptive_avg_pool2d(func, input, output_size):
-    return input.mean((2, 3), keepdim=True)
-
-
-@_handles(F.adaptive_max_pool2d, torch._C._nn.adaptive_max_pool2d)
-def _adaptive_max_pool2d(func, input, output_size, return_indices=False):
-    seen = func(input.visible().to(input.dtype), output_size)
-    return _highest(func(input.masked(float("-inf")), output_size), seen)
-
-
-def _highest(maximum: Tensor, seen: Tensor) -> Tensor:
+def highest(maximum: Tensor, seen: Tensor) -> Tensor:
     """A maximum of visible positions, 0 where none was `seen`."""
     return torch.where(seen > 0, maximum, 0)
 

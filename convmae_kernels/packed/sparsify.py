@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from convmae_kernels.block_mask import BlockMask
+from convmae_kernels.ops.support.dispatch import transforms_active
 from convmae_kernels.packed.map_like import run_named
 from convmae_kernels.packed.packed import Packed
-from convmae_kernels.recording import is_recorded
-
-if TYPE_CHECKING:
-    from convmae_kernels.block_mask import BlockMask
+from convmae_kernels.packed.rehearsal import rehearse
+from convmae_kernels.recording import is_exported, is_recorded
 
 
 class SparseModel(nn.Module):
@@ -25,6 +25,27 @@ class SparseModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self._rehearsed: set[tuple] = set()
+
+    def check(self, images: Tensor, mask: BlockMask) -> None:
+        """The model can run on such images with such a mask; nothing is computed.
+
+        A copy of the model runs on shapes alone, once for each image size, number of channels, grid
+        and set of modules; `forward` asks for it. A mask too fine for the network's stride, and an
+        operation that blocks cannot have, are found here.
+
+        Args:
+            images: `[B, C, H, W]`; values are not read.
+            mask: the visible blocks.
+
+        Raises:
+            NotImplementedError, TypeError, ValueError: names operation, module and reason.
+        """
+        modules = [(id(m), m.training) for m in self.model.modules()]
+        key = tuple(images.shape[1:]), mask.grid, hash(tuple(modules))
+        if key not in self._rehearsed:
+            rehearse(self.model, images.shape, mask)
+            self._rehearsed.add(key)
 
     def forward(
         self, images: Tensor, mask: BlockMask, *, dense: bool = False, fill: float = 0.0
@@ -42,8 +63,12 @@ class SparseModel(nn.Module):
 
         Raises:
             NotImplementedError: the model does something that packed features do not support.
-            TypeError, ValueError: images and mask do not fit; see `gather_visible`.
+            TypeError, ValueError: images and mask do not fit; see `gather_visible`. Both are raised
+                before anything is computed; see `check`.
         """
+        plain = isinstance(images, Tensor) and images.dim() == 4 and isinstance(mask, BlockMask)
+        if plain and not is_recorded() and not is_exported() and not transforms_active():
+            self.check(images, mask)
         packed = Packed.gather(images, mask)
         output = self.model(packed) if is_recorded() else run_named(self.model, packed)
         if not dense:

@@ -154,12 +154,23 @@ MAY_IMPORT = {  # what each module of the package may import from the package
     "packed.channel_functions": ["zorder", "packed.view_functions", *PACKED_FUNCTIONS],
     "packed.reductions": PACKED_FUNCTIONS,
     "packed.products": PACKED_FUNCTIONS,
+    "packed.refused": [],
+    "packed.padded": ["functional", "packed.axes", "packed.map_like", "packed.packed"],
+    "packed.position_functions": [
+        *("zorder", "packed.padded", "packed.refused", *PACKED_FUNCTIONS),
+    ],
     "packed.masked_dense": ["block_mask", "ops", "packed.axes", "packed.map_like"],
     "packed.dense_channels": ["packed.axes", "packed.map_like", "packed.masked_dense"],
+    "packed.masked_dense_positions": [
+        *("ops", "packed.axes", "packed.map_like", "packed.masked_dense", "packed.refused"),
+    ],
+    "packed.rehearsal": ["block_mask", "zorder", "packed.map_like", "packed.packed"],
     "packed.equivalence": [
         *("block_mask", "ops", "packed.map_like", "packed.masked_dense", "packed.packed"),
     ],
-    "packed.sparsify": ["block_mask", "recording", "packed.map_like", "packed.packed"],
+    "packed.sparsify": [
+        *("block_mask", "ops", "recording", "packed.map_like", "packed.packed", "packed.rehearsal"),
+    ],
     "packed": ["packed"],
     "nn": ["block_mask", "functional", "ops", "packed", "recording"],
     "info": ["ops"],

@@ -12,6 +12,7 @@ from convmae_kernels.ops.support.geometry import (
     reach,
     window_halo,
 )
+from convmae_kernels.zorder import zorder_index
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +38,8 @@ class ConvPlan:
         sampled: the convolution is one of every `sampled`-th position of a block, in Z-order: the
             square of the stride of a 1 x 1 kernel, which looks at no other position; else 1.
         stride: of the convolution of what was sampled.
+        first: of a depthwise convolution with a stride, which is computed at every position: the
+            place, in Z-order, of the one that is kept among each `stride * stride`.
         padding: positions above and left of the map.
         dilation: of rows and of columns.
         groups: as in `torch.nn.functional.conv2d`.
@@ -46,6 +49,7 @@ class ConvPlan:
     way: ConvWay
     sampled: int
     stride: int
+    first: int
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
@@ -66,7 +70,7 @@ def plan_conv2d(
     side: int,
     weight_shape: Sequence[int],
     stride: int | tuple[int, int],
-    padding: str | int | tuple[int, int],
+    padding: str | int | tuple,
     dilation: int | tuple[int, int],
     groups: int,
 ) -> ConvPlan:
@@ -84,39 +88,36 @@ def plan_conv2d(
     steps = pair("dilation", dilation)
     step = check_stride(stride, side)
     margins = check_padding(padding, (kernel[0], kernel[1]), step, steps)
-    sampled = 1
-    if kernel == [1, 1]:
+    sampled, first = 1, 0
+    if kernel == [1, 1] and margins == (0, 0):
         sampled, side, step = step * step, side // step, 1
 
     way: ConvWay
     halo = window_halo(kernel, step, margins, steps)
-    if _has_depthwise_kernels(out_channels, group_channels, kernel, margins, steps, groups):
-        way, halo = "depthwise", (margins[0], margins[0], margins[1], margins[1])
-    elif groups == 1 and kernel == [step, step] and margins == (0, 0):
+    if min(halo) <= -side:
+        raise ValueError(f"padding {padding!r} leaves no window of blocks of side {side}")
+    rows, columns = (d * (k // 2) - p for d, k, p in zip(steps, kernel, margins))
+    if (
+        groups == out_channels
+        and group_channels == 1
+        and all(k % 2 == 1 and k <= MAX_DEPTHWISE_KERNEL for k in kernel)
+        and (rows == columns == 0 or (step == 2 and {rows, columns} <= {0, 1}))
+    ):  # the kernels have it: their window is centred, `rows` and `columns` before ours
+        way, first = "depthwise", zorder_index(rows, columns)
+        halo = (margins[0] + rows, margins[0] + rows, margins[1] + columns, margins[1] + columns)
+    elif (
+        groups == 1
+        and kernel == [step, step]
+        and margins == (0, 0)
+        and (step == 1 or max(steps) == 1)
+    ):
         way = "product"
     elif multiplies_windows(side, step, groups):
         way = "windows, product"
     else:
         way = "windows, convolution"
     radius = 0 if way == "product" else reach(halo, side)
-    return ConvPlan(way, sampled, step, margins, steps, groups, radius)
-
-
-def _has_depthwise_kernels(
-    out_channels: int,
-    group_channels: int,
-    kernel: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> bool:
-    """Whether the kernels of the op `masked_conv2d` have this convolution."""
-    return (
-        groups == out_channels
-        and group_channels == 1
-        and all(k % 2 == 1 and k <= MAX_DEPTHWISE_KERNEL for k in kernel)
-        and all(p == d * (k // 2) for p, d, k in zip(padding, dilation, kernel))
-    )
+    return ConvPlan(way, sampled, step, first, margins, steps, groups, radius)
 
 
 def multiplies_windows(side: int, stride: int, groups: int) -> bool:

@@ -65,39 +65,65 @@ def check_stride(stride: int | tuple[int, int], side: int) -> int:
 
 
 def check_padding(
-    padding: str | int | tuple[int, int],
+    padding: str | int | tuple,
     kernel: tuple[int, int],
     stride: int,
     dilation: tuple[int, int],
 ) -> tuple[int, int]:
-    """The padding of both directions.
+    """The padding above and left of the map.
+
+    Args:
+        padding: "same", "valid", a number, a pair for rows and columns, or a pair of pairs
+            `((top, bottom), (left, right))`, whose numbers may be negative: positions left out.
+        kernel, stride, dilation: of the convolution or pooling.
 
     Raises:
         ValueError: with this padding the map would not shrink by `stride` exactly.
     """
     spans = [d * (k - 1) for d, k in zip(dilation, kernel)]
-
-    good = [
-        [p for p in range(span // 2 + 1) if span < 2 * p + stride <= span + stride]
-        for span in spans
-    ]
-    if padding in ("same", "valid"):
-        # a kernel within its stride, as a patch embedding has it, looks at its own positions
-        half = [span // 2 if span >= stride else 0 for span in spans]
-        wanted = tuple(half) if padding == "same" else (0, 0)
-    elif isinstance(padding, str):
-        raise ValueError(f'padding must be "same", "valid" or numbers, got {padding!r}')
-    else:
-        wanted = pair("padding", padding, least=0)
-    if not all(p in fitting for p, fitting in zip(wanted, good)):
-        rows, columns = good
-        expected = f"one of {rows} in rows and one of {columns} in columns"
-        if not (rows and columns):
-            expected = "impossible"
-        elif rows == columns:
-            expected = f"one of {rows}"
+    sides = _four_sides(padding, spans, stride)
+    if not all(span - stride < sum(side) <= span for span, side in zip(spans, sides)):
         raise ValueError(
             f"padding must keep the grid of blocks: with kernel {kernel}, stride {stride} and "
-            f"dilation {dilation} that is {expected}, got {padding!r}"
+            f"dilation {dilation} that is {_fitting(sides, spans, stride)}, got {padding!r}"
         )
-    return wanted[0], wanted[1]
+    return sides[0][0], sides[1][0]
+
+
+def _four_sides(
+    padding: str | int | tuple, spans: Sequence[int], stride: int
+) -> list[tuple[int, int]]:
+    """`[(top, bottom), (left, right)]`."""
+    if padding in ("same", "valid"):
+        # a kernel within its stride, as a patch embedding has it, looks at its own positions
+        half = [span // 2 if span >= stride and padding == "same" else 0 for span in spans]
+        return [(p, p) for p in half]
+    if isinstance(padding, str):
+        raise ValueError(f'padding must be "same", "valid" or numbers, got {padding!r}')
+    if _is_four_sided(padding):
+        rows, columns = padding  # type: ignore[misc]
+        return [(rows[0], rows[1]), (columns[0], columns[1])]
+    return [(p, p) for p in pair("padding", padding, least=0)]
+
+
+def _is_four_sided(padding: object) -> bool:
+    """Whether it is `((top, bottom), (left, right))`."""
+    return isinstance(padding, tuple) and [
+        [type(p) for p in side] for side in padding if isinstance(side, tuple)
+    ] == [[int, int], [int, int]]
+
+
+def _fitting(sides: Sequence[tuple[int, int]], spans: Sequence[int], stride: int) -> str:
+    """Which padding would fit, in words."""
+    if any(before != after for before, after in sides):
+        above, beside = (f"{max(span - stride + 1, 0)} to {span}" for span in spans)
+        return f"{above} above and below together, and {beside} left and right"
+    rows, columns = (
+        [p for p in range(span // 2 + 1) if span < 2 * p + stride <= span + stride]
+        for span in spans
+    )
+    if not (rows and columns):
+        return "impossible"
+    if rows == columns:
+        return f"one of {rows}"
+    return f"one of {rows} in rows and one of {columns} in columns"

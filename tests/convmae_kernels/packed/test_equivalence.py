@@ -496,4 +496,4 @@ def test_sparsify_needs_blocks_as_large_as_the_stride():
     with pytest.raises(ValueError, match="^conv2d in Conv2d._conv_forward: stride must be a power"):
         sparsify(model)(make_images(), MASK)
     with pytest.raises(ValueError, match="images has batch size 1, but the mask is for 2"):
-        sparsify(model)(make_images()[:1], MASK)
+        sparsify(model[0])(make_images()[:1], MASK)

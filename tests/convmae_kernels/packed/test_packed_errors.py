@@ -35,7 +35,7 @@ UNSUPPORTED = {
     "__setitem__": lambda x: x.__setitem__(0, 1.0),
     "__matmul__": lambda x: x @ torch.eye(W, dtype=torch.float64),
     "__bool__": lambda x: 1 if x > 0 else 2,
-    "pad": lambda x: F.pad(x, (1, 1, 1, 1)),
+    "pad": lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"),
     "softmax": lambda x: x.softmax(2),
     "roll": lambda x: torch.roll(x, 1, 2),
     "unfold": lambda x: F.unfold(x, 3),
@@ -43,7 +43,7 @@ UNSUPPORTED = {
     "matmul": lambda x: torch.matmul(x, x),
     "einsum": lambda x: torch.einsum("bchw,bdhw->bcd", x, x),
     "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(x, x, x),
-    "interpolate": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "interpolate": lambda x: F.interpolate(x, scale_factor=3, mode="bilinear"),
     "is_contiguous": lambda x: x.is_contiguous(),
 }
 WHY = {
@@ -51,9 +51,10 @@ WHY = {
     **dict.fromkeys(("__getitem__", "__setitem__"), "it chooses among images"),
     **dict.fromkeys(("softmax", "roll"), "only along channels, got dim=2, the rows of BCHW"),
     **dict.fromkeys(("matmul", "__matmul__"), "attention looks at all positions"),
-    "unfold": "packed features do not have it: attention looks at all positions",
+    "pad": "mode='circular' shows the opposite side",
+    "unfold": "its columns are positions of a dense map",
     "stack": "only channels are stacked",
-    "interpolate": "only mode",
+    "interpolate": "only a factor that is a power of two",
 }
 
 
@@ -75,16 +76,16 @@ def rejects(error, message, module, *arguments):
 ONLY = NotImplementedError
 UNSUPPORTED_MODULES = [  # module, its input, error, how the message begins or what it holds
     (
-        lambda: nn.ConvTranspose2d(C, 4, 4, 2, padding=1),
+        lambda: nn.ConvTranspose2d(C, 4, 3, 3),
         "channels first",
-        ONLY,
-        "conv_transpose2d in ConvTranspose2d.forward: only a kernel as large as its",
+        ValueError,
+        "conv_transpose2d in ConvTranspose2d.forward: stride must be a power of two",
     ),
     (
         lambda: nn.ConvTranspose2d(C, 4, 3, 2),
         "channels first",
         ValueError,
-        "conv_transpose2d in ConvTranspose2d.forward: weight must be",
+        "conv_transpose2d in ConvTranspose2d.forward: padding must keep the grid of blocks",
     ),
     (
         lambda: nn.Conv2d(C, 4, 3),
@@ -105,10 +106,10 @@ UNSUPPORTED_MODULES = [  # module, its input, error, how the message begins or w
         "conv2d in Conv2d._conv_forward: x has 6 channels, but weight",
     ),
     (
-        lambda: nn.Conv2d(C, 4, 3, padding=1, padding_mode="reflect"),
+        lambda: nn.Conv2d(C, 4, 3, padding=1, padding_mode="circular"),
         "channels first",
         ONLY,
-        "pad in Conv2d._conv_forward: packed features do not have it",
+        "pad in Conv2d._conv_forward: mode='circular' shows the opposite side",
     ),
     (
         lambda: nn.Conv2d(C, 4, 3, padding=1),
@@ -159,7 +160,7 @@ UNSUPPORTED_MODULES = [  # module, its input, error, how the message begins or w
         "max_pool2d in MaxPool2d.forward: ceil_mode=True would make a larger map",
     ),
     (
-        lambda: nn.AvgPool2d(3, 2, ceil_mode=True),
+        lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True),
         "channels first",
         ValueError,
         "avg_pool2d in AvgPool2d.forward: ceil_mode=True would make a larger map",
@@ -168,13 +169,13 @@ UNSUPPORTED_MODULES = [  # module, its input, error, how the message begins or w
         lambda: nn.MaxPool2d(2, return_indices=True),
         "channels first",
         ONLY,
-        "in MaxPool2d.forward: packed features do not have it",
+        "in MaxPool2d.forward: there are no indices of maxima",
     ),
     (
-        lambda: nn.AvgPool2d(2, divisor_override=3),
+        lambda: nn.LPPool2d(2, 2),
         "channels first",
         ONLY,
-        "avg_pool2d in AvgPool2d.forward: the divisor is the number of visible positions",
+        "lp_pool2d in LPPool2d.forward: a norm over windows",
     ),
     (
         lambda: nn.AdaptiveAvgPool2d(7),
@@ -189,40 +190,40 @@ UNSUPPORTED_MODULES = [  # module, its input, error, how the message begins or w
         "in AdaptiveMaxPool2d.forward: only an output of 1 x 1",
     ),
     (
-        lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+        lambda: nn.Upsample(scale_factor=2, mode="bicubic", align_corners=True),
         "channels first",
-        ONLY,
-        'interpolate in Upsample.forward: only mode="nearest" by a power of two',
+        ValueError,
+        "interpolate in Upsample.forward: align_corners=True is not supported",
     ),
     (
         lambda: nn.Upsample(scale_factor=3),
         "channels first",
         ONLY,
-        "interpolate in Upsample.forward: only mode",
+        "interpolate in Upsample.forward: only a factor that is a power of two",
     ),
     (
-        lambda: nn.Upsample(scale_factor=0.5),
+        lambda: nn.Upsample(scale_factor=0.125),
         "channels first",
-        ONLY,
-        "interpolate in Upsample.forward: only mode",
+        ValueError,
+        "interpolate in Upsample.forward: scale_factor must be a power of two",
     ),
     (
         lambda: nn.Upsample(size=(2 * H, W)),
         "channels first",
         ONLY,
-        "interpolate in Upsample.forward: only mode",
+        "interpolate in Upsample.forward: only a factor that is a power of two",
     ),
     (
         lambda: nn.Upsample(scale_factor=(2, 4)),
         "channels first",
         ONLY,
-        "interpolate in Upsample.forward: only mode",
+        "interpolate in Upsample.forward: only a factor that is a power of two",
     ),
     (
         lambda: nn.Upsample(scale_factor=16),
         "channels first",
         ValueError,
-        "interpolate in Upsample.forward: packed features are [T, s*s, C] with s",
+        "interpolate in Upsample.forward: scale_factor must be a power of two",
     ),
     (lambda: nn.Flatten(), "channels first", ONLY, "flatten in Flatten.forward"),
 ]
@@ -308,7 +309,7 @@ def test_equal_masks_need_not_be_the_same_object():
 def test_the_innermost_module_is_named():
     class Inner(nn.Module):
         def helper(self, x):
-            return F.pad(x, (1, 1))
+            return F.pad(x, (1, 1), mode="circular")
 
         def forward(self, x):
             return self.helper(x)

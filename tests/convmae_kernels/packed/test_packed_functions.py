@@ -162,11 +162,12 @@ def test_max_pool_with_dilation():
 @pytest.mark.parametrize("include", [True, False])
 @pytest.mark.parametrize("kernel, stride, padding", POOLS)
 def test_avg_pool(kernel, stride, padding, include):
-    """The mean of what is visible, whatever `count_include_pad` says of the border."""
+    """The mean of what is visible, and of the zeros of the padding where they count."""
     module = nn.AvgPool2d(kernel, stride, padding, count_include_pad=include)
     images = make_map()
-    plain = nn.AvgPool2d(kernel, stride, padding)
-    expected = plain(hide(images, 0)) / plain(VISIBLE.double())
+    seen = F.pad(VISIBLE.double(), [padding] * 4, value=float(include))
+    expected = nn.AvgPool2d(kernel, stride, padding)(hide(images, 0))
+    expected = expected / F.avg_pool2d(seen, kernel, stride)
     assert_same(module(pack(hide(images))), expected)
 
 
