@@ -148,7 +148,15 @@ MAY_IMPORT = {  # what each module of the package may import from the package
     "packed.equivalence": [
         *("block_mask", "ops", "packed.map_like", "packed.masked_dense", "packed.packed"),
     ],
-    "packed.sparsify": ["block_mask", "packed.packed"],
+    "packed.padded": ["functional", "packed.map_like", "packed.packed"],
+    "packed.position_functions": ["zorder", "functional", "ops", "packed"],
+    "packed.masked_dense_positions": [
+        *("ops", "packed.map_like", "packed.masked_dense", "packed.refused"),
+    ],
+    "packed.rehearsal": ["block_mask", "zorder", "packed.map_like", "packed.packed"],
+    "packed.sparsify": [
+        *("block_mask", "ops", "packed.packed", "packed.rehearsal", "recording"),
+    ],
     "packed": ["packed"],
     "nn": ["block_mask", "functional", "ops", "packed", "recording"],
     "info": ["ops"],
