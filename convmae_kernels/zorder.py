@@ -25,14 +25,6 @@ def block_side(positions: int) -> int:
     )
 
 
-def zorder_index(row: int, column: int) -> int:
-    """The place in Z-order of a position of a block."""
-    bits = max(row, column).bit_length()
-    return sum(
-        (row >> bit & 1) << 2 * bit + 1 | (column >> bit & 1) << 2 * bit for bit in range(bits)
-    )
-
-
 def to_zorder(x: Tensor) -> Tensor:
     """`[..., s, s] -> [..., s*s]`: rows and columns of a block to its Z-order (`s` a power of two).
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes  # of counters and profilers
 
 from convmae_kernels.block_mask import BlockMask
 from convmae_kernels.packed.packed import Packed
@@ -58,7 +59,7 @@ def rehearse(model: nn.Module, shape: Sequence[int], mask: BlockMask) -> None:
         return
     numbers = random.getstate()
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.no_grad():
             where = torch.device("meta")
             visible = torch.empty(batch, gh, gw, dtype=torch.bool, device=where)
             index = torch.empty(mask.num_visible, dtype=torch.int64, device=where)

@@ -131,7 +131,7 @@ TRANSPOSED_WEIGHT = torch.zeros(4, 6, 2, 2)
         ({"weight": TRANSPOSED_WEIGHT.half()}, TypeError, "weight is torch.float16, but x is"),
         ({"weight": TRANSPOSED_WEIGHT[:3]}, ValueError, r"C_in=4, .* got \[3, 6, 2, 2\]"),
         (
-            {"weight": WEIGHT[:4]},
+            {"weight": WEIGHT[:4], "bias": None},
             ValueError,
             r"padding must keep .* must be 1, got padding=\(0, 0\)",
         ),
