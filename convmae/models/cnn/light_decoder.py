@@ -54,12 +54,14 @@ class LightDecoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Convolutions trunc-normal .02, transposed ones kaiming-normal of outputs, biases 0."""
+        if self.proj.weight.is_meta:  # PyTorch would import its compiler to draw nothing
+            return
         for module in self.modules():
             if isinstance(module, nn.ConvTranspose2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
     def forward(self, maps: Sequence[Tensor | None]) -> Tensor:

@@ -12,7 +12,7 @@ from convmae.models.cnn.light_decoder import LightDecoder
 from convmae.models.cnn.masked_cnn import MaskedCNN
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from convmae.models.tokens import HiddenPatches
     from convmae_kernels import BlockMask, Packed
@@ -121,18 +121,21 @@ class SparK(MaskedCNN):
 
     def _add_level(self, level: str, channels: int, width: int, norm: str) -> None:
         """Norm, projection and mask token of one map."""
-        self.densify_norms[level] = {
+        norms: dict[str, Callable[[int], nn.Module]] = {
             "bn": nn.BatchNorm2d,
             "ln": lambda c: LayerNorm2d(c, eps=1e-6),
             "none": lambda _: nn.Identity(),
-        }[norm](channels)
+        }
+        self.densify_norms[level] = norms[norm](channels)
         kernel = 1 if level == "0" else 3
         same = level == "0" and channels == width
         self.densify_projs[level] = (
             nn.Identity() if same else nn.Conv2d(channels, width, kernel, padding=kernel // 2)
         )
         token = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.mask_tokens[level] = nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+        if not token.is_meta:
+            nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+        self.mask_tokens[level] = token
 
     @property
     def network(self) -> nn.Module:
@@ -143,6 +146,10 @@ class SparK(MaskedCNN):
     def reference_parameter(self) -> nn.Parameter:
         """A parameter of the dtype and on the device that pictures must have."""
         return self.mask_tokens["0"]
+
+    def decoder_blocks(self) -> list[nn.Module]:
+        """The blocks of the decoder."""
+        return list(self.dense_decoder.dec)
 
     def densify(self, packed: Packed, level: str) -> Tensor:
         """`proj(norm(visible positions), the mask token at hidden ones)`, a dense map.
