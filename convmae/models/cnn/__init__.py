@@ -1,0 +1,1 @@
+"""Masked pretraining of convolutional networks on visible blocks, and their classifiers."""
