@@ -138,7 +138,7 @@ def project_with_token(
     with without_autocast(features):
         rows = torch.cat([features.flatten(0, 1), token.view(1, -1)])
         rows = linear(rows, weight.flatten(1), bias).to(dtype)
-    return rows[:-1].view(blocks, positions, -1), rows[-1]
+    return rows[:-1].view(blocks, positions, weight.shape[0]), rows[-1]
 
 
 def fill_with_token(features: Tensor, mask: BlockMask, token: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ def _by_taps(
     """
     features, token, weight, bias, dtype = _cast(features, token, weight, bias)
     with without_autocast(features):
-        if mask.density >= DENSE_FROM:
+        if mask.density >= DENSE_FROM or mask.num_blocks == 0:
             y = dense(fill_with_token(features, mask, token), weight, bias)
             return y.contiguous(memory_format=torch.channels_last).to(dtype)
         outside = token.new_zeros(1, token.shape[0])
@@ -242,7 +242,7 @@ class _AddProducts(torch.autograd.Function):
         if bias is not None:
             y += bias
         (batch, gh, gw), side = grid, taps.out_side
-        return y.view(batch, gh * side, gw * side, -1)
+        return y.view(batch, gh * side, gw * side, products.shape[2])
 
     @staticmethod
     def backward(ctx, grad):
@@ -263,9 +263,9 @@ class _CollectGradient(torch.autograd.Function):
         ctx.save_for_backward(table, block_index)
         ctx.grid, ctx.taps = grid, taps
         channels, token_row = grad.shape[3], block_index.shape[0] * taps.side**2
-        around = pad(grad, (0, 0, *(taps.margin,) * 4)).view(-1, channels)
+        around = pad(grad, (0, 0, *(taps.margin,) * 4)).flatten(0, 2)
         reached = pad(_reached(block_index, grid, taps), (0, 0, 0, 2))  # two rows to be written yet
-        products = around.index_select(0, reached.flatten()).view(-1, taps.products, channels)
+        products = around.index_select(0, reached.flatten()).unflatten(0, reached.shape)
         tap = table % taps.products
         met = grad.new_zeros(table.shape[0], taps.products)
         met.scatter_(1, tap.long(), (table // taps.products == token_row).to(grad.dtype))
@@ -315,8 +315,9 @@ def _table(mask: BlockMask, taps: _Taps) -> Tensor:
     if (token_row + 2) * taps.products < 2**31:
         numbers = numbers.int()
     (gh, gw), side = mask.grid, taps.out_side
-    numbers = numbers.view(mask.batch_size, gh, gw, side, side, step.shape[0] ** 2)
-    return numbers.transpose(2, 3).reshape(mask.num_blocks * side * side, -1)
+    sums = step.shape[0] ** 2
+    numbers = numbers.view(mask.batch_size, gh, gw, side, side, sums).transpose(2, 3)
+    return numbers.reshape(mask.num_blocks * side * side, sums)
 
 
 def _reached(block_index: Tensor, grid: tuple[int, int, int], taps: _Taps) -> Tensor:
