@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convmae.models.cnn.masked_cnn import MaskedCNN
+from convmae.models.cnn.visible_convolution import fill_with_token
 from convmae.models.tokens import take_tokens
 from convmae.models.trunk import check_positive
 
@@ -148,10 +149,7 @@ class FCMAE(MaskedCNN):
     def forward_decoder(self, images: Tensor, mask: BlockMask) -> Tensor:
         """`decoder(proj(coarsest map) at visible positions, the mask token at hidden ones)`."""
         (packed,) = self.forward_encoder(images, mask)
-        packed = self.proj(packed)
-        visible = mask.to_dense(self.patch_size // self.maps.stride)
-        token = self.mask_token.to(packed.dtype)
-        return self.decoder(torch.where(visible, packed.dense(), token))
+        return self.decoder(fill_with_token(self.proj(packed).features, mask, self.mask_token))
 
     def predict(
         self, images: Tensor, mask: BlockMask, hidden: HiddenPatches | None = None
