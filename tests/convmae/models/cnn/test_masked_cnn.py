@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+import convmae_kernels as ck
 from convmae import FCMAE, SparK
+from convmae.records.pictures import reconstruction_picture
 from convmae_kernels import BlockMask
 
 METHODS = (SparK, FCMAE)
@@ -284,6 +286,38 @@ def test_no_weight_decay():
         *(f"mask_tokens.{i}" for i in range(3)),
     }
     assert build(FCMAE, network).no_weight_decay() == {"encoder.stages.0.conv.weight"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast(method):
+    model, images = build(method), torch.randn(2, 3, 32, 48)
+    expected = model(images, mask=MASK, return_pred=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _, pred = model(images, mask=MASK, return_pred=True)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.loss.item(), 1e-2)
+    assert (pred.float() - expected.pred).abs().max() < 0.05 * expected.pred.abs().max()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_norms_of_many_processes():
+    """BatchNorm of network, densify and decoder becomes one that counts visible positions."""
+    model = build(SparK)
+    converted = ck.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    kinds = [type(m) for m in converted.modules() if "BatchNorm" in type(m).__name__]
+    assert len(kinds) == 4 + 3 + 8 and set(kinds) == {ck.nn.SyncBatchNorm}
+    assert converted.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_pictures_of_a_report(method):
+    pytest.importorskip("PIL")
+    model = build(method).train()
+    before = copy.deepcopy(model.state_dict())
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    picture = reconstruction_picture(model, images, 0.5, seed=0)
+    assert picture.size[0] > 4 * 48 and model.training
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 # -- blocks ---------------------------------------------------------------------------------------
