@@ -91,7 +91,8 @@ class FCMAE(MaskedCNN):
         img_size: height and width of the images, one number for squares; multiples of `mask_size`.
         in_chans: channels of the images.
         mask_ratio: share of hidden blocks; `int(L * (1 - mask_ratio))` of `L` stay visible.
-        mask_size: side of a block in pixels, by default the stride of the network: 32 mostly.
+        mask_size: side of a block in pixels, a multiple of the stride of the network, which is the
+            default: 32 mostly.
         decoder_width: channels of the decoder.
         decoder_depth: blocks of the decoder.
         norm_pix_loss: predict pixels normalised by the mean and deviation of their own block.
@@ -164,7 +165,8 @@ class FCMAE(MaskedCNN):
     def forward_decoder(self, images: Tensor, mask: BlockMask) -> Tensor:
         """`decoder(proj(coarsest map) at visible positions, the mask token at hidden ones)`."""
         (packed,) = self.forward_encoder(images, mask)
-        return self.decoder(fill_with_token(self.proj(packed).features, mask, self.mask_token))
+        projected = self.proj(packed)
+        return self.decoder(fill_with_token(projected.features, projected.mask, self.mask_token))
 
     def predict(
         self, images: Tensor, mask: BlockMask, hidden: HiddenPatches | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from convmae.models.cnn.encoder import FeatureMaps, check_blocks, find_maps
@@ -55,8 +56,11 @@ class MaskedCNN(MaskedImageModel):
             self.maps = self.maps.coarsest()
         self.patch_size = check_mask_size(mask_size, self.maps.stride)
         check_divides(self.img_size, self.patch_size, self.maps.stride)
+        # A block of packed features has 32 pixels a side at most; a larger one is some of them.
+        self.block_size = max(size for size in BLOCK_SIZES if self.patch_size % size == 0)
+        height, width = (n // self.block_size for n in self.img_size)
         self.unused_parameters = check_blocks(
-            encoder, self.maps, self.grid, self.patch_size, in_chans
+            encoder, self.maps, (height, width), self.block_size, in_chans
         )
         self.config = {
             "img_size": list(self.img_size),
@@ -80,6 +84,7 @@ class MaskedCNN(MaskedImageModel):
         """
         self.check_images(images)
         self.check_mask(images, mask)
+        mask = finer_mask(mask, self.patch_size // self.block_size)
         return self.maps.read(self.network, Packed.gather(images, mask))
 
     # -- training ---------------------------------------------------------------------------------
@@ -157,18 +162,35 @@ def check_mask_size(mask_size: int | None, stride: int) -> int:
     """The side of a block in pixels: `mask_size`, or the stride of the network.
 
     Raises:
-        ValueError: the stride does not divide it, or it is no size of a block.
+        ValueError: the stride does not divide it.
     """
     if mask_size is None:
         return stride
-    fitting = [size for size in BLOCK_SIZES if size >= stride]
-    if mask_size not in fitting:
+    if not isinstance(mask_size, int) or mask_size < 1 or mask_size % stride:
         raise ValueError(
-            f"mask_size must be {' or '.join(map(str, fitting))} pixels, a multiple of the "
-            f"stride {stride} of the network, got {mask_size!r}; smaller blocks need a network "
-            "that is cut (timm's features_only=True with out_indices, or output_stride)"
+            f"mask_size must be a multiple of the stride {stride} of the network, got "
+            f"{mask_size!r}; smaller blocks need a network that is cut (timm's features_only=True "
+            "with out_indices, or output_stride)"
         )
     return mask_size
+
+
+def finer_mask(mask: BlockMask, times: int) -> BlockMask:
+    """The same mask on a grid of blocks that are `times` smaller, a side."""
+    if times == 1:
+        return mask
+    (gh, gw), many = mask.grid, times**2
+    visible = mask.to_dense(times)[:, 0]
+    place = mask.block_index % (gh * gw)
+    first = mask.image_index * gh * gw * many + place // gw * gw * many + place % gw * times
+    step = torch.arange(times, device=mask.device)
+    within = (step.unsqueeze(1) * gw * times + step).flatten()
+    index = (first.unsqueeze(1) + within).flatten().sort().values
+    extremes = None
+    if mask.knows_numbers:
+        extremes = mask.min_per_image * many, mask.max_per_image * many
+    same = mask.visible_per_image
+    return BlockMask(visible, index, None if same is None else same * many, extremes)
 
 
 def check_divides(img_size: tuple[int, int], mask_size: int, stride: int) -> None:

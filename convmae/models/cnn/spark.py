@@ -50,7 +50,8 @@ class SparK(MaskedCNN):
         img_size: height and width of the images, one number for squares; multiples of `mask_size`.
         in_chans: channels of the images.
         mask_ratio: share of hidden blocks; `round(L * (1 - mask_ratio))` of `L` stay visible.
-        mask_size: side of a block in pixels, by default the stride of the network: 32 mostly.
+        mask_size: side of a block in pixels, a multiple of the stride of the network, which is the
+            default: 32 mostly.
         decoder_width: channels of the decoder at its coarsest map. The decoder is most of the cost:
             512 halves it, 256 divides it by 9.
         norm_pix_loss: predict pixels normalised by the mean and deviation of their own block.

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 import convmae_kernels as ck
 from convmae import FCMAE, SparK
+from convmae.models.cnn.masked_cnn import finer_mask
 from convmae.records.pictures import reconstruction_picture
 from convmae_kernels import BlockMask
 
@@ -183,19 +184,34 @@ def test_channels_and_rectangles(method, channels):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_blocks_larger_than_the_stride(method):
+@pytest.mark.parametrize("mask_size", [32, 48, 64])
+def test_blocks_larger_than_the_stride(method, mask_size):
     """They are groups of smaller blocks: the same mask at both sizes paints the same picture."""
-    small, large = build(method, img_size=64), build(method, img_size=64, mask_size=32)
+    size = (mask_size, 2 * mask_size)
+    small, large = build(method, img_size=size), build(method, img_size=size, mask_size=mask_size)
     large.load_state_dict(small.state_dict())
-    assert (small.patch_size, large.patch_size) == (16, 32) and large.grid == (2, 2)
-    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    coarse = mask_of([[1, 0], [0, 1]])
-    fine = BlockMask.from_visible(coarse.to_dense(2)[:, 0])
+    assert (small.patch_size, large.patch_size) == (16, mask_size) and large.grid == (1, 2)
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    coarse = mask_of([[1, 0]], [[0, 1]])
+    fine = BlockMask.from_visible(coarse.to_dense(mask_size // 16)[:, 0])
     painted = [
         model.double().unpatchify(model(images, mask=mask, return_pred=True).pred)
         for model, mask in ((small, fine), (large, coarse))
     ]
     torch.testing.assert_close(*painted)
+
+
+def test_a_finer_mask():
+    for mask in (
+        BlockMask.random(3, (2, 3), 0.5),
+        mask_of([[1, 0, 1], [1, 1, 0]], [[0, 0, 1]] * 2),
+    ):
+        found, expected = finer_mask(mask, 3), BlockMask.from_visible(mask.to_dense(3)[:, 0])
+        assert torch.equal(found.visible, expected.visible)
+        assert torch.equal(found.block_index, expected.block_index)
+        assert found.visible_per_image == expected.visible_per_image
+        assert found.max_per_image == expected.max_per_image
+    assert finer_mask(mask, 1) is mask
 
 
 @pytest.mark.parametrize("kind", [list, tuple, dict])
@@ -408,8 +424,8 @@ def pooled(*sizes):
             r"Pyramid cannot run on visible blocks alone: flip in Pyramid.forward",
         ),
         (pooled(4, 8), {"img_size": 36}, r"map of 4 x 4 of 36 x 36"),
-        (pooled(4, 8), {"mask_size": 4}, r"mask_size must be 8 or 16 or 32 .* stride 8 .* got 4;"),
-        (pooled(4, 8), {"mask_size": 24}, r"mask_size must be 8 or 16 or 32 .* got 24"),
+        (pooled(4, 8), {"mask_size": 4}, r"mask_size must be a multiple of the stride 8 .* got 4;"),
+        (pooled(4, 8), {"mask_size": 12}, r"mask_size must be a multiple of the stride 8 .* 12"),
         (
             pooled(4, 8),
             {"img_size": (32, 40), "mask_size": 16},
