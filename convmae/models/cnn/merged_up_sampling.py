@@ -217,9 +217,11 @@ class _Assemble(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, top, bottom, left, right):
-        batch, channels, height, width = y.shape[0], y.shape[1] // 4, *y.shape[2:]
+        batch, groups, height, width = y.shape
+        channels = groups // 4
         maps = y.view(batch, 2, 2, channels, height, width)
-        maps = maps.permute(0, 4, 1, 5, 2, 3).contiguous()  # [B, H, 2, W, 2, C]
+        maps = maps.permute(0, 4, 1, 5, 2, 3)  # [B, H, 2, W, 2, C]
+        maps = maps.clone(memory_format=torch.contiguous_format)
         maps = maps.view(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
         maps[:, :, 0] -= top
         maps[:, :, -1] -= bottom
