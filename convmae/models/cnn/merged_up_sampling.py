@@ -163,10 +163,11 @@ class _Compose(torch.autograd.Function):
         first, second = _first_matrix(up_weight), _second_matrices(conv_weight)
         wide = torch.promote_types(first.dtype, torch.float32)
         grad_first, grad_second = torch.zeros_like(first, dtype=wide), []
-        for i, j in SECOND_TAPS:
-            part = grad[:, 2 - i : 6 - i, 2 - j : 6 - j].flatten(1)  # [C_out, 16 * C_in]
-            grad_first += second[i, j].t() @ part
-            grad_second.append(part @ first.t())
+        with without_autocast(grad):
+            for i, j in SECOND_TAPS:
+                part = grad[:, 2 - i : 6 - i, 2 - j : 6 - j].flatten(1)  # [C_out, 16 * C_in]
+                grad_first += second[i, j].t() @ part
+                grad_second.append(part @ first.t())
         in_channels, mid_channels = up_weight.shape[:2]
         grad_up = grad_first.view(mid_channels, 4, 4, in_channels).permute(3, 0, 1, 2)
         return grad_up.to(grad.dtype), torch.stack(grad_second, dim=2).view_as(conv_weight)
@@ -217,9 +218,11 @@ class _Assemble(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, top, bottom, left, right):
-        batch, channels, height, width = y.shape[0], y.shape[1] // 4, *y.shape[2:]
+        batch, groups, height, width = y.shape
+        channels = groups // 4
         maps = y.view(batch, 2, 2, channels, height, width)
-        maps = maps.permute(0, 4, 1, 5, 2, 3).contiguous()  # [B, H, 2, W, 2, C]
+        maps = maps.permute(0, 4, 1, 5, 2, 3)  # [B, H, 2, W, 2, C]
+        maps = maps.clone(memory_format=torch.contiguous_format)
         maps = maps.view(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
         maps[:, :, 0] -= top
         maps[:, :, -1] -= bottom

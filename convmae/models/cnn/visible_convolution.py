@@ -269,7 +269,8 @@ class _CollectGradient(torch.autograd.Function):
         tap = table % taps.products
         met = grad.new_zeros(table.shape[0], taps.products)
         met.scatter_(1, tap.long(), (table // taps.products == token_row).to(grad.dtype))
-        products[token_row] = met.t() @ grad.reshape(-1, channels)
+        with without_autocast(grad):
+            products[token_row] = met.t() @ grad.reshape(-1, channels)
         products[token_row + 1] = 0
         return products
 

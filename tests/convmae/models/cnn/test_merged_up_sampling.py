@@ -98,7 +98,7 @@ def test_derivatives_by_finite_differences():
 def test_errors_are_those_of_the_pair(dtype, slow, monkeypatch):
     half = frozenset({torch.bfloat16, torch.float16})
     monkeypatch.setattr(arithmetic, "SLOW_ON_CPU", half if slow else frozenset())
-    inputs, grad = operands((5, 6), dtype, channels=(32, 32, 16))
+    inputs, grad = operands((5, 6), dtype, channels=(16, 16, 8))
     results = [
         value_and_grads(function, arguments, g)
         for function, arguments, g in (
@@ -112,11 +112,16 @@ def test_errors_are_those_of_the_pair(dtype, slow, monkeypatch):
         assert_within_budget(found, exact, plain, terms, name)
 
 
+@pytest.mark.parametrize("slow", [True, False], ids=["multiplied wider", "multiplied as it is"])
 @both_ways
-def test_autocast(function):
+def test_autocast(function, slow, monkeypatch):
+    half = frozenset({torch.bfloat16, torch.float16})
+    monkeypatch.setattr(arithmetic, "SLOW_ON_CPU", half if slow else frozenset())
     inputs, grad = operands((4, 3), torch.float32)
+    leaves = [x.requires_grad_() for x in inputs]
     with torch.autocast("cpu", torch.bfloat16):
-        found = value_and_grads(function, inputs, grad.bfloat16())
+        y = function(*leaves)
+    found = [y.detach(), *torch.autograd.grad(y, leaves, grad.bfloat16())]
     assert found[0].dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 for g in found[1:])
     expected = value_and_grads(function, [x.bfloat16() for x in inputs], grad.bfloat16())
