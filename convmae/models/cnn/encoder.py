@@ -122,7 +122,7 @@ def find_maps(
             f"encoder must return its maps finest first, got strides {strides}; expected for "
             "example [4, 8, 16, 32]"
         )
-    finest = min_stride or (2 if info is None else 4)
+    finest = max(min_stride or (2 if info is None else 4), 2)  # a map of stride 1 is a picture
     last = {stride: place for place, stride in enumerate(strides)}
     used = {s: place for s, place in last.items() if s >= finest} or {strides[-1]: len(strides) - 1}
     return replace(

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from convmae.models.cnn.light_decoder import LightDecoder, Projection, TokenMap
 from convmae.models.cnn.masked_cnn import MaskedCNN
+from convmae.models.trunk import check_positive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,6 +74,7 @@ class SparK(MaskedCNN):
     """
 
     mask_rounding = "round"
+    predicts_every_patch = True  # BatchNorm in the decoder takes all positions
 
     def __init__(
         self,
@@ -87,6 +89,8 @@ class SparK(MaskedCNN):
         densify_norm: str = "auto",
         min_stride: int | None = None,
     ) -> None:
+        if min_stride is not None:
+            check_positive("min_stride", min_stride)
         super().__init__(
             encoder, img_size, in_chans, mask_ratio, mask_size, norm_pix_loss, min_stride
         )
@@ -184,15 +188,13 @@ class SparK(MaskedCNN):
         painted = self._patches(self.forward_decoder(self.forward_encoder(images, mask)))
         return painted.reshape(images.shape[0], self.num_patches, -1)
 
-    predicts_every_patch = True  # BatchNorm in the decoder takes all positions
-
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, besides vectors: the mask tokens."""
         return super().no_weight_decay() | {f"mask_tokens.{level}" for level in self.mask_tokens}
 
 
 def _norm_kind(densify_norm: str, encoder: nn.Module) -> str:
-    """ "bn", "ln" or "none".
+    """The norm that is meant: bn, ln or none.
 
     Raises:
         ValueError: there is no such norm.

@@ -230,8 +230,9 @@ def test_a_scale_may_be_missing_and_the_finest_has_stride_2():
     model(torch.randn(2, 3, 32, 48), mask=MASK).loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
     assert all(g is not None and g.abs().max() > 0 for n, g in grads.items() if "tokens" in n)
-    finer = build(SparK, Network(returned=(0, 1, 3)), min_stride=4)
-    assert finer.maps.strides == (4, 16)
+    coarser = build(SparK, Network(returned=(0, 1, 3)), min_stride=4)
+    assert coarser.maps.strides == (4, 16)
+    assert build(SparK, pooled(1, 2, 4), min_stride=1).maps.strides == (2, 4)
 
 
 def test_fcmae_reads_the_coarsest_map_alone():

@@ -13,8 +13,10 @@ def create(name, method="spark", **options):
     return convmae.create_model(f"timm:{name}", method=method, **(given | options))
 
 
-@pytest.mark.parametrize("method", ["spark", "fcmae"])
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "mobilenetv3_small_050"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("resnet18", "spark"), ("convnext_atto", "fcmae"), ("mobilenetv3_small_050", "spark")],
+)
 def test_a_name_gives_the_network(name, method):
     model = create(name, method, in_chans=4)
     plain = timm.create_model(name, num_classes=0, in_chans=4)
