@@ -1,4 +1,4 @@
-"""The table of cases, by name. `cases` and `networks` fill it."""
+"""The table of cases, by name. `cases`, `networks` and `decoder` fill it."""
 
 from __future__ import annotations
 

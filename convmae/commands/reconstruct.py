@@ -29,7 +29,7 @@ from convmae.data.arrays import ARRAY_EXTENSION
 from convmae.data.errors import printable
 from convmae.data.formats.pillow import EXTENSIONS
 from convmae.data.open import open_files
-from convmae.models import ConvMAE
+from convmae.models import MaskedImageModel
 from convmae.models.adapt import DECODER
 from convmae.records.pictures import reconstruction_picture, save_picture
 from convmae.records.unreadable import NAMED_AT_MOST
@@ -95,12 +95,12 @@ def draw(config: ReconstructConfig) -> Drawn:
         weights = _read_weights(config)
         model = weights.build_model(device)
         statistics = weights.statistics
-    if not isinstance(model, ConvMAE):
+    if not isinstance(model, MaskedImageModel):
         raise OptionError(
             f"--checkpoint {config.checkpoint!r} is a {type(model).__name__}, which has no "
-            "decoder; expected a ConvMAE from convmae pretrain"
+            "decoder; expected a model from convmae pretrain"
         )
-    check_patches(config.mask_ratio, *model.img_size)
+    check_patches(config.mask_ratio, *model.img_size, model.patch_size, model.mask_rounding)
     reading, notes = config.reading.over(weights.reading)
     for note in notes:
         print(note, file=sys.stderr)

@@ -174,10 +174,20 @@ def check_mask_ratio(value: float) -> None:
         raise OptionError(f"--mask_ratio must be in [0, 1), got {value!r}")
 
 
-def check_patches(mask_ratio: float, height: int, width: int) -> None:
-    """Raises `OptionError` unless a picture of that size has visible and hidden patches."""
-    patches = (height // PATCH) * (width // PATCH)
-    visible = int(patches * (1 - mask_ratio))
+def check_patches(
+    mask_ratio: float, height: int, width: int, patch: int = PATCH, rounding: str = "floor"
+) -> None:
+    """Raises `OptionError` unless a picture of that size has visible and hidden patches.
+
+    Args:
+        mask_ratio: share of hidden patches.
+        height, width: of the picture.
+        patch: side of a patch.
+        rounding: as in `BlockMask.from_noise`.
+    """
+    patches = (height // patch) * (width // patch)
+    share = patches * (1 - mask_ratio)
+    visible = round(share) if rounding == "round" else int(share)
     if visible in (0, patches):
         what = "visible" if visible == 0 else "hidden"
         raise OptionError(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image as PILImage
     from torch import Tensor
 
-    from convmae.models import ConvMAE
+    from convmae.models import MaskedImageModel
 
 CELL = 176  # pixels a side that a small picture is enlarged to, at least
 GAP = 6
@@ -33,7 +33,7 @@ NORM_PIX_NOTE = "norm_pix_loss: hidden patches take mean and deviation from the 
 
 @torch.no_grad()
 def reconstruction_picture(
-    model: ConvMAE,
+    model: MaskedImageModel,
     images: Tensor,
     mask_ratio: float,
     seed: int,
@@ -49,7 +49,7 @@ def reconstruction_picture(
     A note in the picture says which channels were drawn, and whether stretched.
 
     Args:
-        model: a ConvMAE; left in the mode (training or not) it was in.
+        model: a ConvMAE, SparK or FCMAE; left in the mode (training or not) it was in.
         images: uint8, uint16 or floating `[N, C, H, W]`, as stored.
         mask_ratio: share of the patches that is hidden, in `(0, 1)`.
         seed: of the masks.
