@@ -108,6 +108,12 @@ class PretrainConfig(RunConfig):
         return 1 if self.of_timm else super().size_unit
 
     @property
+    def share_hidden(self) -> float:
+        """`mask_ratio`, or that of the method."""
+        given = self.mask_ratio
+        return self.filled().mask_ratio or 0.0 if given is None else given
+
+    @property
     def betas(self) -> tuple[float, float]:
         """`opt_betas`, or those of all methods."""
         return BETAS if self.opt_betas is None else self.opt_betas
@@ -144,11 +150,11 @@ class PretrainConfig(RunConfig):
         if self.init is not None:
             check_text("init", self.init)
         self.check_adapting("init")
-        check_mask_ratio(filled.mask_ratio)
+        check_mask_ratio(self.share_hidden)
         filled._check_of_methods()
         self._check_optimizer()
         if not self.of_timm:
-            check_patches(filled.mask_ratio, *self.size)
+            check_patches(self.share_hidden, *self.size)
 
     def _check_of_methods(self) -> None:
         """Checks what only some methods take; of options that are filled."""

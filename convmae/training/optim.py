@@ -32,7 +32,7 @@ def decay_groups(model: nn.Module, weight_decay: float, undecayed: Collection[st
     """
     from timm.optim import param_groups_weight_decay
 
-    return param_groups_weight_decay(model, weight_decay, undecayed)
+    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=undecayed)
 
 
 def layer_decay_groups(model: Any, weight_decay: float, layer_decay: float) -> Groups:
