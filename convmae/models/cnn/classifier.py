@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +10,11 @@ from torch import Tensor, nn
 from convmae.models.layers import TOKEN_EPS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 PREFIX = "timm:"
 POOLS = ("avg", "max", "avgmax", "catavgmax")  # timm's names
+_CLASSES: dict[type[nn.Module], type[TimmClassifier]] = {}  # by the classes of timm
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -37,6 +35,11 @@ class TimmClassifier(nn.Module):
     in_chans: int
     num_classes: int
     features_stay = False  # whether only the classifier learns
+    if TYPE_CHECKING:  # methods of timm's classes
+        get_classifier: Any
+        forward_features: Any
+        forward_head: Any
+        forward_intermediates: Any
 
     @property
     def head_prefix(self) -> str:
@@ -110,7 +113,7 @@ class TimmClassifier(nn.Module):
         return self.forward_intermediates(images, intermediates_only=True)
 
     def __reduce__(self) -> Any:
-        return _restore, (type(self).__mro__[2],), self.__dict__
+        return _restore, (type(self).__mro__[2],), self.__getstate__()
 
 
 def _restore(of_timm: type[nn.Module]) -> nn.Module:
@@ -119,10 +122,12 @@ def _restore(of_timm: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
-@cache
 def _class_of(of_timm: type[nn.Module]) -> type[TimmClassifier]:
     """A class of timm's network that has the methods of `TimmClassifier` too."""
-    return type(of_timm.__name__, (TimmClassifier, of_timm), {"__module__": __name__})
+    if of_timm not in _CLASSES:
+        both = (TimmClassifier, of_timm)
+        _CLASSES[of_timm] = type(of_timm.__name__, both, {"__module__": __name__})
+    return _CLASSES[of_timm]
 
 
 def create_classifier(
@@ -193,10 +198,10 @@ def create_classifier(
 
 
 def has_drop_path(name: str) -> bool:
-    """Whether a network of timm takes a rate of stochastic depth.
+    """Whether a network of timm takes a rate of stochastic depth; True if there is no such network.
 
     Args:
-        name: with or without `timm:`; timm must have it.
+        name: with or without `timm:`.
     """
     import timm
 
@@ -205,6 +210,8 @@ def has_drop_path(name: str) -> bool:
             timm.create_model(name.removeprefix(PREFIX), num_classes=0, drop_path_rate=0.1)
     except TypeError as error:
         return "drop_path_rate" not in str(error)
+    except (RuntimeError, ValueError, AssertionError):  # `create_classifier` says what is wrong
+        return True
     return True
 
 
