@@ -257,7 +257,10 @@ def _prepare_model(model: Any, config: RunConfig, world: World) -> None:
     """Device, checkpointing of activations, compilation: before the model is spread."""
     model.to(world.device).train()
     if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)
+        try:
+            model.set_grad_checkpointing(True)
+        except ValueError as error:
+            raise OptionError(f"--grad_checkpointing: {error}") from error
     mode = config.torchcompile
     if mode is None:
         return
