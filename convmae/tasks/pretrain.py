@@ -81,7 +81,8 @@ class Pretraining(Task):
             model, notes = _convmae(config, source), []
         return model, full_name(config.model), notes + self._start(model, config)
 
-    def _network(self, config: PretrainConfig, source: Source) -> tuple[Any, list[str]]:
+    @staticmethod
+    def _network(config: PretrainConfig, source: Source) -> tuple[Any, list[str]]:
         """A network of timm with the decoder of its method, tried on pictures without values."""
         options: dict[str, Any] = {
             "method": config.method,
@@ -104,20 +105,15 @@ class Pretraining(Task):
         model.mask_rounding = twin.mask_rounding = config.mask_rounding
         side, rounding = model.patch_size, model.mask_rounding
         check_patches(config.share_hidden, *config.size, side, rounding)
-        shared = self.world is not None and self.world.parallel and config.sync_bn is not False
-        pictures = config.batch_size * (self.world.size if shared and self.world else 1)
-        unused = set(try_step(twin, pictures, config))
-        for name, parameter in model.named_parameters():
-            if name in unused:
-                parameter.requires_grad_(False)
+        try_step(twin, config)
         notes = [
             f"method {config.method}: blocks of {side} x {side} pixels, of which "
             f"{visible_blocks(model)} of {model.num_patches} stay visible"
         ]
-        if unused:
+        if model.unused_parameters:
             notes.append(
-                f"note: nothing that is learnt depends on {few(sorted(unused))}: frozen, as they "
-                "were drawn"
+                f"note: no map depends on {few(model.unused_parameters)}: they stay as they were "
+                "drawn"
             )
         return model, notes
 
@@ -203,9 +199,11 @@ def _refusals(config: PretrainConfig) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        message = str(error)
+        message = str(error).removeprefix(f"{config.model}: ")
         argument = message.split(maxsplit=1)[0] if message.strip() else ""
         option = FLAGS.get(argument, argument)
         if option in {field.name for field in dataclasses.fields(config)}:
             raise OptionError(f"--{option}: {message}") from error
+        if any(n % 32 for n in config.size) and "a map of" in message:
+            message += "; --input_size must be multiples of 32 pixels for most networks"
         raise OptionError(f"--model {config.model!r}: {message}") from error

@@ -73,7 +73,7 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     steps_per_epoch = _steps_per_epoch(config, source, world)
     torch.manual_seed(config.seed)
     task.transform(config).check(source.channels, source.dtype)
-    task.resumed, task.world = resume, world
+    task.resumed = resume
     model, name, model_notes = task.build(config, source)
     stored = None if saved is None else saved[0].pictures
     statistics, origin = _statistics(config, task, source, world, stored)

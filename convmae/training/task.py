@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from convmae.data import Batch, Source, Statistics
     from convmae.data.classes import ClassNames
     from convmae.records.log import RunLog
-    from convmae.training.distributed import World
     from convmae.training.state import Run
     from convmae.weights.checkpoint import Weights
 
@@ -29,7 +28,6 @@ class Task(ABC):
     reading = ReadOptions()  # how pictures are read; set before `build`
     classes: ClassNames | None = None  # names of what the model tells apart, in their order
     resumed: Path | None = None  # the checkpoint folder that the run goes on from
-    world: World | None = None  # the processes of the run; set before `build`
 
     @abstractmethod
     def transform(self, config: Any) -> Any:

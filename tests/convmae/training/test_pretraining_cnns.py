@@ -75,7 +75,7 @@ BAD = {
     "mask_rounding must be one of floor, round, got 'up'": {"mask_rounding": "up"},
     "has no network 'test_resent'; did you mean timm:test_resnet": {"model": "timm:test_resent"},
     "timm:test_vit": {"model": "timm:test_vit"},
-    "input_size: ": {"input_size": (64, 100)},
+    "input_size must be multiples of 32": {"input_size": (64, 100)},
     "mask_size must be": {"mask_size": 16},
     "mask_ratio 0.1 leaves no patch hidden of the 6": {
         "mask_ratio": 0.05,
@@ -193,7 +193,9 @@ def test_interrupted_and_resumed_is_the_same_run(
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
     assert same(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"))
     norms = [name for name in tensors(tmp_path / "whole") if name.endswith("running_mean")]
-    assert bool(norms) == (given.get("model") != CONVNEXT or "spark" not in given["method"]) or norms
+    assert (
+        bool(norms) == (given.get("model") != CONVNEXT or "spark" not in given["method"]) or norms
+    )
     optimizers = [read_training_state(tmp_path / n)[1]["optimizer"] for n in ("parts", "whole")]
     assert optimizers[0]["state"].keys() == optimizers[1]["state"].keys()
 
