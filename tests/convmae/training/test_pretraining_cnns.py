@@ -1,4 +1,4 @@
-"""`convmae pretrain --model timm:NAME`: options, refusals, the same run in pieces, what it leaves."""
+"""`convmae pretrain --model timm:NAME`: options, refusals, a run in pieces, what it leaves."""
 
 from __future__ import annotations
 
@@ -192,10 +192,6 @@ def test_interrupted_and_resumed_is_the_same_run(
     assert len(curve(tmp_path / "whole")) == 6
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
     assert same(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"))
-    norms = [name for name in tensors(tmp_path / "whole") if name.endswith("running_mean")]
-    assert (
-        bool(norms) == (given.get("model") != CONVNEXT or "spark" not in given["method"]) or norms
-    )
     optimizers = [read_training_state(tmp_path / n)[1]["optimizer"] for n in ("parts", "whole")]
     assert optimizers[0]["state"].keys() == optimizers[1]["state"].keys()
 
