@@ -198,7 +198,7 @@ def _refusals(config: PretrainConfig) -> Iterator[None]:
     """Turns what a network of timm is refused for into an `OptionError` that names the option."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ModuleNotFoundError) as error:
         message = str(error).removeprefix(f"{config.model}: ")
         argument = message.split(maxsplit=1)[0] if message.strip() else ""
         option = FLAGS.get(argument, argument)
