@@ -1,8 +1,7 @@
-"""Masked pretraining of any convolutional network of timm, hidden blocks skipped.
+"""Masked pretraining of any convolutional network of timm in a loop of one's own.
 
-The encoder, unmodified, sees the visible blocks of 32 x 32 pixels only. A small decoder gets its
-feature maps, a learnt vector in every hidden position, coarsest first, and predicts
-the hidden pixels, each block normalised by its own mean and deviation (as SparK does).
+The network, unmodified, sees the visible blocks of 32 x 32 pixels only; SparK's decoder predicts
+the hidden ones. `convmae pretrain --model timm:resnet50` has all that a long run needs besides.
 
     python examples/masked_pretrain_cnn.py --model resnet50 --data_path my_pictures --steps 10000
 """
@@ -14,66 +13,9 @@ import time
 
 import timm
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-import convmae_kernels as ck
+from convmae import SparK
 from convmae.data import PretrainTransform, normalise, open_source
-
-BLOCK = 32  # pixels
-
-
-class Decoder(nn.Module):
-    """Feature maps of the visible blocks, finest first, to the pixels of all blocks."""
-
-    def __init__(self, channels: list[int], reductions: list[int], width: int) -> None:
-        super().__init__()
-        self.reductions = reductions
-        self.tokens = nn.ParameterList(torch.zeros(1, c, 1, 1) for c in channels)
-        self.inputs = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
-        self.mixes = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU6())
-            for _ in channels
-        )
-        self.pixels = nn.Conv2d(width, 3 * reductions[0] ** 2, 1)
-
-    def forward(self, maps: list[ck.Packed]) -> Tensor:
-        x: Tensor | None = None
-        for i in reversed(range(len(maps))):
-            visible = maps[i].mask.to_dense(BLOCK // self.reductions[i])
-            level = self.inputs[i](torch.where(visible, maps[i].dense(), self.tokens[i]))
-            if x is not None:
-                level = level + F.interpolate(x, size=level.shape[2:], mode="nearest")
-            x = self.mixes[i](level)
-        return F.pixel_shuffle(self.pixels(x), self.reductions[0])
-
-
-class MaskedPretraining(nn.Module):
-    """The encoder on visible blocks, the decoder, and the loss of the hidden blocks."""
-
-    def __init__(self, name: str, width: int = 128) -> None:
-        super().__init__()
-        encoder = timm.create_model(name, pretrained=False, features_only=True)
-        info = encoder.feature_info
-        reductions, channels = info.reduction(), info.channels()
-        used = [i for i, r in enumerate(reductions) if 4 <= r <= BLOCK]
-        self.used = used
-        self.encoder = ck.sparsify(encoder)
-        self.decoder = Decoder([channels[i] for i in used], [reductions[i] for i in used], width)
-
-    def forward(self, images: Tensor, mask: ck.BlockMask) -> Tensor:
-        maps = self.encoder(images, mask)
-        predicted = blocks(self.decoder([maps[i] for i in self.used]))
-        target = blocks(images)
-        variance, mean = torch.var_mean(target, dim=2, keepdim=True)
-        errors = (predicted - (target - mean) / (variance + 1e-6).sqrt()).square().mean(dim=2)
-        hidden = ~mask.visible.flatten(1)
-        return (errors * hidden).sum() / hidden.sum()
-
-
-def blocks(images: Tensor) -> Tensor:
-    """`[B, C, gh * 32, gw * 32] -> [B, gh * gw, 32 * 32 * C]`."""
-    return F.unfold(images, BLOCK, stride=BLOCK).transpose(1, 2)
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
@@ -84,25 +26,30 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--img_size", type=int, default=96, help="side in pixels; 32 divides it")
     parser.add_argument("--mask_ratio", type=float, default=0.6, help="share of hidden blocks")
+    parser.add_argument("--decoder_width", type=int, default=128, help="768 in SparK's paper")
     parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW, after the warm-up")
     parser.add_argument("--output", help="the encoder's state dict for timm is written here")
     args = parser.parse_args(arguments)
-    if args.img_size % BLOCK:
-        parser.error(f"--img_size must be a multiple of {BLOCK}, got {args.img_size}")
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    transform = PretrainTransform((args.img_size, args.img_size), min_crop=0.5)
-    source = open_source(args.data_path)
-    model = MaskedPretraining(args.model).to(device)
+    network = timm.create_model(args.model, num_classes=0)
+    try:
+        model = SparK(
+            network,
+            img_size=args.img_size,
+            mask_ratio=args.mask_ratio,
+            decoder_width=args.decoder_width,
+        ).to(device)
+    except ValueError as error:
+        parser.error(str(error))
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.04)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
-    grid = (args.img_size // BLOCK,) * 2
+    transform = PretrainTransform(model.img_size, min_crop=0.67)
+    source = open_source(args.data_path)
     losses, start = [], time.perf_counter()
     for step, batch in enumerate(source.batches(transform, args.batch_size, 0, args.steps)):
-        images = normalise(batch.images.to(device))
-        mask = ck.BlockMask.random(args.batch_size, grid, args.mask_ratio, device=device)
-        loss = model(images, mask)
+        loss = model(normalise(batch.images.to(device))).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -112,7 +59,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
             rate = (step + 1) * args.batch_size / (time.perf_counter() - start)
             print(f"step {step + 1}/{args.steps}  loss {losses[-1]:.4f}  {rate:.1f} images/s")
     if args.output:
-        torch.save(model.encoder.model.state_dict(), args.output)
+        torch.save(network.state_dict(), args.output)
         print(f"wrote {args.output}")
     return losses
 

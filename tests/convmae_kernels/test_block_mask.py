@@ -386,3 +386,25 @@ def test_other_bad_arguments():
         ck.BlockMask.from_ids(good, 12)
     with pytest.raises(ValueError, match="radius must not be negative, got -1"):
         make_mask("one").neighbours(-1)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "ratio", "floor", "rounded"),
+    [(49, 0.6, 19, 20), (9, 0.6, 3, 4), (64, 0.6, 25, 26), (16, 0.6, 6, 6), (10, 0.75, 2, 2)],
+)
+def test_rounding(blocks, ratio, floor, rounded):
+    """As MAE and as SparK round; 2.5 is half between, and goes to the even number."""
+    noise = torch.rand(2, blocks)
+    for rounding, kept in (("floor", floor), ("round", rounded)):
+        mask = ck.BlockMask.from_noise(noise, (1, blocks), ratio, rounding)
+        assert mask.visible_per_image == kept
+        order = noise.argsort(dim=1)[:, :kept].sort(dim=1).values
+        assert torch.equal(mask.visible[:, 0].nonzero()[:, 1].view(2, kept), order)
+        drawn = ck.BlockMask.random(2, (1, blocks), ratio, rounding=rounding)
+        assert drawn.visible_per_image == kept
+    assert ck.BlockMask.from_noise(noise, (1, blocks), ratio).visible_per_image == floor
+
+
+def test_an_unknown_rounding():
+    with pytest.raises(ValueError, match='rounding must be "floor" or "round", got .ceil.'):
+        ck.BlockMask.from_noise(torch.rand(1, 4), (2, 2), 0.5, "ceil")

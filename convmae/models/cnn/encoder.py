@@ -150,7 +150,7 @@ def _dry_run(
         except Exception as error:
             raise ValueError(
                 f"encoder {type(network).__name__} cannot take pictures of {in_chans} channels and "
-                f"{img_size[0]} x {img_size[1]} pixels: {error}"
+                f"{img_size[0]} x {img_size[1]} pixels: {str(error) or type(error).__name__}"
             ) from error
 
 

@@ -61,6 +61,21 @@ class ConvNeXtV2Block(nn.Module):
         return x + y.permute(0, 3, 1, 2)
 
 
+class PixelPrediction(nn.Conv2d):
+    """A 1 x 1 convolution of positions that need not be a map: `[..., C] -> [..., pixels]`.
+
+    Args:
+        channels: of a position.
+        pixels: numbers that are predicted for it.
+    """
+
+    def __init__(self, channels: int, pixels: int) -> None:
+        super().__init__(channels, pixels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
 class FCMAE(MaskedCNN):
     """`loss = mse(pred(decoder(encoder(visible blocks))), hidden blocks)`: FCMAE, any network.
 
@@ -117,7 +132,7 @@ class FCMAE(MaskedCNN):
         self.proj = nn.Conv2d(self.maps.channels[-1], width, 1)
         self.mask_token = nn.Parameter(torch.zeros(1, width, 1, 1))
         self.decoder = nn.Sequential(*(ConvNeXtV2Block(width) for _ in range(decoder_depth)))
-        self.pred = nn.Conv2d(width, self.maps.stride**2 * in_chans, 1)
+        self.pred = PixelPrediction(width, self.maps.stride**2 * in_chans)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -162,7 +177,6 @@ class FCMAE(MaskedCNN):
         x = x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [N, L, t * t * D]
         if hidden is not None:
             x = take_tokens(x, hidden.patches)
-        x = x.unflatten(2, (times, times, -1))
-        pred = F.linear(x, self.pred.weight.flatten(1), self.pred.bias)
+        pred = self.pred(x.unflatten(2, (times, times, -1)))
         pixels = pred.unflatten(4, (stride, stride, self.in_chans))  # [N, L, t, t, s, s, C]
         return pixels.transpose(3, 4).flatten(2)

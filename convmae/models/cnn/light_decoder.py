@@ -84,12 +84,12 @@ class UNetBlock(nn.Module):
         )
 
     def forward(self, x: Tensor | TokenMap) -> Tensor:
-        up, (first, *rest) = self.up_sample, self.conv
+        weight, bias, (first, *others) = self.up_sample.weight, self.up_sample.bias, self.conv
         if isinstance(x, TokenMap):
-            y = first(up_sample_with_token(*x, up.weight, up.bias))
+            y = first(up_sample_with_token(*x, weight, bias))
         else:
-            y = up_sample_and_convolve(x, up.weight, up.bias, first.weight)
-        for layer in rest:
+            y = up_sample_and_convolve(x, weight, bias, first.get_parameter("weight"))
+        for layer in others:
             y = layer(y)
         return y
 

@@ -161,14 +161,15 @@ class _Compose(torch.autograd.Function):
     def backward(ctx, grad):
         up_weight, conv_weight = ctx.saved_tensors
         first, second = _first_matrix(up_weight), _second_matrices(conv_weight)
-        grad_first, grad_second = torch.zeros_like(first), []
+        wide = torch.promote_types(first.dtype, torch.float32)
+        grad_first, grad_second = torch.zeros_like(first, dtype=wide), []
         for i, j in SECOND_TAPS:
             part = grad[:, 2 - i : 6 - i, 2 - j : 6 - j].flatten(1)  # [C_out, 16 * C_in]
-            grad_first = torch.addmm(grad_first, second[i, j].t(), part)
+            grad_first += second[i, j].t() @ part
             grad_second.append(part @ first.t())
         in_channels, mid_channels = up_weight.shape[:2]
         grad_up = grad_first.view(mid_channels, 4, 4, in_channels).permute(3, 0, 1, 2)
-        return grad_up, torch.stack(grad_second, dim=2).view_as(conv_weight)
+        return grad_up.to(grad.dtype), torch.stack(grad_second, dim=2).view_as(conv_weight)
 
 
 SECOND_TAPS = tuple((i, j) for i in range(3) for j in range(3))

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+import convmae_kernels as ck
 from convmae import FCMAE, SparK
+from convmae.records.pictures import reconstruction_picture
 from convmae_kernels import BlockMask
 
 METHODS = (SparK, FCMAE)
@@ -113,7 +115,6 @@ def test_fcmae_predicts_what_its_parts_say():
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
     images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
-    coarsest = model.network(images * MASK.to_dense(16))[-1]  # of the mask: see below
     coarsest = model.forward_encoder(images, MASK)[0].dense()
     x = torch.einsum("nchw,dc->nhwd", coarsest, model.proj.weight[:, :, 0, 0]) + model.proj.bias
     x = torch.where(MASK.visible[..., None], x, model.mask_token.flatten())
@@ -127,6 +128,41 @@ def test_fcmae_predicts_what_its_parts_say():
     expected = torch.einsum("nhwd,ed->nhwe", x, model.pred.weight[:, :, 0, 0]) + model.pred.bias
     pred = model(images, mask=MASK, return_pred=True).pred
     torch.testing.assert_close(pred, expected.flatten(1, 2))
+
+
+def plain_pictures(model, images, mask):
+    """What SparK paints, written out with PyTorch's dense modules; of a network of four scales."""
+    maps = model.forward_encoder(images, mask)
+    x = 0.0
+    for level, block in enumerate(model.dense_decoder.dec):
+        if str(level) in model.mask_tokens:
+            key, packed = str(level), maps[-1 - level]
+            visible = mask.to_dense(packed.shape[2] // mask.grid[0])
+            normed = model.densify_norms[key](packed).dense()
+            filled = torch.where(visible, normed, model.mask_tokens[key])
+            projection = model.densify_projs[key]
+            if not isinstance(projection, nn.Identity):
+                padding = projection.kernel_size[0] // 2
+                filled = F.conv2d(filled, projection.weight, projection.bias, padding=padding)
+            x = x + filled
+        x = block.conv(block.up_sample(x))
+    return model.dense_decoder.proj(x)
+
+
+@pytest.mark.parametrize("width", [32, 64])  # with an identity as projection, and without
+def test_spark_paints_what_its_modules_say(width):
+    model = build(SparK, decoder_width=width).double()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    mask = mask_of([[1, 0, 0], [0, 0, 0]], [[1, 0, 1], [1, 1, 0]])
+    gradients = []
+    for paint in (plain_pictures, lambda m, x, mask: m.forward_decoder(m.forward_encoder(x, mask))):
+        model.zero_grad()
+        painted = paint(model, images, mask)
+        painted.square().mean().backward()
+        gradients.append([painted.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
 # -- pictures, scales -----------------------------------------------------------------------------
@@ -227,6 +263,7 @@ def test_building_touches_nothing(method):
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
 
 
+@torch.no_grad()
 def test_initialisation():
     model = build(SparK, decoder_width=256)
     up = model.dense_decoder.dec[0].up_sample
@@ -249,6 +286,38 @@ def test_no_weight_decay():
         *(f"mask_tokens.{i}" for i in range(3)),
     }
     assert build(FCMAE, network).no_weight_decay() == {"encoder.stages.0.conv.weight"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast(method):
+    model, images = build(method), torch.randn(2, 3, 32, 48)
+    expected = model(images, mask=MASK, return_pred=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _, pred = model(images, mask=MASK, return_pred=True)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.loss.item(), 1e-2)
+    assert (pred.float() - expected.pred).abs().max() < 0.05 * expected.pred.abs().max()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_norms_of_many_processes():
+    """BatchNorm of network, densify and decoder becomes one that counts visible positions."""
+    model = build(SparK)
+    converted = ck.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    kinds = [type(m) for m in converted.modules() if "BatchNorm" in type(m).__name__]
+    assert len(kinds) == 4 + 3 + 8 and set(kinds) == {ck.nn.SyncBatchNorm}
+    assert converted.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_pictures_of_a_report(method):
+    pytest.importorskip("PIL")
+    model = build(method).train()
+    before = copy.deepcopy(model.state_dict())
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    picture = reconstruction_picture(model, images, 0.5, seed=0)
+    assert picture.size[0] > 4 * 48 and model.training
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 # -- blocks ---------------------------------------------------------------------------------------
@@ -283,9 +352,11 @@ def test_checkpointed_blocks_give_the_same_numbers(method):
     torch.testing.assert_close(step(copied, images), expected)  # a copy has its own blocks
 
 
-@pytest.mark.parametrize(("method", "blocks"), [(SparK, 4 + 4), (FCMAE, 4 + 1)])
+@pytest.mark.parametrize(("method", "blocks"), [(SparK, 2 + 2), (FCMAE, 2 + 1)])
 def test_compiled_blocks_give_the_same_numbers(method, blocks):
-    model, images = build(method).double(), torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    network = Network(stages=2, returned=(0, 1))
+    model = build(method, network, mask_size=16).double()
+    images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
     other = copy.deepcopy(model)
     counter = CompileCounter()
     torch.compiler.reset()
