@@ -13,6 +13,7 @@ import convmae
 from convmae import OptionError, PretrainConfig, pretrain
 from convmae.commands.reconstruct import reconstruct
 from convmae.config import ReconstructConfig
+from convmae.models.cnn import MaskedCNN
 from convmae.training.optim import clips_by_itself, lamb, make_scheduler, sgd
 from convmae.weights.checkpoint import open_weights, read_training_state
 from tests.support.training_runs import curve, folder_of, interrupt_after, options, same, tensors
@@ -230,8 +231,6 @@ def test_a_number_of_visible_blocks_rounded_otherwise(pictures: Path, tmp_path: 
         given = {"mask_ratio": 0.55, "mask_rounding": rounding, "epochs": 1}
         pretrain(cnn(pictures, tmp_path / rounding, **given))
         losses[rounding] = [point[2] for point in curve(tmp_path / rounding)]
-        log = (tmp_path / rounding / "log.txt").read_text()
-        assert log
     assert losses["floor"] != losses["round"]
 
 
@@ -245,10 +244,17 @@ def test_layers_that_no_map_depends_on_are_left_out(pictures: Path, tmp_path: Pa
     assert not any(".head.norm" in name for name in state["optimizer"]["state"])
 
 
-def test_whole_blocks_compile(pictures: Path, tmp_path: Path) -> None:
+def test_blocks_compile_one_by_one(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs of PyTorch's compiler, run as they are: code for them takes a minute to make."""
+    compile_blocks = MaskedCNN.compile_blocks
+    monkeypatch.setattr(
+        MaskedCNN, "compile_blocks", lambda model: compile_blocks(model, backend="eager")
+    )
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
     pretrain(cnn(pictures, plain, epochs=1))
     pretrain(cnn(pictures, compiled, epochs=1, torchcompile="blocks"))
     found, wanted = ([point[2] for point in curve(run)] for run in (compiled, plain))
-    assert found == pytest.approx(wanted, rel=1e-4)
+    assert found == pytest.approx(wanted, rel=1e-5)
     assert tensors(compiled).keys() == tensors(plain).keys()
