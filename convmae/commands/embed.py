@@ -10,7 +10,8 @@ import torch
 
 from convmae.commands.inference import Job, Loaded, mark_not_finite, output_of, report, run
 from convmae.config import OptionError
-from convmae.models import ConvViT
+from convmae.models import ConvViT, create_model
+from convmae.models.cnn.classifier import TimmClassifier
 from convmae.records.parts import Parts
 from convmae.records.row_files import (
     legible,
@@ -66,6 +67,7 @@ class _Embedding(Job):
 
     def __init__(self, config: EmbedConfig, loaded: Loaded) -> None:
         self.config, self.model = config, loaded.model
+        check_features(self.model, config)
         output = output_of(config)
         if config.table_format != "npy" or output is None:
             return
@@ -144,13 +146,34 @@ class _Embedding(Job):
         return arrow.table(columns).replace_schema_metadata({"shape": str(list(values.shape[1:]))})
 
 
-def features(model: ConvMAE | ConvViT, images: Tensor, config: EmbedConfig) -> Tensor:
+def check_features(model: Any, config: EmbedConfig) -> None:
+    """Raises `OptionError` where a model has no such features."""
+    if isinstance(model, TimmClassifier):
+        if config.pool == "token":
+            raise OptionError(
+                f"--pool token: {model.name} of --checkpoint {config.checkpoint!r} has no tokens; "
+                "use --pool mean or auto"
+            )
+        if config.stage is not None:
+            with torch.device("meta"):
+                blank: Any = create_model(model.name, **model.config).eval()
+                _network_map(blank, torch.empty(1, model.in_chans, *model.img_size), config.stage)
+    elif config.stage == 4:
+        raise OptionError(
+            f"--stage 4, of stride 32, is of networks of timm; the {type(model).__name__} of "
+            f"--checkpoint {config.checkpoint!r} has 1, 2 and 3"
+        )
+
+
+def features(model: Any, images: Tensor, config: EmbedConfig) -> Tensor:
     """Features of normalised images `[N, C, H, W]`: `[N, D]`, or maps `[N, D, h, w]`.
 
-    Those of stage 3 are `forward_features` of a classifier, and `forward_encoder` of a pretrained
-    model that sees every patch.
+    Those of the last stage are `forward_features` of a classifier, and `forward_encoder` of a
+    pretrained ConvMAE that sees every patch.
     """
-    if config.stage < 3:
+    if isinstance(model, TimmClassifier):
+        return _features_of_network(model, images, config)
+    if config.stage in (1, 2):
         maps = _stage_map(model, images, config.stage)
         return maps if config.features == "map" else _at_least_float32(maps).mean((2, 3))
     if isinstance(model, ConvViT):
@@ -165,6 +188,37 @@ def features(model: ConvMAE | ConvViT, images: Tensor, config: EmbedConfig) -> T
     if config.pool == "auto" and isinstance(model, ConvViT) and model.global_pool != "":
         return model.forward_head(tokens, pre_logits=True)
     return _at_least_float32(tokens).mean(1)
+
+
+def _features_of_network(model: Any, images: Tensor, config: EmbedConfig) -> Tensor:
+    """`features` of one of timm's networks."""
+    if config.stage is not None:
+        maps = _network_map(model, images, config.stage)
+    else:
+        maps = model.forward_features(images)
+        if config.features == "pooled" and config.pool == "auto":
+            return model.forward_head(maps, pre_logits=True)
+    return maps if config.features == "map" else _at_least_float32(maps).mean((2, 3))
+
+
+def _network_map(model: TimmClassifier, images: Tensor, stage: int) -> Tensor:
+    """The last map of a stage of one of timm's networks, `[N, D, h, w]`.
+
+    Raises:
+        OptionError: it has no map of that stride.
+    """
+    stride = 2 ** (stage + 1)
+    sizes = [-(-side // stride) for side in images.shape[2:]]
+    try:
+        maps = [found for found in model.stage_maps(images) if list(found.shape[2:]) == sizes]
+    except ValueError as error:
+        raise OptionError(f"--stage {stage}: {error}; leave it out for the last map") from error
+    if not maps:
+        raise OptionError(
+            f"--stage {stage}: {model.name} has no map of stride {stride}, {sizes[0]} x {sizes[1]} "
+            f"of {images.shape[2]} x {images.shape[3]} pixels; leave it out for the last map"
+        )
+    return maps[-1]
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from convmae.data import EvalTransform, open_source
 from convmae.data.errors import printable
 from convmae.files import replacing
 from convmae.models import ConvViT
+from convmae.models.cnn.classifier import TimmClassifier
 from convmae.records.unreadable import NAMED_AT_MOST
 from convmae.tasks.accuracy import accuracy, check_channels
 from convmae.tasks.matching import match_labels
@@ -45,10 +46,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     with join(config.device, "auto") as world:
         loaded = load(config, world.device)
         weights, model = loaded.weights, loaded.model
-        if not isinstance(model, ConvViT):
+        if not isinstance(model, ConvViT | TimmClassifier):
             raise OptionError(
                 f"--checkpoint {config.checkpoint!r} is a {type(model).__name__}, which does not "
                 "classify; expected what convmae finetune or linprobe wrote"
+            )
+        if isinstance(model, TimmClassifier) and model.num_classes == 0:
+            raise OptionError(
+                f"--checkpoint {config.checkpoint!r} is a {model.name} without a classifier; "
+                "expected what convmae finetune or linprobe wrote"
             )
         nb_classes = int(model.config["num_classes"])
         reading, notes = config.reading.over(weights.reading)

@@ -29,6 +29,7 @@ from convmae.training.distributed import join
 from convmae.training.interrupts import Interrupts
 from convmae.training.machine import pick_dtype
 from convmae.weights.checkpoint import open_weights
+from convmae.weights.networks import encoder_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,11 +71,13 @@ class Loaded:
 def load(config: InferenceConfig, device: torch.device) -> Loaded:
     """The model of `--checkpoint`, for pictures of `--input_size`.
 
+    Of a run that pretrained a network of timm it is that network, without a classifier.
+
     Raises:
         OptionError: there is none, or it cannot take pictures of that size.
     """
     with for_option("checkpoint"):
-        weights = open_weights(config.checkpoint)
+        weights = encoder_weights(open_weights(config.checkpoint))
         model: Any = weights.build_model(device)
         statistics = weights.statistics
     if config.size is not None and config.size != model.img_size:

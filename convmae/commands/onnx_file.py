@@ -17,7 +17,10 @@ from convmae.config.checks import as_pair
 from convmae.data import Statistics
 from convmae.files import replacing
 from convmae.models import ConvViT
+from convmae.models.cnn.classifier import TimmClassifier
 from convmae.weights.checkpoint import WEIGHTS, Weights, open_weights
+from convmae.weights.configuration import TIMM
+from convmae.weights.networks import encoder_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,14 +78,14 @@ class OnnxReport:
 
 
 class _Features(nn.Module):
-    """What an encoder without a classifier gives: the tokens of all patches, normed."""
+    """What an encoder without a classifier gives: normed tokens, or the last map of a network."""
 
-    def __init__(self, model: ConvViT) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """`[N, C, H, W] -> [N, gh * gw, D]`, in raster order."""
+        """`[N, C, H, W] -> [N, gh * gw, D]`, in raster order; `[N, D, h, w]` of timm's."""
         return self.model.forward_features(images)
 
 
@@ -103,8 +106,8 @@ def convert_to_onnx(config: ConvertConfig, convert: Callable[[ConvertConfig], An
     target = _target(config)
     with for_option("checkpoint"):
         weights, what, notes = _classifier(config, convert)
-        model = weights.build_model()
-    assert isinstance(model, ConvViT)
+        model: Any = weights.build_model()
+    assert isinstance(model, ConvViT | TimmClassifier)
     size = sum(p.numel() for p in model.parameters()) * 4
     if size > LARGEST:
         raise OptionError(
@@ -116,13 +119,14 @@ def convert_to_onnx(config: ConvertConfig, convert: Callable[[ConvertConfig], An
         notes = [*notes, "nothing tells mean and deviation of the pictures: give --mean and --std"]
     classifies = bool(model.num_classes)
     output = "logits" if classifies else "features"
-    program = _export(model.float() if classifies else _Features(model.float()), model, output)
+    module: Any = model.float() if classifies else _Features(model.float())
+    program = _export(module, model, output)
     program.model.metadata_props.update(_metadata(weights, model))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as fresh:
             program.save(fresh, external_data=False)
-            difference = _difference(fresh, model if classifies else _Features(model), model)
+            difference = _difference(fresh, module, model)
             if difference is not None and difference > TOLERANCE:
                 raise OptionError(
                     f"--output {config.output!r}: onnxruntime differs from PyTorch by "
@@ -131,14 +135,14 @@ def convert_to_onnx(config: ConvertConfig, convert: Callable[[ConvertConfig], An
     except OSError as error:
         raise OptionError(f"--output {config.output!r} cannot be written: {error}") from error
     height, width = model.img_size
-    width_of_output = model.num_classes if classifies else model.embed_dim
-    patches = "" if classifies else f"{model.num_patches}, "
+    with torch.no_grad():
+        shape = module(torch.zeros(1, model.in_chans, height, width)).shape[1:]
     return OnnxReport(
         checkpoint=what,
         output=target,
         model=weights.model,
         inputs=f"images [batch, {model.in_chans}, {height}, {width}] (float32, normalised)",
-        outputs=f"{output} [batch, {patches}{width_of_output}]",
+        outputs=f"{output} [batch, {', '.join(map(str, shape))}]",
         difference=difference,
         notes=notes,
     )
@@ -168,13 +172,14 @@ def _target(config: ConvertConfig) -> Path:
 def _classifier(
     config: ConvertConfig, convert: Callable[[ConvertConfig], Any]
 ) -> tuple[Weights, str, list[str]]:
-    """The weights of a ConvViT, in words where they are from, and notes."""
+    """The weights of a classifier or encoder, in words where they are from, and notes."""
     try:
-        own = open_weights(config.checkpoint)
+        own = encoder_weights(open_weights(config.checkpoint))
     except WeightsError:  # of another origin: `convert` reads those too, or says why not
         own = None
     described = (config.model, config.num_heads, config.decoder_num_heads, config.key)
-    if own is None or not own.model.startswith("convvit") or described != (None,) * 4:
+    of_network = own is not None and own.model.startswith(TIMM)
+    if own is None or not (own.model.startswith("convvit") or of_network) or any(described):
         with tempfile.TemporaryDirectory() as folder:
             file = str(Path(folder) / WEIGHTS)
             report = convert(replace(config, output=file, kind="convvit"))
@@ -189,14 +194,15 @@ def _classifier(
             )
         own.pictures = Statistics(config.mean, config.std)
     if config.input_size is not None:
-        model = own.build_model()
-        assert isinstance(model, ConvViT)
+        model: Any = own.build_model()
         model.set_input_size(as_pair(config.input_size))
         own.config, own.state = model.config, model.state_dict()
-    return own, f"{own.path}: weights of convmae: {own.model}", []
+    alone = of_network and not own.config.get("num_classes", 1000)
+    notes = ["no classifier is in it: an encoder alone"] if alone else []
+    return own, f"{own.path}: weights of convmae: {own.model}", notes
 
 
-def _export(module: nn.Module, model: ConvViT, output: str) -> Any:
+def _export(module: nn.Module, model: Any, output: str) -> Any:
     images = torch.zeros(2, model.in_chans, *model.img_size)
     with torch.no_grad():
         return torch.onnx.export(
@@ -211,7 +217,7 @@ def _export(module: nn.Module, model: ConvViT, output: str) -> Any:
         )
 
 
-def _metadata(weights: Weights, model: ConvViT) -> dict[str, str]:
+def _metadata(weights: Weights, model: Any) -> dict[str, str]:
     """Names of the file's metadata and their values, JSON but for `model`."""
     values: dict[str, Any] = {"config": model.config, "input_size": list(model.img_size)}
     if weights.pictures is not None:
@@ -222,7 +228,7 @@ def _metadata(weights: Weights, model: ConvViT) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _difference(path: Path, module: nn.Module, model: ConvViT) -> float | None:
+def _difference(path: Path, module: nn.Module, model: Any) -> float | None:
     """The largest difference of the file's outputs from the module's; None without onnxruntime."""
     if find_spec("onnxruntime") is None:
         return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from convmae.commands.inference import Job, Loaded, mark_not_finite, report, run
 from convmae.config import OptionError, WeightsError, for_option
 from convmae.models import ConvViT
+from convmae.models.cnn.classifier import TimmClassifier
 from convmae.records.row_files import (
     legible,
     new_text,
@@ -54,14 +55,14 @@ class _Prediction(Job):
 
     def __init__(self, config: PredictConfig, loaded: Loaded) -> None:
         self.config, self.model = config, loaded.model
-        if not isinstance(self.model, ConvViT):
+        if not isinstance(self.model, ConvViT | TimmClassifier):
             raise OptionError(
                 f"--checkpoint {config.checkpoint!r} is a {type(self.model).__name__}, which does "
                 "not classify; `convmae finetune` or `convmae linprobe` makes a classifier of it, "
                 "and `convmae embed` computes its features"
             )
         count = self.model.num_classes
-        if count == 0 or self.model.global_pool == "":
+        if count == 0 or self.model.config["global_pool"] == "":
             raise OptionError(
                 f"--checkpoint {config.checkpoint!r} is an encoder without a classifier; `convmae "
                 "finetune` or `convmae linprobe` trains one, and `convmae embed` computes features"

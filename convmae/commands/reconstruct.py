@@ -100,7 +100,8 @@ def draw(config: ReconstructConfig) -> Drawn:
             f"--checkpoint {config.checkpoint!r} is a {type(model).__name__}, which has no "
             "decoder; expected a model from convmae pretrain"
         )
-    check_patches(config.mask_ratio, *model.img_size, model.patch_size, model.mask_rounding)
+    ratio = model.mask_ratio if config.mask_ratio is None else config.mask_ratio
+    check_patches(ratio, *model.img_size, model.patch_size, model.mask_rounding)
     reading, notes = config.reading.over(weights.reading)
     for note in notes:
         print(note, file=sys.stderr)
@@ -111,7 +112,7 @@ def draw(config: ReconstructConfig) -> Drawn:
             f"{model.in_chans}"
         )
     images, failures = source.crops(config.max_images, model.img_size)
-    picture = reconstruction_picture(model, images, config.mask_ratio, config.seed, *statistics)
+    picture = reconstruction_picture(model, images, ratio, config.seed, *statistics)
     output = Path(config.output).expanduser()
     save_picture(picture, output)
     reasons = {failure.name: failure.reason for failure in (*source.failures, *failures)}

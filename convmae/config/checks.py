@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PATCH = 16  # pixels in a row or column of a patch, which is one block of the mask
+TIMM = "timm:"  # what the name of a network of timm begins with
 # How a first convolution becomes one of another number of channels.
 ADAPT_INPUT = ("auto", "sum", "repeat", "fresh")
 Config = TypeVar("Config")
@@ -196,15 +197,15 @@ def check_patches(
         )
 
 
-def check_size(size: int | tuple[int, ...]) -> None:
-    """Raises `OptionError` unless `size` is one or two positive multiples of 16."""
+def check_size(size: int | tuple[int, ...], unit: int = PATCH) -> None:
+    """Raises `OptionError` unless `size` is one or two positive multiples of `unit` pixels."""
     try:
         height, width = as_pair(size)
     except TypeError as error:
         raise OptionError(f"--input_size must be one whole number or two, got {size!r}") from error
-    if height < PATCH or width < PATCH or height % PATCH or width % PATCH:
+    if height < unit or width < unit or height % unit or width % unit:
         raise OptionError(
-            f"--input_size must be multiples of {PATCH} pixels, at least {PATCH}, "
+            f"--input_size must be multiples of {unit} pixels, at least {unit}, "
             f"got {height} x {width}"
         )
 

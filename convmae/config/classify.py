@@ -16,6 +16,7 @@ from convmae.config.run import RunConfig
 
 MIX_MODES = ("batch", "pair", "elem")
 MOST_CLASSES = 1_000_000  # a head of ConvViT-Base has then 768 M weights
+POOLS = ("avg", "max", "avgmax", "catavgmax")  # timm's names
 ERASE_MODES = ("const", "rand", "pixel")
 
 
@@ -27,12 +28,14 @@ class ClassifyConfig(RunConfig):
     """Pretrained weights: a run's folder, a .safetensors file or an official .pth; by default the
     model starts from random weights."""
     model: str | None = None
-    """Which classifier: convvit_tiny, _small, _base, _large, _huge; by default the size of
-    --finetune, else convvit_base."""
+    """Which classifier: convvit_tiny, _small, _base, _large, _huge, or timm:NAME, a convolutional
+    network of timm; by default what --finetune is of, else convvit_base."""
     nb_classes: int | None = None
     """Classes; by default those of the data. Where more are asked for, the rest have no names."""
     global_pool: bool = True
     """Classify the mean of all tokens; otherwise the top-left one, as the official code can."""
+    gp: Literal["avg", "max", "avgmax", "catavgmax"] | None = None
+    """How a network of timm pools its last map, as timm's --gp; its own way if not given."""
     crop_pct: float = 0.875
     """For evaluation the shorter side is resized to input_size / crop_pct, and the centre cut."""
     eval_every: float = 1
@@ -54,6 +57,8 @@ class ClassifyConfig(RunConfig):
             check_number("eval_batch_size", self.eval_batch_size, whole=True, above=0)
         check_number("crop_pct", self.crop_pct, above=0, at_most=1)
         check_number("eval_every", self.eval_every, above=0)
+        if self.gp is not None:
+            check_choice("gp", self.gp, POOLS)
         for name in ("finetune", "model"):
             if getattr(self, name) is not None:
                 check_text(name, getattr(self, name))
@@ -80,7 +85,8 @@ class FinetuneConfig(ClassifyConfig):
     """Smallest share of a picture's area that a random crop takes."""
     layer_decay: float = 0.65
     """Every layer learns this many times more slowly than the one after it; all convolution
-    stages count as the first."""
+    stages of a ConvViT count as the first. A network of timm has the layers that timm says, one for
+    each block: the deeper it is, the nearer to 1 this should be."""
     drop_path: float = 0.1
     """Stochastic depth of the last block; it rises linearly from 0."""
     aa: str | None = "rand-m9-mstd0.5-inc1"

@@ -187,9 +187,10 @@ class EmbedConfig(RowsConfig):
     """One vector for each picture, or a map [channels, height, width]."""
     pool: Literal["auto", "mean", "token"] = "auto"
     """The mean of all positions, or the top-left token; auto is what a classifier's head sees, and
-    of a pretrained encoder the mean."""
-    stage: Literal[1, 2, 3] = 3
-    """After which stage: of strides 4, 8 and 16 pixels."""
+    of a pretrained ConvMAE the mean."""
+    stage: Literal[1, 2, 3, 4] | None = None
+    """After which stage: of strides 4, 8 and 16 pixels, and 32 of networks of timm; the last if not
+    given."""
     dtype: Literal["float32", "float16"] = "float32"
     """Of the numbers that are written."""
 
@@ -202,13 +203,14 @@ class EmbedConfig(RowsConfig):
         super().validate()
         check_choice("features", self.features, ("pooled", "map"))
         check_choice("pool", self.pool, ("auto", "mean", "token"))
-        check_choice("stage", self.stage, (1, 2, 3))
+        if self.stage is not None:
+            check_choice("stage", self.stage, (1, 2, 3, 4))
         check_choice("dtype", self.dtype, ("float32", "float16"))
         if self.output is None:
             raise OptionError("--output is needed: a .npz, .npy or .parquet file")
         if self.features == "map" and self.pool != "auto":
             raise OptionError(f"--pool {self.pool} has no effect on --features map; leave it out")
-        if self.pool == "token" and self.stage != 3:
+        if self.pool == "token" and self.stage not in (None, 3):
             raise OptionError(f"--pool token needs --stage 3, the tokens; got --stage {self.stage}")
         format_of(self.output, self.format, EMBED_FORMATS)
 

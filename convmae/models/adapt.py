@@ -14,7 +14,7 @@ from convmae.config.checks import ADAPT_INPUT
 from convmae.models.layers import resample_pos_embed, sincos_pos_embed
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Mapping, MutableMapping
 
 SINCOS_ATOL = 5e-3  # bfloat16 rounds a value below 1 by up to 2e-3
 POSITIONS = ("pos_embed", "decoder_pos_embed")
@@ -103,13 +103,71 @@ def adapt_channels(state: MutableMapping[str, Any], in_chans: int, how: str = "a
         for name in names:
             if state[name].shape[0] % channels == 0:
                 state[name] = adapt_output(state[name], channels, in_chans, how)
+    also = " (decoder_pred likewise)" if names else ""
+    return f"patch_embed1: {_in_words(channels, in_chans, rule)}{also}"
+
+
+def adapt_network(
+    state: MutableMapping[str, Any], own: Mapping[str, Tensor], channels: int, how: str = "auto"
+) -> str | None:
+    """`adapt_channels` for one of timm's networks, whose first convolutions have any names.
+
+    They are those whose kernels in `state` and in the model differ in their input channels, and the
+    last layer of a decoder is what differs in its outputs.
+
+    Args:
+        state: a state dict; of names that the model has not, nothing is done.
+        own: the state dict of the model.
+        channels: of the pictures that `state` is of.
+        how: one of `ADAPT_INPUT`.
+
+    Returns:
+        What was done, in words; None where nothing depends on it.
+
+    Raises:
+        ValueError: `how` is none of these.
+    """
+    shapes = {
+        name: (list(value.shape), list(own[name].shape))
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape and 0 not in value.shape
+    }
+    first = [name for name, (old, new) in shapes.items() if _differs(old, new, axis=1, rank=4)]
+    first = [name for name in first if shapes[name][0][1] == channels]
+    in_chans = shapes[first[0]][1][1] if first else channels
+    rule = _rule(in_chans, how)
+    if not first:
+        return None
+    last = [
+        name
+        for name, (old, new) in shapes.items()
+        if _differs(old, new, axis=0) and old[0] * in_chans == new[0] * channels
+    ]
+    for name in (*first, *last):
+        if rule == "fresh":
+            del state[name]
+        elif name in first:
+            state[name] = adapt_input(state[name], in_chans, how)
+        else:
+            state[name] = adapt_output(state[name], channels, in_chans, how)
+    also = f" ({', '.join(last)} likewise)" if last else ""
+    return f"{', '.join(first)}: {_in_words(channels, in_chans, rule)}{also}"
+
+
+def _differs(old: list[int], new: list[int], axis: int, rank: int | None = None) -> bool:
+    """Whether two shapes are the same but along one axis, and have `rank` axes if that is given."""
+    if len(old) != len(new) or rank not in (None, len(old)):
+        return False
+    return old[:axis] + old[axis + 1 :] == new[:axis] + new[axis + 1 :]
+
+
+def _in_words(channels: int, in_chans: int, rule: str) -> str:
     words = {
         "sum": f"every channel has their sum / {in_chans}" if in_chans > 1 else "their sum",
         "repeat": f"repeated, times {channels} / {in_chans}",
         "fresh": "fresh",
     }
-    also = " (decoder_pred likewise)" if names else ""
-    return f"patch_embed1: {channels} -> {in_chans} channels, {words[rule]}{also}"
+    return f"{channels} -> {in_chans} channels, {words[rule]}"
 
 
 def _rule(in_chans: int, how: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from convmae.config import OptionError, for_option, suggest
 from convmae.data import DataError, EvalTransform, open_source
 from convmae.models import ConvViT, create_model, full_name, list_models
+from convmae.models.cnn.classifier import TimmClassifier, has_drop_path
 from convmae.records.unreadable import UnreadableTally
 from convmae.tasks.accuracy import accuracy, better, check_channels
 from convmae.tasks.matching import classes_to_learn, match_labels
@@ -17,6 +18,7 @@ from convmae.training.distributed import whole_model
 from convmae.training.state import Run, TrainingError
 from convmae.training.task import Task
 from convmae.weights.checkpoint import save_weights
+from convmae.weights.configuration import TIMM
 from convmae.weights.foreign import open_foreign
 from convmae.weights.pretrained import classifier_for, load_pretrained
 
@@ -62,13 +64,15 @@ class Classification(Task):
         class_notes += self._match(self.val, config, "val", "its train split")
         initial = self._initial(config)
         with for_option("finetune"):
-            fitting = None if initial is None else classifier_for(initial)
+            known = config.model is not None or initial is None
+            fitting = None if known or initial is None else classifier_for(initial)
         name = config.model or fitting or "convvit_base"
-        model = self._create(name, config, source.channels)
+        model, model_notes = self._create(name, config, source.channels)
         check_channels(self.val, model, config.data_path)
         self.val_tally = UnreadableTally(self.val, config.max_unreadable)
         notes = [f"{self.nb_classes} classes; {self.val.description} (val)", *class_notes]
         notes += [f"note: {left_out} (val)" for left_out in self.val.left_out]
+        notes += model_notes
         if initial is None:
             notes.append("starting from random weights (no --finetune)")
         else:
@@ -87,25 +91,32 @@ class Classification(Task):
         data = f"the {split} split of --data_path {config.data_path!r}"
         return match_labels(source, self.classes, self.nb_classes, data, model, all_of_them)
 
-    def _create(self, name: str, config: ClassifyConfig, channels: int) -> Any:
-        try:
-            model = create_model(
-                name,
-                img_size=config.size,
-                in_chans=channels,
-                num_classes=self.nb_classes,
-                global_pool=config.global_pool,
-                **self.model_options(config),
+    def _create(self, name: str, config: ClassifyConfig, channels: int) -> tuple[Any, list[str]]:
+        """The classifier, with fresh parameters, and what to tell about it."""
+        options: dict[str, Any] = {"img_size": config.size, "in_chans": channels}
+        options |= {"num_classes": self.nb_classes} | self.model_options(config)
+        notes: list[str] = []
+        if name.startswith(TIMM):
+            notes = _options_of_network(name, config, options)
+        elif config.gp is not None:
+            raise OptionError(
+                f"--gp {config.gp} is for networks of timm; {name} has --no_global_pool"
             )
+        else:
+            options["global_pool"] = config.global_pool
+        try:
+            model: Any = create_model(name, **options)
         except ValueError as error:
             raise OptionError(f"--model: {error}") from error
         except TypeError:  # a ConvMAE does not classify
             model = None
-        if not isinstance(model, ConvViT):
+        if not isinstance(model, ConvViT | TimmClassifier):
             like = name.replace("fastconvmae", "convvit").replace("convmae", "convvit")
             known = list_models("convvit_*")
             raise OptionError(f"--model {name!r} does not classify{suggest(like, known)}")
-        return model
+        if isinstance(model, TimmClassifier):
+            _try_out(name, config, options)
+        return model, notes
 
     def model_options(self, config: Any) -> dict[str, Any]:
         """Arguments of the classifier that only this task gives."""
@@ -228,6 +239,57 @@ class Classification(Task):
         self.saved_ema = state["ema"]
 
 
+def fresh_head(model: Any, std: float) -> None:
+    """A new classifier of a model: weights N(0, std), biases 0."""
+    head = linear_of_head(model)
+    torch.nn.init.trunc_normal_(head.weight, std=std)
+    if head.bias is not None:
+        torch.nn.init.zeros_(head.bias)
+
+
 def linear_of_head(model: Any) -> Any:
-    """The linear layer of a classifier's head."""
-    return model.head[-1] if isinstance(model.head, torch.nn.Sequential) else model.head
+    """The layer of a classifier that tells classes apart."""
+    head = model.get_classifier()
+    return head[-1] if isinstance(head, torch.nn.Sequential) else head
+
+
+def _options_of_network(name: str, config: Any, options: dict[str, Any]) -> list[str]:
+    """Adds to `options` what `create_model` takes for one of timm's networks; what to tell of it.
+
+    Raises:
+        OptionError: an option means nothing for this network.
+    """
+    if not config.global_pool:
+        raise OptionError(
+            f"--no_global_pool classifies the top-left token, which {name} has not; leave it out "
+            "(--gp chooses how maps are pooled)"
+        )
+    options["global_pool"] = True if config.gp is None else config.gp
+    rate = options.get("drop_path_rate", 0.0)
+    if not rate or has_drop_path(name):
+        return []
+    if rate != type(config).drop_path:
+        raise OptionError(
+            f"--drop_path {rate:g}: {name} has no stochastic depth in timm; leave it out"
+        )
+    options["drop_path_rate"] = 0.0
+    return [f"note: {name} has no stochastic depth in timm: --drop_path has no effect"]
+
+
+def _try_out(name: str, config: ClassifyConfig, options: dict[str, Any]) -> None:
+    """A step's shapes, without values: raises `OptionError` where a network cannot compute it.
+
+    Such are pictures that its strides leave nothing of, and a BatchNorm that sees one position.
+    """
+    height, width = config.size
+    with torch.device("meta"):
+        model = create_model(name, **options).train()
+        images = torch.empty(config.batch_size, options["in_chans"], height, width)
+        try:
+            model(images)
+        except (ValueError, RuntimeError) as error:
+            words = str(error).strip().splitlines()[0]
+            raise OptionError(
+                f"--input_size {height} x {width} with --batch_size {config.batch_size}: {name} "
+                f"cannot learn from such batches: {words}; give larger pictures or batches"
+            ) from error

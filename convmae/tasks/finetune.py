@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from convmae.data import FinetuneTransform
 from convmae.records.folder import RunFolder
-from convmae.tasks.classify import Classification, linear_of_head
+from convmae.tasks.classify import Classification, fresh_head
 from convmae.training.optim import Groups, adamw, layer_decay_groups
 from convmae.training.run import RunSummary, run_task
 from convmae.weights.checkpoint import WEIGHTS
@@ -16,6 +14,7 @@ from convmae.weights.checkpoint import WEIGHTS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch import Tensor, nn
 
     from convmae.config import FinetuneConfig
@@ -27,7 +26,7 @@ HEAD_STD = 2e-5  # of a new head on pretrained features
 
 
 def finetune(config: FinetuneConfig) -> RunSummary:
-    """Trains a ConvViT to classify, from pretrained weights or from random ones.
+    """Trains a classifier, a ConvViT or a network of timm, from given or from random weights.
 
     `config.output_dir` then holds what `pretrain` leaves, and `best/model.safetensors`, the weights
     with the highest accuracy on the val split.
@@ -68,7 +67,7 @@ class Finetuning(Classification):
     def build(self, config: Any, source: Source) -> tuple[nn.Module, str, list[str]]:
         model, name, notes = super().build(config, source)
         if config.finetune is not None and not self.keeps_head:
-            torch.nn.init.trunc_normal_(linear_of_head(model).weight, std=HEAD_STD)
+            fresh_head(model, HEAD_STD)
         return model, name, notes
 
     def groups(self, model: nn.Module, config: FinetuneConfig) -> Groups:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from convmae.data import LinprobeTransform
+from convmae.models.cnn.classifier import TimmClassifier
 from convmae.records.folder import RunFolder
-from convmae.tasks.classify import Classification, linear_of_head
+from convmae.tasks.classify import Classification, fresh_head, linear_of_head
 from convmae.training.optim import Groups, decay_groups, lars
 from convmae.training.run import RunSummary, run_task
 from convmae.weights.checkpoint import WEIGHTS
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from convmae.config import LinprobeConfig
@@ -48,11 +48,13 @@ class Probing(Classification):
 
     def build(self, config: Any, source: Source) -> tuple[nn.Module, str, list[str]]:
         model, name, notes = super().build(config, source)
-        head = linear_of_head(model)
         if not self.keeps_head:
-            torch.nn.init.trunc_normal_(head.weight, std=HEAD_STD)
-        model.requires_grad_(False)
-        head.requires_grad_(True)
+            fresh_head(model, HEAD_STD)
+        if isinstance(model, TimmClassifier):
+            model.freeze_features()
+        else:
+            model.requires_grad_(False)
+            linear_of_head(model).requires_grad_(True)
         return model, name, notes
 
     def groups(self, model: nn.Module, config: LinprobeConfig) -> Groups:

@@ -16,8 +16,9 @@ from convmae.config import ReadOptions, WeightsError, WeightsWarning
 from convmae.data import IMAGENET, IMAGENET_MEAN, Statistics
 from convmae.data.classes import ClassNames, ClassNumbers
 from convmae.files import CHECKPOINT, flush, replaced_folder, replacing
-from convmae.models.adapt import POSITIONS, adapt_channels, fit_position
+from convmae.models.adapt import POSITIONS, adapt_channels, adapt_network, fit_position
 from convmae.weights.configuration import (
+    TIMM,
     blank_model,
     check_config,
     check_tensors,
@@ -135,11 +136,15 @@ class Weights:
         config |= {key: value for key, value in given.items() if value is not None}
         other = create_model(self.model, **config)
         state = dict(self.state)
-        for name in POSITIONS:
-            if name in state:
-                old, new, fixed = model.grid, other.grid, other.fixed_positions
-                state[name], _ = fit_position(state[name], old, new, fixed)
-        note = adapt_channels(state, other.in_chans, adapt_input)
+        if self.model.startswith(TIMM):
+            before = self.config.get("in_chans", 3)
+            note = adapt_network(state, other.state_dict(), before, adapt_input)
+        else:
+            for name in POSITIONS:
+                if name in state:
+                    old, new, fixed = model.grid, other.grid, other.fixed_positions
+                    state[name], _ = fit_position(state[name], old, new, fixed)
+            note = adapt_channels(state, other.in_chans, adapt_input)
         if note:
             warnings.warn(f"{self.path}: {note}", WeightsWarning, stacklevel=4)
         other.load_state_dict(other.state_dict() | state)

@@ -27,6 +27,8 @@ _WHOLE = (
 )
 _THREE_WHOLE = ("embed_dim", "depth")
 _YES_OR_NO = ("norm_pix_loss", "head_norm", "dynamic_img_size")
+TIMM = "timm:"  # what the name of one of timm's networks begins with
+METHODS = ("spark", "fcmae")  # of pretraining one
 
 
 def check_config(path: Path, model: Any, config: Mapping[str, Any]) -> None:
@@ -41,6 +43,9 @@ def check_config(path: Path, model: Any, config: Mapping[str, Any]) -> None:
         WeightsError: there is no such model or argument, or a value is of another kind.
     """
     name = full_name(model)
+    if str(name).startswith(TIMM):
+        _check_network(path, name, config)
+        return
     if name not in MODELS:
         close = difflib.get_close_matches(str(model), list_models())
         hint = f"did it mean {' or '.join(close)}?" if close else "a newer version may know it"
@@ -57,6 +62,37 @@ def check_config(path: Path, model: Any, config: Mapping[str, Any]) -> None:
             raise WeightsError(
                 f"the configuration in {path} has {key} {_short(value)}, expected {wanted}"
             )
+
+
+def _check_network(path: Path, name: str, config: Mapping[str, Any]) -> None:
+    """The same of one of timm's networks, a classifier's or a pretraining model's configuration.
+
+    Which arguments its method takes is seen where the model is built.
+    """
+    import timm
+
+    bare = name.removeprefix(TIMM)
+    if not timm.is_model(bare):  # nor any address, which timm would read from
+        close = difflib.get_close_matches(bare, timm.list_models())
+        hint = f"did it mean {' or '.join(close)}?" if close else "a newer version may know it"
+        raise WeightsError(f"{path} is of model {_short(name)}, which timm has not; {hint}")
+    for key, value in config.items():
+        wanted = _unfit_of_network(key, value)
+        if wanted:
+            raise WeightsError(
+                f"the configuration in {path} has {_short(key)} {_short(value)}, expected {wanted}"
+            )
+
+
+def _unfit_of_network(key: str, value: Any) -> str | None:
+    """What was expected instead of `value` for one of timm's networks; None if it can be."""
+    if key == "method":
+        return None if value in (None, *METHODS) else " or ".join(METHODS)
+    if key in ("img_size", "in_chans", "num_classes", "drop_path_rate", *_YES_OR_NO):
+        return _unfit(key, value)
+    many = value if isinstance(value, list | tuple) else [value]
+    plain = all(v is None or isinstance(v, bool | str) or _is_number(v) for v in many)
+    return None if plain and len(many) <= 16 else "true, false, a text or finite numbers"
 
 
 def _unfit(key: str, value: Any) -> str | None:
@@ -174,18 +210,7 @@ def blank_model(
         WeightsError: the configuration does not fit the tensors, or is none of a model.
     """
     name = full_name(model)
-    given = MODELS[name][1] | dict(config)
-    for key, prefixes in (
-        ("depth", ("blocks1.", "blocks2.", "blocks3.")),
-        ("decoder_depth", ("decoder_blocks.",)),
-    ):
-        found = [count_blocks(path, state, prefix) for prefix in prefixes]
-        said = given.get(key, found)
-        if (list(said) if isinstance(said, list | tuple) else [said]) != found:
-            raise WeightsError(
-                f"{path} does not fit the model it names: its configuration has {key} {said}, but "
-                f"its tensors are of {found[0] if len(found) == 1 else found} blocks"
-            )
+    _check_blocks(path, name, config, state)
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
     try:
         with torch.device("meta"):
@@ -195,6 +220,32 @@ def blank_model(
         raise WeightsError(
             f"{path} does not fit the model it names, {_short(name)}: {words[0] if words else ''}"
         ) from error
+
+
+def _check_blocks(
+    path: Path, name: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> None:
+    """As many blocks are said as there are: so many are built, which takes time for each.
+
+    Raises:
+        WeightsError: there are not.
+    """
+    depths = {"depth": ("blocks1.", "blocks2.", "blocks3."), "decoder_depth": ("decoder_blocks.",)}
+    given = dict(config)
+    if not name.startswith(TIMM):
+        given = MODELS[name][1] | given
+    elif config.get("method") == "fcmae":  # the depth of a network is that of its name
+        depths = {"decoder_depth": ("decoder.",)}
+    else:
+        depths = {}
+    for key, prefixes in depths.items():
+        found = [count_blocks(path, state, prefix) for prefix in prefixes]
+        said = given.get(key, found)
+        if (list(said) if isinstance(said, list | tuple) else [said]) != found:
+            raise WeightsError(
+                f"{path} does not fit the model it names: its configuration has {key} {said}, but "
+                f"its tensors are of {found[0] if len(found) == 1 else found} blocks"
+            )
 
 
 def check_tensors(path: Path, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

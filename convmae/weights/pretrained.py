@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -12,19 +12,21 @@ from convmae.config import WeightsError
 from convmae.data.classes import ClassNumbers, listed, normal_form
 from convmae.models import ConvViT
 from convmae.models.adapt import DECODER, POSITIONS, adapt_channels, fit_position
+from convmae.models.trunk import Trunk
 from convmae.weights.architecture import Encoder, grid_of, read_encoder
+from convmae.weights.configuration import TIMM
 from convmae.weights.foreign import ForeignWeights, few, open_foreign
+from convmae.weights.networks import head_prefixes, network_prefix, network_state
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from convmae.data import Statistics
-    from convmae.models.trunk import Trunk
 
 Grid: TypeAlias = "tuple[int, int]"
-LINEAR_OF_HEAD = ("head.weight", "head.bias", "head.1.weight", "head.1.bias")  # a row a class
+LINEAR_OF_HEAD = ("weight", "bias", "1.weight", "1.bias")  # of a classifier: a row a class
 
 
 @dataclass
@@ -80,7 +82,7 @@ class LoadReport:
 
 
 def load_pretrained(
-    model: Trunk,
+    model: nn.Module,
     weights: ForeignWeights | str | Path,
     adapt_input: str = "auto",
     classes: Sequence[str] | None = None,
@@ -92,7 +94,8 @@ def load_pretrained(
     same width and depth. The rest keeps the values that it has.
 
     Args:
-        model: a `ConvViT`, `ConvMAE` or `FastConvMAE`, of any `img_size` and `in_chans`.
+        model: a `ConvViT`, `ConvMAE` or `FastConvMAE`, of any `img_size` and `in_chans`; or what
+            `create_model` makes of one of timm's networks, whose weights must be of that network.
         weights: a run's folder, a `.safetensors` or PyTorch file, or what `open_foreign` found.
         adapt_input: for other channels: `"sum"`, `"repeat"`, `"fresh"` or `"auto"`, as in
             `convmae.load_model`.
@@ -109,6 +112,13 @@ def load_pretrained(
         ValueError: `adapt_input` is none of these.
     """
     found = weights if isinstance(weights, ForeignWeights) else open_foreign(weights)
+    if not isinstance(model, Trunk):
+        return _load_network(model, found, adapt_input, classes)
+    if found.ours is not None and found.ours.model.startswith(TIMM):
+        raise WeightsError(
+            f"{found.path} is of {found.ours.model}, but the model is a {type(model).__name__}; "
+            f"give weights of such a model, or --model {found.ours.model}"
+        )
     encoder = read_encoder(found)
     own = model.state_dict()
     state = {key: value for key, value in found.state.items() if key in own}
@@ -127,29 +137,76 @@ def load_pretrained(
     needed = [key for key in missing if not key.startswith(may_lack)]
     if needed:
         raise WeightsError(f"{found.path} lacks {few(needed)}, which the model needs{fits}")
+    report = _put(model, found, state, head, keeps_head)
+    report.resampled, report.notes = resampled, notes
+    _note_adapted(report, found, adapted, encoder.in_chans)
+    return report
+
+
+def _load_network(
+    model: Any, found: ForeignWeights, adapt_input: str, classes: Sequence[str] | None
+) -> LoadReport:
+    """`load_pretrained` of one of timm's networks."""
+    read = network_state(model, found, adapt_input)
+    own, network, state = model.state_dict(), network_prefix(model), read.state
+    heads = tuple(network + head for head in head_prefixes(model))
+    head, notes = "", list(found.notes)
+    if classes is not None and any(key.startswith(heads) for key in state):
+        state, head = _head_by_name(found, state, own, classes, model.head_prefix)
+    else:
+        _drop_other(state, own, heads)
+    state = {key: value for key, value in state.items() if key in own}
+    decoder = [key for key in own if not key.startswith(network)]
+    whole = all(k in state and state[k].shape == own[k].shape for k in decoder)
+    if not whole and not read.adapted and any(key in state for key in decoder):
+        notes.append(f"the decoder of {found.path} is not whole, or not of the model's size: fresh")
+        state = {key: value for key, value in state.items() if key not in decoder}
+    check_shapes(state, {key: tuple(v.shape) for key, v in own.items()}, found, "the model")
+    report = _put(model, found, state, head, any(key.startswith(heads) for key in state))
+    report.notes = notes
+    report.left_out = read.others + [read.names[key] for key in read.names if key not in state]
+    if found.ours is not None:  # all its tensors are known
+        report.unexpected = []
+    _note_adapted(report, found, read.adapted, read.channels)
+    return report
+
+
+def _put(
+    model: nn.Module, found: ForeignWeights, state: dict[str, Tensor], head: str, keeps_head: bool
+) -> LoadReport:
+    """Gives a model the tensors that fit it; the rest keeps what it has.
+
+    Raises:
+        WeightsError: a value is not finite.
+    """
+    own = model.state_dict()
     bad = [key for key, value in state.items() if not bool(torch.isfinite(value).all())]
     if bad:
         raise WeightsError(f"{found.path} holds NaN or infinity in {few(bad)}; nothing was loaded")
     model.load_state_dict(own | state)
-    pictures = None if found.ours is None else found.ours.pictures
-    if adapted and pictures is not None:
-        notes.append(
-            f"mean and deviation of {found.path} are of {encoder.in_chans} channels: not used"
-        )
-        pictures = None
     return LoadReport(
-        missing=missing,
+        missing=[key for key in own if key not in state],
         unexpected=found.unexpected,
-        resampled=resampled,
+        resampled=[],
         left_out=[key for key in found.state if key not in state],
         loaded=len(state),
         path=found.path,
         head=head,
         keeps_head=keeps_head,
-        adapted=adapted,
-        notes=notes,
-        statistics=pictures,
     )
+
+
+def _note_adapted(
+    report: LoadReport, found: ForeignWeights, adapted: str | None, channels: int | None
+) -> None:
+    """Says how channels were fitted; statistics of other channels are of no use then."""
+    report.adapted = adapted
+    report.statistics = None if found.ours is None else found.ours.pictures
+    if adapted and report.statistics is not None:
+        report.notes.append(
+            f"mean and deviation of {found.path} are of {channels} channels: not used"
+        )
+        report.statistics = None
 
 
 def _head_by_name(
@@ -157,14 +214,17 @@ def _head_by_name(
     state: dict[str, Tensor],
     own: dict[str, Tensor],
     classes: Sequence[str],
+    prefix: str = "head.",
 ) -> tuple[dict[str, Tensor], str]:
     """`state` with the file's row of each class, or without a head; and that in words."""
     rows, told = _rows_by_name(found, classes)
-    state = _with_head(state, rows)
-    names = {key for key in own if key.startswith("head.")}
+    state = _with_head(state, rows, prefix)
+    names = {key for key in own if key.startswith(prefix)}
     fits = all(key in state and state[key].shape == own[key].shape for key in names)
     if rows is not None and not fits:
-        return _with_head(state, None), "head: fresh, as that of the file is of another kind"
+        return _with_head(
+            state, None, prefix
+        ), "head: fresh, as that of the file is of another kind"
     return state, told
 
 
@@ -188,13 +248,13 @@ def _rows_by_name(found: ForeignWeights, classes: Sequence[str]) -> tuple[list[i
     )
 
 
-def _with_head(state: dict[str, Tensor], rows: list[int] | None) -> dict[str, Tensor]:
+def _with_head(state: dict[str, Tensor], rows: list[int] | None, prefix: str) -> dict[str, Tensor]:
     """`state` with these rows of its head, or without a head."""
     if rows is None:
-        return {key: value for key, value in state.items() if not key.startswith("head.")}
-    of_classes = [key for key in LINEAR_OF_HEAD if key in state]
+        return {key: value for key, value in state.items() if not key.startswith(prefix)}
+    of_classes = [prefix + name for name in LINEAR_OF_HEAD if prefix + name in state]
     if any(max(rows) >= len(state[key]) for key in of_classes):  # names of another head
-        return _with_head(state, None)
+        return _with_head(state, None, prefix)
     return state | {key: state[key][rows] for key in of_classes}
 
 
@@ -270,9 +330,13 @@ def _other_target(model: Trunk, found: ForeignWeights) -> list[str]:
 def classifier_for(weights: ForeignWeights) -> str | None:
     """The classifier of the size of an encoder, such as `convvit_base`; None if of no known size.
 
+    Of one of timm's networks it is the name that the file has.
+
     Raises:
         WeightsError: the tensors are not those of ConvMAE's encoder.
     """
+    if weights.ours is not None and weights.ours.model.startswith(TIMM):
+        return weights.ours.model
     size = read_encoder(weights).size
     return None if size is None else f"convvit_{size}"
 

@@ -70,6 +70,8 @@ def test_underscores_hyphens_and_other_names_are_the_same() -> None:
     assert config == same
     assert (config.mask_ratio, config.data_path, config.batch_size) == (0.6, "d", 8)
     assert (config.num_workers, config.norm_pix_loss) == (3, True)
+    assert parsed("--no_norm_pix_loss").norm_pix_loss is False
+    assert (parsed().norm_pix_loss, parsed("--norm_pix_loss", "None").norm_pix_loss) == (None, None)
 
 
 def test_sizes_are_one_number_or_two() -> None:
@@ -104,9 +106,9 @@ def test_recipes_are_read_by_their_command(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("modl: convmae_tiny", "unknown option 'modl' in --config; did you mean model?"),
+        ("modl: convmae_tiny", "unknown option 'modl' in --config; did you mean model or method?"),
         ("blr: fast", "--blr must be a number, got 'fast' in --config"),
-        ("norm_pix_loss: 3", "--norm_pix_loss must be true or false, got 3 in --config"),
+        ("norm_pix_loss: 3", "--norm_pix_loss must be true or false or null, got 3 in --config"),
         ("- a list", "must hold options and values, found a list"),
         ("a: [", "cannot be read"),
         (None, "cannot be read: No such file or directory"),
