@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import convmae
 from benchmarks.runner import CapturedGraph
 from convmae.models import ConvMAE, DenseConvMAE
-from convmae.models.convmae import ConvMAEOutput, patch_statistics
+from convmae.models.image_model import ConvMAEOutput, patch_statistics
 from convmae.models.layers import Block, sincos_pos_embed
 from convmae.models.tokens import take_tokens
 from convmae_kernels import BlockMask, gather_visible, scatter_visible

@@ -35,11 +35,13 @@ if TYPE_CHECKING:
     )
     from convmae.data import DataError, LoadingError, normalise
     from convmae.models import (
+        FCMAE,
         ConvMAE,
         ConvMAEOutput,
         ConvViT,
         FastConvMAE,
         Reconstruction,
+        SparK,
         create_model,
         full_name,
         list_models,
@@ -71,8 +73,8 @@ _MODULES = {
     ),
     "data": ("DataError", "LoadingError", "normalise"),
     "models": (
-        *("ConvMAE", "ConvMAEOutput", "ConvViT", "FastConvMAE", "Reconstruction"),
-        *("create_model", "full_name", "list_models"),
+        *("ConvMAE", "ConvMAEOutput", "ConvViT", "FCMAE", "FastConvMAE", "Reconstruction"),
+        *("SparK", "create_model", "full_name", "list_models"),
     ),
     "records.parts": ("WriteError",),
     "records.report": ("write_report",),
@@ -94,6 +96,7 @@ __all__ = [
     "DataError",
     "EmbedConfig",
     "EvaluateConfig",
+    "FCMAE",
     "FastConvMAE",
     "FinetuneConfig",
     "LinprobeConfig",
@@ -105,6 +108,7 @@ __all__ = [
     "ReconstructConfig",
     "RowsSummary",
     "RunSummary",
+    "SparK",
     "StatsConfig",
     "TrainingError",
     "WeightsError",

@@ -1,9 +1,11 @@
-"""The models: ConvMAE and FastConvMAE for pretraining, ConvViT for classification, by name."""
+"""The models: ConvMAE, FastConvMAE, SparK, FCMAE for pretraining, ConvViT to classify, by name."""
 
-from convmae.models.convmae import ConvMAE, ConvMAEOutput, Reconstruction
+from convmae.models.cnn import FCMAE, SparK
+from convmae.models.convmae import ConvMAE
 from convmae.models.convvit import ConvViT
 from convmae.models.dense import DenseConvMAE
 from convmae.models.fastconvmae import FastConvMAE
+from convmae.models.image_model import ConvMAEOutput, MaskedImageModel, Reconstruction
 from convmae.models.layers import resample_pos_embed
 from convmae.models.registry import create_model, full_name, list_models
 
@@ -12,8 +14,11 @@ __all__ = [
     "ConvMAEOutput",
     "ConvViT",
     "DenseConvMAE",
+    "FCMAE",
     "FastConvMAE",
+    "MaskedImageModel",
     "Reconstruction",
+    "SparK",
     "create_model",
     "full_name",
     "list_models",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from convmae.models.convmae import ConvMAE, ConvMAEOutput
+from convmae.models.convmae import ConvMAE
 from convmae_kernels import BlockMask, gather_visible
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from convmae.models.image_model import ConvMAEOutput
 
 
 class FastConvMAE(ConvMAE):
@@ -30,7 +32,7 @@ class FastConvMAE(ConvMAE):
     def forward(
         self,
         images: Tensor,
-        mask_ratio: float = 0.75,
+        mask_ratio: float | None = None,
         noise: Tensor | None = None,
         mask: BlockMask | None = None,
         generator: torch.Generator | None = None,
@@ -67,14 +69,15 @@ class FastConvMAE(ConvMAE):
     def make_masks(
         self,
         images: Tensor,
-        mask_ratio: float = 0.75,
+        mask_ratio: float | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> BlockMask:
         """The masks that `forward` works with, of `G * N` images; arguments and errors are its."""
         self.check_images(images)
         noise = self.make_noise(images, noise, generator)
-        masks = complementary_masks(noise, self.grid, mask_ratio)
+        ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+        masks = complementary_masks(noise, self.grid, ratio)
         self.check_mask(images, masks)
         return masks
 

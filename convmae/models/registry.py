@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from convmae.models.cnn import names
 from convmae.models.convmae import ConvMAE
 from convmae.models.convvit import ConvViT
 from convmae.models.fastconvmae import FastConvMAE
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Base is the official size. Official code has no other: small is that of moreh-dev/FastConvMAE,
 # large that of MCG-NJU/MixFormer, huge that of a public denoising fork ("dconvmae"); so do not
@@ -75,8 +79,11 @@ def list_models(pattern: str = "*") -> list[str]:
     """The names that `create_model` knows and that match a shell pattern, sorted; no aliases.
 
     Args:
-        pattern: for example `"convmae_*"`.
+        pattern: for example `"convmae_*"`; `"timm:*"` are the networks of timm, transformers among
+            them, which `create_model` refuses.
     """
+    if names.is_timm_name(pattern):
+        return names.list_networks(pattern)
     return sorted(fnmatch.filter(MODELS, pattern))
 
 
@@ -85,7 +92,7 @@ def full_name(name: str) -> str:
     return ALIASES.get(name, name)
 
 
-def create_model(name: str, **overrides: Any) -> ConvMAE | ConvViT:
+def create_model(name: str, **overrides: Any) -> nn.Module:
     """`ConvMAE(**sizes_of_name, **overrides)` or another model, with fresh parameters.
 
     Args:
@@ -93,27 +100,32 @@ def create_model(name: str, **overrides: Any) -> ConvMAE | ConvViT:
             `convvit_{...}` to classify; or the official `convmae_convvit_base_patch16`,
             `fastconvmae_convvit_base_patch16`, either of them with `_dec512d8b`, or
             `convvit_base_patch16`. Base is the official size, tiny is ours; small, large and huge
-            are sizes of third-party code, as there are no official ones.
+            are sizes of third-party code, as there are no official ones. Or `timm:` and the name
+            of a convolutional network of timm: with `method="spark"` or `"fcmae"` to pretrain it,
+            with `num_classes=...` to classify.
         **overrides: any argument of the model's class, such as `img_size=(128, 256)`.
 
     Raises:
         ValueError: there is no such model, or a size does not fit.
         TypeError: the model has no such argument.
     """
+    if names.is_timm_name(str(name)):
+        return _create_timm_model(name, **overrides)
     known_name = full_name(name)
-    if str(known_name).startswith("timm:"):
-        from convmae.models.cnn.classifier import create_classifier
-
-        return create_classifier(known_name, **overrides)
     if known_name not in MODELS:
         close = difflib.get_close_matches(str(name), [*MODELS, *ALIASES])
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(MODELS)}"
         raise ValueError(f"there is no model {name!r}; {hint}")
     model, config = MODELS[known_name]
-    known = list(inspect.signature(model).parameters)
-    for key in overrides:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise TypeError(f"{name} has no argument {key!r}; {hint}It takes {', '.join(known)}")
+    names.check_arguments(name, overrides, list(inspect.signature(model).parameters))
     return model(**(config | overrides))
+
+
+def _create_timm_model(name: str, method: str | None = None, **options: Any) -> nn.Module:
+    """A network of timm: to pretrain by a method, or to classify without one."""
+    if method is not None:
+        return names.create_pretraining_model(name, method, **options)
+    names.timm_name(name)
+    from convmae.models.cnn.classifier import create_classifier
+
+    return create_classifier(name, **options)

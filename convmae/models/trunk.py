@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from convmae.models.adapt import fit_positions
+from convmae.models.image_model import ImageModel
 from convmae.models.layers import Block, ConvBlock, Linear, PatchEmbed
 from convmae_kernels import BlockMask, gather_visible
 from convmae_kernels.ops.support.arithmetic import cast_together
-from convmae_kernels.ops.support.autocast import autocast_is_on
 from convmae_kernels.recording import is_exported
 
 PATCH_SIZE = 16
 
 
-class Trunk(nn.Module):
+class Trunk(ImageModel):
     """Patch embeddings, position embedding and blocks of the three stages.
 
     Stages 1 and 2 are convolution blocks on 4x4 and 2x2 positions of each visible 16x16-pixel
@@ -85,14 +85,9 @@ class Trunk(nn.Module):
         )
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """`(gh, gw)`, the patches of a column and of a row of an image."""
-        return self.img_size[0] // PATCH_SIZE, self.img_size[1] // PATCH_SIZE
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of an image, `L = gh * gw`."""
-        return self.grid[0] * self.grid[1]
+    def reference_parameter(self) -> nn.Parameter:
+        """The position embedding."""
+        return self.pos_embed
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether blocks forget what is inside them and compute it again for gradients.
@@ -165,96 +160,6 @@ class Trunk(nn.Module):
             unexpected_keys,
             error_msgs,
         )
-
-    # -- checks -----------------------------------------------------------------------------------
-
-    def check_images(self, images: Tensor) -> None:
-        """The images fit the model.
-
-        Raises:
-            TypeError: not a floating tensor, or not in the model's dtype (outside autocast).
-            ValueError: rank, batch, channels, size or device do not fit.
-        """
-        if not isinstance(images, Tensor):
-            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
-        if not images.is_floating_point():
-            raise TypeError(
-                f"images must be a floating tensor of normalised pixels, got {images.dtype}"
-            )
-        if images.dim() != 4:
-            raise ValueError(
-                f"images must be [N, C, H, W], got {images.dim()} dimensions: {list(images.shape)}"
-            )
-        if images.shape[0] == 0:
-            raise ValueError(f"images must hold at least one image, got {list(images.shape)}")
-        if images.shape[1] != self.in_chans:
-            raise ValueError(
-                f"images have {images.shape[1]} channels, but the model takes {self.in_chans} "
-                "(in_chans)"
-            )
-        self.check_size(*images.shape[2:])
-        if images.device != self.pos_embed.device:
-            raise ValueError(
-                f"images are on {images.device}, but the model is on {self.pos_embed.device}"
-            )
-        mixed = autocast_is_on(images.device.type) and images.dtype != torch.float64
-        if images.dtype != self.pos_embed.dtype and not mixed:
-            raise TypeError(f"images are {images.dtype}, but the model is {self.pos_embed.dtype}")
-
-    def check_size(self, height: int, width: int) -> None:
-        """The images are of the model's size.
-
-        Raises:
-            ValueError: they are not.
-        """
-        if (height, width) != self.img_size:
-            raise ValueError(
-                f"images are {height} x {width}, but the model takes {self.img_size[0]} x "
-                f"{self.img_size[1]} (img_size)"
-            )
-
-    def check_mask(self, images: Tensor, mask: BlockMask) -> None:
-        """The mask fits the images, and shows something of every image.
-
-        That every image has a visible block is checked on the host, from what the mask knows.
-
-        Raises:
-            TypeError: not a `BlockMask`.
-            ValueError: grid, batch size or device do not fit, or an image has no visible block.
-        """
-        if not isinstance(mask, BlockMask):
-            raise TypeError(f"mask must be a convmae_kernels.BlockMask, got {type(mask).__name__}")
-        if mask.grid != self.grid:
-            raise ValueError(
-                f"mask has a grid of {mask.grid[0]} x {mask.grid[1]} blocks, but images of "
-                f"{self.img_size[0]} x {self.img_size[1]} have {self.grid[0]} x {self.grid[1]} "
-                f"patches of {PATCH_SIZE} x {PATCH_SIZE} pixels"
-            )
-        self.check_mask_batch(images, mask)
-        if mask.device != images.device:
-            raise ValueError(f"mask is on {mask.device}, but images are on {images.device}")
-        if is_exported() and not mask.knows_numbers:
-            raise ValueError(
-                "mask does not know how many blocks of an image are visible, which an exported "
-                "program of this model must; expected a mask from from_noise, from_ids or full, or "
-                "one from from_visible that is made outside and is an input of the program"
-            )
-        if mask.min_per_image == 0:
-            raise ValueError(
-                "mask must leave at least one visible block in every image, got an image with "
-                f"0 of {self.num_patches} (a lower mask_ratio keeps more)"
-            )
-
-    def check_mask_batch(self, images: Tensor, mask: BlockMask) -> None:
-        """There is one mask for each image.
-
-        Raises:
-            ValueError: there is not.
-        """
-        if mask.batch_size != images.shape[0]:
-            raise ValueError(
-                f"mask is for a batch of {mask.batch_size}, but images has {images.shape[0]}"
-            )
 
 
 def check_positive(name: str, value: int) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from convmae.config import WeightsError
 from convmae.models.adapt import adapt_network
-from convmae.weights.configuration import TIMM
+from convmae.models.cnn.names import PREFIX, is_timm_name
 from convmae.weights.foreign import few
 
 if TYPE_CHECKING:
@@ -50,12 +50,12 @@ def encoder_weights(weights: Weights) -> Weights:
         weights: of any model.
     """
     prefix = PREFIXES.get(weights.config.get("method", ""))
-    if not weights.model.startswith(TIMM) or prefix is None:
+    if not is_timm_name(weights.model) or prefix is None:
         return weights
     state = {k.removeprefix(prefix): v for k, v in weights.state.items() if k.startswith(prefix)}
     config: dict[str, Any] = {"num_classes": 0}
-    for key in ("img_size", "in_chans"):
-        if key in weights.config:
+    for key in ("img_size", "in_chans", "output_stride"):
+        if weights.config.get(key) is not None:
             config[key] = weights.config[key]
     return replace(weights, config=config, state=state)
 
@@ -125,7 +125,7 @@ def _name(model: nn.Module) -> str:
     """The name of a model's network, `timm:resnet50`."""
     described: Any = getattr(network_of(model), "pretrained_cfg", None) or {}
     name = described.get("architecture")
-    return "the model" if name is None else f"{TIMM}{name}"
+    return "the model" if name is None else f"{PREFIX}{name}"
 
 
 def _check_name(model: nn.Module, found: ForeignWeights) -> None:
@@ -137,10 +137,10 @@ def _check_name(model: nn.Module, found: ForeignWeights) -> None:
     if found.ours is None:
         return
     theirs, mine = found.ours.model.partition(".")[0], _name(model)
-    if not theirs.startswith(TIMM) or (mine.startswith(TIMM) and theirs != mine):
+    if not is_timm_name(theirs) or (is_timm_name(mine) and theirs != mine):
         raise WeightsError(
             f"{found.path} is of {found.ours.model}, but the model is {mine}; give weights of "
-            f"{mine}" + (f", or --model {theirs}" if theirs.startswith(TIMM) else "")
+            f"{mine}" + (f", or --model {theirs}" if is_timm_name(theirs) else "")
         )
 
 
