@@ -110,7 +110,11 @@ class Classification(Task):
         else:
             options["global_pool"] = config.global_pool
         try:
+            if is_timm_name(name):
+                _try_out(name, config, options)
             model: Any = create_model(name, **options)
+        except OptionError:
+            raise
         except ValueError as error:
             raise OptionError(f"--model: {error}") from error
         except TypeError:  # a ConvMAE does not classify
@@ -119,8 +123,6 @@ class Classification(Task):
             like = name.replace("fastconvmae", "convvit").replace("convmae", "convvit")
             known = list_models("convvit_*")
             raise OptionError(f"--model {name!r} does not classify{suggest(like, known)}")
-        if isinstance(model, TimmClassifier):
-            _try_out(name, config, options)
         return model, notes
 
     def model_options(self, config: Any) -> dict[str, Any]:
@@ -287,13 +289,16 @@ def _options_of_network(name: str, config: Any, options: dict[str, Any]) -> list
 
 
 def _try_out(name: str, config: ClassifyConfig, options: dict[str, Any]) -> None:
-    """A step's shapes, without values: raises `OptionError` where a network cannot compute it.
+    """Runs a step on tensors without values, before the network is built.
 
-    Such are pictures that its strides leave nothing of, and a BatchNorm that sees one position.
+    Raises:
+        OptionError: it cannot: the strides leave nothing of the pictures, or a BatchNorm sees one
+            position.
+        ValueError: there is no such network.
     """
     height, width = config.size
     with torch.device("meta"):
-        model = create_model(name, **options).train()
+        model: Any = create_model(name, **options).train()
         images = torch.empty(config.batch_size, options["in_chans"], height, width)
         try:
             model(images)
