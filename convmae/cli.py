@@ -86,6 +86,7 @@ OWN_OUTPUT = ("reconstruct", "convert", "evaluate", "predict", "embed", "stats")
 _FORMAT = warnings.formatwarning
 FAILED, BAD_OPTION, INTERRUPTED = 1, 2, 130  # exit statuses
 HELP = ("-h", "--help")
+OPEN_CHOICE = "bool | None"  # type of an option that is yes, no, or left to the command
 # How often a thread of GNU's OpenMP looks for work before it sleeps; by default 300,000 times. So
 # long it takes the cores from other programs, and from the thread that it waits for: beside busy
 # neighbours a step takes many times as long (`python -m benchmarks.shared_machine`).
@@ -176,7 +177,7 @@ def _check_names(arguments: list[str]) -> None:
     known = ["--config"]
     for option in dataclasses.fields(COMMANDS[command].options):
         known.append(f"--{option.name}")
-        if option.type in (bool, "bool"):
+        if option.type in (bool, "bool", OPEN_CHOICE):
             known.append(f"--no_{option.name}")
     for argument in arguments[1:]:
         name = argument.partition("=")[0]
@@ -202,6 +203,7 @@ def _parse(arguments: list[str]) -> Any:
     import tyro
 
     arguments, file = _take_config(arguments)
+    arguments = _with_values(arguments)
     defaults: dict[str, Any] = {}
     if file is not None:
         name = arguments[0]
@@ -221,6 +223,24 @@ def _parse(arguments: list[str]) -> Any:
         ),
         use_underscores=True,
     )
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """`--sync_bn` and `--no_sync_bn` with the value that an option of three values needs."""
+    command = COMMANDS.get(arguments[0]) if arguments else None
+    options = dataclasses.fields(command.options) if command is not None else ()
+    open_choices = {option.name for option in options if option.type == OPEN_CHOICE}
+    given = []
+    for place, argument in enumerate(arguments):
+        name = argument.removeprefix("--")
+        following = arguments[place + 1] if place + 1 < len(arguments) else ""
+        if name in open_choices and following not in ("True", "False", "None"):
+            given += [argument, "True"]
+        elif name.removeprefix("no_") in open_choices - {name}:
+            given += [f"--{name.removeprefix('no_')}", "False"]
+        else:
+            given.append(argument)
+    return given
 
 
 def _subcommand(name: str, default: Any) -> Any:

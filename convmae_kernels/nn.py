@@ -9,6 +9,7 @@ from torch import Tensor
 
 from convmae_kernels.block_mask import BlockMask
 from convmae_kernels.functional import masked_sync_batch_norm
+from convmae_kernels.functional.norm import sync_batch_norm
 from convmae_kernels.ops import gather_visible, masked_conv2d, scatter_visible
 from convmae_kernels.ops.support.geometry import check_padding, pair
 from convmae_kernels.packed import Packed
@@ -142,8 +143,8 @@ class MaskedConv2d(torch.nn.Conv2d):
 class SyncBatchNorm(torch.nn.SyncBatchNorm):
     """A `torch.nn.SyncBatchNorm` that takes `Packed`: the statistics of visible positions.
 
-    PyTorch's own takes tensors only. Arguments, parameters and buffers are the same; for a `Packed`
-    any backend of `torch.distributed` does, on CPUs too.
+    PyTorch's own takes tensors only, on GPUs only. Arguments, parameters and buffers are the same;
+    for a `Packed`, and for tensors on a CPU, any backend of `torch.distributed` does.
     """
 
     def forward(self, input: Any) -> Any:
@@ -154,7 +155,9 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
         """
         alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
         batch_statistics = self.training or self.running_mean is None
-        if not isinstance(input, Packed) or not batch_statistics or alone:
+        packed = isinstance(input, Packed)
+        own = packed or (isinstance(input, Tensor) and input.device.type == "cpu")
+        if not own or not batch_statistics or alone:
             return super().forward(input)
         momentum = 0.0 if self.momentum is None else self.momentum
         updates = self.training and self.track_running_stats
@@ -162,9 +165,7 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-        y = masked_sync_batch_norm(
-            input.features,
-            input.mask,
+        rest = (
             self.running_mean if updates else None,
             self.running_var if updates else None,
             self.weight,
@@ -173,7 +174,9 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
             self.eps,
             self.process_group,
         )
-        return input.like(y)
+        if packed:
+            return input.like(masked_sync_batch_norm(input.features, input.mask, *rest))
+        return sync_batch_norm(input.movedim(1, -1), *rest).movedim(-1, 1)
 
     @classmethod
     def convert_sync_batchnorm(

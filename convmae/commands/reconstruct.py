@@ -29,8 +29,8 @@ from convmae.data.arrays import ARRAY_EXTENSION
 from convmae.data.errors import printable
 from convmae.data.formats.pillow import EXTENSIONS
 from convmae.data.open import open_files
-from convmae.models import ConvMAE
 from convmae.models.adapt import DECODER
+from convmae.models.image_model import MaskedImageModel
 from convmae.records.pictures import reconstruction_picture, save_picture
 from convmae.records.unreadable import NAMED_AT_MOST
 from convmae.training.machine import pick_device
@@ -95,12 +95,13 @@ def draw(config: ReconstructConfig) -> Drawn:
         weights = _read_weights(config)
         model = weights.build_model(device)
         statistics = weights.statistics
-    if not isinstance(model, ConvMAE):
+    if not isinstance(model, MaskedImageModel):
         raise OptionError(
             f"--checkpoint {config.checkpoint!r} is a {type(model).__name__}, which has no "
-            "decoder; expected a ConvMAE from convmae pretrain"
+            "decoder; expected a model from convmae pretrain"
         )
-    check_patches(config.mask_ratio, *model.img_size)
+    ratio = model.mask_ratio if config.mask_ratio is None else config.mask_ratio
+    check_patches(ratio, *model.img_size, model.patch_size, model.mask_rounding)
     reading, notes = config.reading.over(weights.reading)
     for note in notes:
         print(note, file=sys.stderr)
@@ -111,7 +112,7 @@ def draw(config: ReconstructConfig) -> Drawn:
             f"{model.in_chans}"
         )
     images, failures = source.crops(config.max_images, model.img_size)
-    picture = reconstruction_picture(model, images, config.mask_ratio, config.seed, *statistics)
+    picture = reconstruction_picture(model, images, ratio, config.seed, *statistics)
     output = Path(config.output).expanduser()
     save_picture(picture, output)
     reasons = {failure.name: failure.reason for failure in (*source.failures, *failures)}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PATCH = 16  # pixels in a row or column of a patch, which is one block of the mask
+TIMM = "timm:"  # what the name of a network of timm begins with
 # How a first convolution becomes one of another number of channels.
 ADAPT_INPUT = ("auto", "sum", "repeat", "fresh")
 Config = TypeVar("Config")
@@ -174,10 +175,20 @@ def check_mask_ratio(value: float) -> None:
         raise OptionError(f"--mask_ratio must be in [0, 1), got {value!r}")
 
 
-def check_patches(mask_ratio: float, height: int, width: int) -> None:
-    """Raises `OptionError` unless a picture of that size has visible and hidden patches."""
-    patches = (height // PATCH) * (width // PATCH)
-    visible = int(patches * (1 - mask_ratio))
+def check_patches(
+    mask_ratio: float, height: int, width: int, side: int = PATCH, rounding: str = "floor"
+) -> None:
+    """Raises `OptionError` unless a picture of that size has visible and hidden patches.
+
+    Args:
+        mask_ratio: share that is hidden.
+        height, width: of the picture, in pixels.
+        side: of a patch, in pixels.
+        rounding: of the number that stays visible, "floor" or "round".
+    """
+    patches = (height // side) * (width // side)
+    share = patches * (1 - mask_ratio)
+    visible = round(share) if rounding == "round" else int(share)
     if visible in (0, patches):
         what = "visible" if visible == 0 else "hidden"
         raise OptionError(
@@ -186,15 +197,15 @@ def check_patches(mask_ratio: float, height: int, width: int) -> None:
         )
 
 
-def check_size(size: int | tuple[int, ...]) -> None:
-    """Raises `OptionError` unless `size` is one or two positive multiples of 16."""
+def check_size(size: int | tuple[int, ...], unit: int = PATCH) -> None:
+    """Raises `OptionError` unless `size` is one or two positive multiples of `unit` pixels."""
     try:
         height, width = as_pair(size)
     except TypeError as error:
         raise OptionError(f"--input_size must be one whole number or two, got {size!r}") from error
-    if height < PATCH or width < PATCH or height % PATCH or width % PATCH:
+    if height < unit or width < unit or height % unit or width % unit:
         raise OptionError(
-            f"--input_size must be multiples of {PATCH} pixels, at least {PATCH}, "
+            f"--input_size must be multiples of {unit} pixels, at least {unit}, "
             f"got {height} x {width}"
         )
 

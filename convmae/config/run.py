@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from convmae.config.checks import (
     ADAPT_INPUT,
+    PATCH,
     OptionError,
     as_pair,
     check_choice,
@@ -20,6 +21,7 @@ from convmae.config.data import DataConfig
 AMP = ("auto", "bfloat16", "float16", "float32")
 STRATEGIES = ("auto", "single", "ddp", "fsdp2")
 SCHEDULES = ("cosine", "linear", "constant")
+AnyRun = TypeVar("AnyRun", bound="RunConfig")
 
 
 @dataclass
@@ -42,7 +44,8 @@ class RunConfig(DataConfig):
     accum_iter: int = 1
     """Batches whose gradients are added up for one step: the effective batch is larger."""
     input_size: int | tuple[int, int] = 224
-    """Crop in pixels, one number or height and width, multiples of 16."""
+    """Crop in pixels, one number or height and width, multiples of 16; of a network of timm,
+    multiples of its stride, mostly 32."""
     max_samples: int | None = None
     """Train on this many of the pictures, evenly over their classes, chosen by --seed."""
     mean: tuple[float, ...] | None = None
@@ -52,6 +55,9 @@ class RunConfig(DataConfig):
     """Deviation of every channel, as --mean."""
     weight_decay: float = 0.05
     """For matrices and kernels; vectors and biases have none."""
+    weight_decay_end: float | None = None
+    """Weight decay of the last step, which --weight_decay goes to along half a cosine over all
+    steps; by default it stays."""
     lr: float | None = None
     """Peak learning rate; blr * effective batch / 256 if not given."""
     blr: float = 1e-3
@@ -59,11 +65,16 @@ class RunConfig(DataConfig):
     min_lr: float = 0.0
     """Learning rate at the end."""
     warmup_epochs: float = 40
-    """Epochs over which the learning rate rises linearly from 0."""
+    """Epochs over which the learning rate rises linearly from --warmup_lr."""
+    warmup_lr: float = 0.0
+    """Learning rate of the first step, where there is a warm-up."""
     sched: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate goes after the warm-up."""
     clip_grad: float | None = None
     """Largest norm of the gradient of all parameters together; not limited if not given."""
+    sync_bn: bool | None = None
+    """Let BatchNorms take mean and variance over the batches of all processes, as if they were one;
+    by default yes where there are several. Means nothing to a model without BatchNorm."""
     min_crop: float = 0.2
     """Smallest share of a picture's area that a random crop takes."""
     hflip: float = 0.5
@@ -119,6 +130,15 @@ class RunConfig(DataConfig):
         """`lr`, or `blr * effective_batch / 256`."""
         return self.blr * self.effective_batch(processes) / 256 if self.lr is None else self.lr
 
+    @property
+    def size_unit(self) -> int:
+        """Pixels that must divide `input_size`, as far as the options alone tell."""
+        return PATCH
+
+    def filled(self: AnyRun) -> AnyRun:
+        """The options with those that depend on others given values; what a run notes down."""
+        return self
+
     def validate(self) -> None:
         """Checks every option that can be checked without the data or the model.
 
@@ -128,11 +148,12 @@ class RunConfig(DataConfig):
         for name in ("data_path", "output_dir", "wandb_project", "device"):
             check_text(name, getattr(self, name))
         self.check_reading()
-        check_size(self.input_size)
+        check_size(self.input_size, self.size_unit)
         for name in ("batch_size", "epochs", "accum_iter", "log_every", "max_nonfinite"):
             check_number(name, getattr(self, name), whole=True, above=0)
-        for name in ("weight_decay", "min_lr", "warmup_epochs"):
-            check_number(name, getattr(self, name), at_least=0)
+        for name in ("weight_decay", "weight_decay_end", "min_lr", "warmup_epochs", "warmup_lr"):
+            if name != "weight_decay_end" or self.weight_decay_end is not None:
+                check_number(name, getattr(self, name), at_least=0)
         for name in ("blr", "lr", "clip_grad", "save_every"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), above=0)
@@ -149,6 +170,10 @@ class RunConfig(DataConfig):
         check_choice("sched", self.sched, SCHEDULES)
         check_choice("adapt_input", self.adapt_input, ADAPT_INPUT)
         check_statistics(self.mean, self.std)
+        if self.warmup_lr > 0 and self.warmup_epochs == 0:
+            raise OptionError(
+                f"--warmup_lr {self.warmup_lr:g} has no effect with --warmup_epochs 0; leave it out"
+            )
         if self.amp == "float16" and self.strategy == "fsdp2":
             raise OptionError(
                 "--amp float16 cannot scale gradients that --strategy fsdp2 divides over the "
@@ -163,9 +188,11 @@ class RunConfig(DataConfig):
             )
 
     def check_rates(self, processes: int) -> None:
-        """Raises `OptionError` where the learning rate would end above its peak."""
+        """Raises `OptionError` where the learning rate would begin or end above its peak."""
         peak = self.peak_lr(processes)
-        if self.min_lr > peak:
-            raise OptionError(
-                f"--min_lr must not be above the peak learning rate {peak:g}, got {self.min_lr:g}"
-            )
+        for name in ("warmup_lr", "min_lr"):
+            rate = getattr(self, name)
+            if rate > peak:
+                raise OptionError(
+                    f"--{name} must not be above the peak learning rate {peak:g}, got {rate:g}"
+                )

@@ -26,8 +26,9 @@ class ReconstructConfig(DataConfig):
     """Picture files and folders of pictures, or demo."""
     output: str = "reconstruction.png"
     """The picture to write."""
-    mask_ratio: float = 0.75
-    """Share of the 16 x 16 pixel patches that is hidden."""
+    mask_ratio: float | None = None
+    """Share of the patches that is hidden; by default what a network of timm was trained with, and
+    0.75 for a ConvMAE."""
     seed: int = 0
     """Of the masks."""
     max_images: int = 16
@@ -51,7 +52,8 @@ class ReconstructConfig(DataConfig):
             OptionError: naming the option, what was found and what was expected.
         """
         self.check_reading()
-        check_mask_ratio(self.mask_ratio)
+        if self.mask_ratio is not None:
+            check_mask_ratio(self.mask_ratio)
         check_number("seed", self.seed, whole=True, at_least=0)
         check_number("max_images", self.max_images, whole=True, above=0)
         check_number("max_unreadable", self.max_unreadable, at_least=0, at_most=1)

@@ -155,15 +155,24 @@ def spread(model: nn.Module, world: World) -> nn.Module:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         mesh = init_device_mesh(world.device.type, (world.size,))
-        for name, blocks in model.named_children():
-            if "blocks" in name:
-                for block in blocks.children():
-                    fully_shard(block, mesh=mesh)
+        for block in _blocks(model):
+            fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         for method in ("reconstruct",):
             if hasattr(model, method):
                 register_fsdp_forward_method(model, method)
     return model
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model that are divided each for itself; the rest is divided as one."""
+    named = [blocks for name, blocks in model.named_children() if "blocks" in name]
+    if named:
+        return [block for blocks in named for block in blocks.children()]
+    from convmae.models.cnn.classifier import blocks_of
+
+    network: Any = getattr(model, "network", model)  # of a model that pretrains one
+    return list(blocks_of(network))
 
 
 @contextmanager

@@ -1,15 +1,16 @@
-"""Optimizers and the learning-rate schedule of the official recipes, by timm and PyTorch."""
+"""Optimizers and schedules of the official recipes, by timm and PyTorch."""
 
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from torch import nn
 
@@ -18,15 +19,20 @@ if TYPE_CHECKING:
 Groups = list[dict[str, Any]]
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> Groups:
+def decay_groups(model: nn.Module, weight_decay: float, undecayed: Collection[str] = ()) -> Groups:
     """Decays matrices and kernels, not vectors and biases; leaves frozen parameters out.
 
-    The mask token (three dimensions) is decayed, as in the official code; the position embeddings
-    are frozen there, so absent.
+    ConvMAE's mask token (three dimensions) is decayed, as in the official code; the position
+    embeddings are frozen there, so absent.
+
+    Args:
+        model: whose parameters.
+        weight_decay: of those that are decayed.
+        undecayed: names of others that are not.
     """
     from timm.optim import param_groups_weight_decay
 
-    return param_groups_weight_decay(model, weight_decay)
+    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=undecayed)
 
 
 def layer_decay_groups(model: Any, weight_decay: float, layer_decay: float) -> Groups:
@@ -52,6 +58,25 @@ def adamw(groups: Groups, betas: tuple[float, float]) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused)
 
 
+def lamb(
+    groups: Groups, betas: tuple[float, float], clip_grad: float | None
+) -> torch.optim.Optimizer:
+    """timm's LAMB, which limits the norm of the gradient itself (`clips_by_itself`)."""
+    from timm.optim import Lamb
+
+    return Lamb(groups, lr=0.0, betas=betas, max_grad_norm=clip_grad)
+
+
+def sgd(groups: Groups) -> torch.optim.SGD:
+    """SGD with Nesterov's momentum of 0.9."""
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
+
+
+def clips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer limits the norm of the gradient in its own step."""
+    return optimizer.defaults.get("max_grad_norm") is not None
+
+
 def lars(groups: Groups) -> torch.optim.Optimizer:
     """LARS, momentum 0.9 and trust coefficient 0.001; vectors are not adapted, as officially."""
     from timm.optim import Lars
@@ -67,10 +92,38 @@ def lars(groups: Groups) -> torch.optim.Optimizer:
     return Lars(kept, lr=0.0, momentum=0.9, trust_coeff=0.001)
 
 
+class Schedule:
+    """Sets learning rates, and decays where they change, before every optimizer step.
+
+    Args:
+        rates: a scheduler of timm.
+        optimizer: whose groups it sets.
+        decay_end: the weight decay of the last step; None where it stays.
+        steps: of the whole run.
+    """
+
+    def __init__(
+        self, rates: Any, optimizer: torch.optim.Optimizer, decay_end: float | None, steps: int
+    ) -> None:
+        self._rates, self._optimizer = rates, optimizer
+        self._end, self._last = decay_end, max(steps - 1, 1)
+        self._begins = [group["weight_decay"] for group in optimizer.param_groups]
+
+    def step_update(self, step: int) -> None:
+        """Sets those of optimizer step `step`, counted from 0."""
+        self._rates.step_update(step)
+        if self._end is None:
+            return
+        begun = 0.5 + 0.5 * math.cos(math.pi * step / self._last)  # 1 at the first, 0 at the last
+        for group, begin in zip(self._optimizer.param_groups, self._begins, strict=True):
+            if begin:  # vectors have no decay
+                group["weight_decay"] = self._end + (begin - self._end) * begun
+
+
 def make_scheduler(
     optimizer: torch.optim.Optimizer, config: RunConfig, peak: float, steps_per_epoch: int
-) -> Any:
-    """Linear warm-up from 0 to `peak`, then a half-cosine (or line) down to `min_lr`, every step.
+) -> Schedule:
+    """Linear warm-up from `warmup_lr` to `peak`, then a half-cosine (or line) down to `min_lr`.
 
     The optimizer's own learning rate must be `peak`. `scheduler.step_update(step)` sets the rates
     of optimizer step `step`, counted from 0.
@@ -81,12 +134,14 @@ def make_scheduler(
     length: Any = max(config.epochs * steps_per_epoch - warmup, 1)  # a fraction, where warmup is
     common: dict[str, Any] = {
         "warmup_t": warmup,
-        "warmup_lr_init": 0.0,
+        "warmup_lr_init": config.warmup_lr,
         "warmup_prefix": True,
         "t_in_epochs": False,
     }
     with _without_remarks():
-        return _scheduler(optimizer, config, length, common)
+        rates = _scheduler(optimizer, config, length, common)
+    steps = config.epochs * steps_per_epoch
+    return Schedule(rates, optimizer, config.weight_decay_end, steps)
 
 
 def _scheduler(

@@ -112,6 +112,7 @@ def accuracy_text(figures: dict[str, float]) -> str:
 def run_task(config: RunConfig, task: Task) -> RunSummary:
     """Trains as `config` says; the commands' functions describe what it leaves and raises."""
     config.validate()
+    config = config.filled()
     with Interrupts() as interrupts, join(config.device, config.strategy) as world:
         if world.parallel:
             interrupts.hold()  # the others would wait for a process that ends alone

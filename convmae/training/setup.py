@@ -20,6 +20,7 @@ from convmae.training.optim import make_scheduler
 from convmae.training.state import Run
 from convmae.training.step import clip, differentiate
 from convmae.training.step_graph import WARM_UP, StepGraph, cuda_capture, why_not
+from convmae.training.sync_norms import has_batch_norm, share_statistics
 from convmae.weights.checkpoint import (
     describe,
     find_checkpoint,
@@ -31,7 +32,7 @@ from convmae.weights.checkpoint import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from convmae.config import RunConfig
     from convmae.data import Source
@@ -76,6 +77,7 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     model, name, model_notes = task.build(config, source)
     stored = None if saved is None else saved[0].pictures
     statistics, origin = _statistics(config, task, source, world, stored)
+    norm_notes = _share_statistics(model, config, world)
     _prepare_model(model, config, world)
     step_model = spread(model, world)
     optimizer = task.optimizer(task.groups(model, config), config)
@@ -99,6 +101,7 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
         data_changes=changes,
     )
     notes = [source.description, *reading_notes, *model_notes, *_notes(run, why), *origin]
+    notes += norm_notes
     if resume is not None and saved is not None:
         notes += _resume(run, task, resume, *saved)
     notes += _use_graph(run, task)
@@ -226,6 +229,27 @@ def _compared(
         f"note: mean and deviation {where} are not those of such pictures in {len(far)} of "
         f"{len(statistics.mean)} channels: {_which(measured, source)} have mean {mean}, deviation "
         f"{std}; convmae stats measures --mean and --std (full scale is 1)"
+    ]
+
+
+def _share_statistics(model: nn.Module, config: RunConfig, world: World) -> list[str]:
+    """Synchronises BatchNorms over the processes if that is to be; what to tell about it."""
+    if not has_batch_norm(model):
+        if config.sync_bn:
+            return ["note: --sync_bn: the model has no BatchNorm, so there is nothing to share"]
+        return []
+    if not world.parallel:
+        if config.sync_bn:
+            return ["note: --sync_bn: there is one process, whose statistics are those of all"]
+        return []
+    if config.sync_bn is False:
+        return ["note: --no_sync_bn: BatchNorms see the pictures of their own process alone"]
+    left = share_statistics(model)
+    if not left:
+        return ["BatchNorms share their statistics over the processes"]
+    return [
+        f"note: {', '.join(left)} cannot share statistics over the processes: they see the "
+        "pictures of their own process alone"
     ]
 
 

@@ -12,6 +12,7 @@ import torch
 from convmae.data import DataError, LoadingError, normalise
 from convmae.seeds import Stream, derive_seed, seed_everything
 from convmae.training.distributed import gradients
+from convmae.training.optim import clips_by_itself
 from convmae.training.step_graph import GraphError
 
 if TYPE_CHECKING:
@@ -127,9 +128,12 @@ def differentiate(run: Run, loss: Callable[[], Tensor], exchange: bool = True) -
 
 
 def clip(run: Run) -> Tensor:
-    """The norm of all gradients together; they are scaled down to `clip_grad` if it is given."""
+    """The norm of all gradients together; they are scaled down to `clip_grad` if it is given.
+
+    An optimizer that does so in its own step is left to it.
+    """
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
-    if run.config.clip_grad is not None:
+    if run.config.clip_grad is not None and not clips_by_itself(run.optimizer):
         torch.nn.utils.clip_grads_with_norm_(parameters, run.config.clip_grad, norm)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

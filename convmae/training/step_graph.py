@@ -45,6 +45,16 @@ def why_not(run: Run) -> str | None:
         return "float16 scales its loss from step to step; give --amp bfloat16 or float32"
     if config.grad_checkpointing:
         return "--grad_checkpointing reads the states of random generators, which a capture forbids"
+    if not isinstance(run.optimizer, torch.optim.AdamW):
+        return (
+            f"{type(run.optimizer).__name__} decides on the host in every step, which a capture "
+            "does not repeat; give --opt adamw"
+        )
+    if config.weight_decay_end is not None:
+        return (
+            "the weight decay, which --weight_decay_end changes from step to step, is a number of "
+            "the host, which a capture does not read again; leave it out"
+        )
     return None
 
 

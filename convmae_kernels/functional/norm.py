@@ -77,12 +77,38 @@ def masked_sync_batch_norm(
         TypeError, ValueError: `x` is not packed with this mask; there is a single value for each
             channel in all processes.
     """
+    check_packed("x", x, mask)
+    return sync_batch_norm(x, running_mean, running_var, weight, bias, momentum, eps, group)
+
+
+def sync_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` in training, with the statistics of all processes.
+
+    Args:
+        x: `[..., C]`, channels last.
+        running_mean, running_var, weight, bias, momentum, eps, group: as in
+            `masked_sync_batch_norm`.
+
+    Returns:
+        Like `x`; statistics are computed in float32 (float64 for float64).
+
+    Raises:
+        ValueError: there is a single value for each channel in all processes.
+    """
     from torch.distributed.nn.functional import all_reduce
 
-    check_packed("x", x, mask)
     group = torch.distributed.group.WORLD if group is None else group
     wide = x.to(accumulation_dtype(x.dtype))
-    rows = wide.reshape(-1, x.shape[2])
+    rows = wide.reshape(-1, x.shape[-1])
     number = rows.new_tensor([len(rows)])
     total = all_reduce(torch.cat([rows.sum(0), number]), group=group)
     count = total[-1].detach()

@@ -104,7 +104,7 @@ def test_recipes_are_read_by_their_command(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("modl: convmae_tiny", "unknown option 'modl' in --config; did you mean model?"),
+        ("modl: convmae_tiny", "unknown option 'modl' in --config; did you mean model or method?"),
         ("blr: fast", "--blr must be a number, got 'fast' in --config"),
         ("norm_pix_loss: 3", "--norm_pix_loss must be true or false, got 3 in --config"),
         ("- a list", "must hold options and values, found a list"),

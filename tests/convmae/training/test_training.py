@@ -23,8 +23,8 @@ from convmae import (
     reconstruct,
 )
 from convmae.config import config_from_mapping, config_to_mapping
+from convmae.config.pretrain import BETAS
 from convmae.records import log as logs
-from convmae.tasks.pretrain import BETAS
 from convmae.training import machine
 from convmae.training.optim import adamw, decay_groups, make_scheduler
 from tests.support.paths import RECIPES
@@ -133,7 +133,7 @@ def test_learning_rate_rule() -> None:
 
 
 def test_defaults_are_the_official_scripts() -> None:
-    config = PretrainConfig()
+    config = PretrainConfig().filled()
     assert (config.model, config.batch_size, config.epochs) == ("convmae_base", 64, 400)
     assert (config.blr, config.weight_decay, config.min_lr) == (1e-3, 0.05, 0.0)
     assert (config.warmup_epochs, config.mask_ratio, config.norm_pix_loss) == (40, 0.75, False)

@@ -78,6 +78,37 @@ def test_two_processes_train_as_one_and_one_goes_on_from_two(
         assert bool(tensor.isfinite().all())
 
 
+@pytest.mark.parametrize(
+    ("strategy", "changes"),
+    [
+        ("ddp", {"method": "spark", "opt": "sgd"}),
+        ("fsdp2", {"method": "spark", "opt": "lamb", "clip_grad": 0.5}),
+        ("fsdp2", {"method": "fcmae", "model": "timm:test_efficientnet"}),
+    ],
+    ids=["ddp-spark-sgd", "fsdp2-spark-lamb", "fsdp2-fcmae-activations"],
+)
+def test_two_processes_share_the_statistics_of_batch_norms(
+    run_options: Options, tmp_path: Path, strategy: str, changes: Options
+) -> None:
+    """Of visible positions in the network, of all in the decoder: as one process of two batches."""
+    options = run_options | {"model": "timm:test_resnet", "input_size": 64, "decoder_width": 32}
+    options |= {"mask_ratio": 0.5, "accum_iter": 1, "warmup_epochs": 0.5} | changes
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(start(["pretrain", *flags(**options, batch_size=8, output_dir=one)]))
+    parallel = options | {"batch_size": 4, "strategy": strategy}
+    output = finish(start(["pretrain", *flags(**parallel, output_dir=two)], processes=2))
+    assert "BatchNorms share their statistics over the processes" in output
+    wanted, found = losses(one), losses(two)
+    assert len(found) == len(wanted) == 5
+    assert [p[2] for p in found] == pytest.approx([p[2] for p in wanted], rel=1e-5)
+    assert [p[4] for p in found] == pytest.approx([p[4] for p in wanted], rel=1e-3)
+    weights = tensors(two)
+    assert weights.keys() == tensors(one).keys()
+    for name, value in tensors(one).items():
+        if name.endswith(("running_mean", "running_var")):
+            torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(("command", "strategy"), [("finetune", "fsdp2"), ("linprobe", "ddp")])
 def test_two_processes_classify_as_one(
     run_options: Options, tmp_path: Path, command: str, strategy: str
