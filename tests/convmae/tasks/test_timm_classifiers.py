@@ -254,6 +254,9 @@ def test_a_pretraining_model_takes_a_network_too(tmp_path: Path) -> None:
     fcmae: Any = convmae.create_model(RESNET, img_size=64, method="fcmae", decoder_width=32)
     report = load_pretrained(fcmae, file)
     assert same(dict(fcmae.network.state_dict()), network_of(file, "spark"))
+    own: Any = convmae.SparK(timm.create_model("test_resnet", num_classes=0), decoder_width=32)
+    load_pretrained(own, file)
+    assert same(dict(own.network.state_dict()), network_of(file, "spark"))
     of_classes = save_weights(tmp_path / "b", classifier(), RESNET)
     assert load_pretrained(fcmae, of_classes).left_out == ["fc.bias", "fc.weight"]
     grey: Any = convmae.create_model(RESNET, decoder_width=32, in_chans=1, **options)
