@@ -18,8 +18,8 @@ from convmae.data import Statistics
 from convmae.files import replacing
 from convmae.models import ConvViT
 from convmae.models.cnn.classifier import TimmClassifier
+from convmae.models.cnn.names import is_timm_name
 from convmae.weights.checkpoint import WEIGHTS, Weights, open_weights
-from convmae.weights.configuration import TIMM
 from convmae.weights.networks import encoder_weights
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def _classifier(
     except WeightsError:  # of another origin: `convert` reads those too, or says why not
         own = None
     described = (config.model, config.num_heads, config.decoder_num_heads, config.key)
-    of_network = own is not None and own.model.startswith(TIMM)
+    of_network = own is not None and is_timm_name(own.model)
     if own is None or not (own.model.startswith("convvit") or of_network) or any(described):
         with tempfile.TemporaryDirectory() as folder:
             file = str(Path(folder) / WEIGHTS)

@@ -109,10 +109,6 @@ def create_model(name: str, **overrides: Any) -> Any:
     if names.is_timm_name(str(name)):
         return _create_timm_model(name, **overrides)
     known_name = full_name(name)
-    if str(known_name).startswith("timm:"):
-        from convmae.models.cnn.classifier import create_classifier
-
-        return create_classifier(known_name, **overrides)
     if known_name not in MODELS:
         close = difflib.get_close_matches(str(name), [*MODELS, *ALIASES])
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(MODELS)}"

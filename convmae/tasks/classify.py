@@ -11,6 +11,7 @@ from convmae.config import OptionError, for_option, suggest
 from convmae.data import DataError, EvalTransform, open_source
 from convmae.models import ConvViT, create_model, full_name, list_models
 from convmae.models.cnn.classifier import TimmClassifier, has_drop_path
+from convmae.models.cnn.names import is_timm_name
 from convmae.records.unreadable import UnreadableTally
 from convmae.tasks.accuracy import accuracy, better, check_channels
 from convmae.tasks.matching import classes_to_learn, match_labels
@@ -18,7 +19,6 @@ from convmae.training.distributed import whole_model
 from convmae.training.state import Run, TrainingError
 from convmae.training.task import Task
 from convmae.weights.checkpoint import save_weights
-from convmae.weights.configuration import TIMM
 from convmae.weights.foreign import open_foreign
 from convmae.weights.pretrained import classifier_for, load_pretrained
 
@@ -67,7 +67,8 @@ class Classification(Task):
             known = config.model is not None or initial is None
             fitting = None if known or initial is None else classifier_for(initial)
         name = config.model or fitting or "convvit_base"
-        model, model_notes = self._create(name, config, source.channels)
+        stride = None if initial is None or initial.ours is None else _output_stride(initial.ours)
+        model, model_notes = self._create(name, config, source.channels, stride)
         check_channels(self.val, model, config.data_path)
         self.val_tally = UnreadableTally(self.val, config.max_unreadable)
         notes = [f"{self.nb_classes} classes; {self.val.description} (val)", *class_notes]
@@ -91,13 +92,17 @@ class Classification(Task):
         data = f"the {split} split of --data_path {config.data_path!r}"
         return match_labels(source, self.classes, self.nb_classes, data, model, all_of_them)
 
-    def _create(self, name: str, config: ClassifyConfig, channels: int) -> tuple[Any, list[str]]:
+    def _create(
+        self, name: str, config: ClassifyConfig, channels: int, output_stride: int | None
+    ) -> tuple[Any, list[str]]:
         """The classifier, with fresh parameters, and what to tell about it."""
         options: dict[str, Any] = {"img_size": config.size, "in_chans": channels}
         options |= {"num_classes": self.nb_classes} | self.model_options(config)
         notes: list[str] = []
-        if name.startswith(TIMM):
+        if is_timm_name(name):
             notes = _options_of_network(name, config, options)
+            if output_stride is not None:
+                options["output_stride"] = output_stride
         elif config.gp is not None:
             raise OptionError(
                 f"--gp {config.gp} is for networks of timm; {name} has --no_global_pool"
@@ -105,7 +110,11 @@ class Classification(Task):
         else:
             options["global_pool"] = config.global_pool
         try:
+            if is_timm_name(name):
+                _try_out(name, config, options)
             model: Any = create_model(name, **options)
+        except OptionError:
+            raise
         except ValueError as error:
             raise OptionError(f"--model: {error}") from error
         except TypeError:  # a ConvMAE does not classify
@@ -114,8 +123,6 @@ class Classification(Task):
             like = name.replace("fastconvmae", "convvit").replace("convmae", "convvit")
             known = list_models("convvit_*")
             raise OptionError(f"--model {name!r} does not classify{suggest(like, known)}")
-        if isinstance(model, TimmClassifier):
-            _try_out(name, config, options)
         return model, notes
 
     def model_options(self, config: Any) -> dict[str, Any]:
@@ -253,6 +260,11 @@ def linear_of_head(model: Any) -> Any:
     return head[-1] if isinstance(head, torch.nn.Sequential) else head
 
 
+def _output_stride(weights: Weights) -> int | None:
+    """That of the network that was trained; None where it is as timm has it."""
+    return weights.config.get("output_stride") if is_timm_name(weights.model) else None
+
+
 def _options_of_network(name: str, config: Any, options: dict[str, Any]) -> list[str]:
     """Adds to `options` what `create_model` takes for one of timm's networks; what to tell of it.
 
@@ -277,13 +289,16 @@ def _options_of_network(name: str, config: Any, options: dict[str, Any]) -> list
 
 
 def _try_out(name: str, config: ClassifyConfig, options: dict[str, Any]) -> None:
-    """A step's shapes, without values: raises `OptionError` where a network cannot compute it.
+    """Runs a step on tensors without values, before the network is built.
 
-    Such are pictures that its strides leave nothing of, and a BatchNorm that sees one position.
+    Raises:
+        OptionError: it cannot: the strides leave nothing of the pictures, or a BatchNorm sees one
+            position.
+        ValueError: there is no such network.
     """
     height, width = config.size
     with torch.device("meta"):
-        model = create_model(name, **options).train()
+        model: Any = create_model(name, **options).train()
         images = torch.empty(config.batch_size, options["in_chans"], height, width)
         try:
             model(images)

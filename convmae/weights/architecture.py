@@ -16,7 +16,6 @@ from convmae.weights.configuration import count_blocks
 from convmae.weights.foreign import few
 
 if TYPE_CHECKING:
-    from convmae.models import ConvMAE, ConvViT
     from convmae.weights.foreign import ForeignWeights
 
 PATCH = 16
@@ -147,7 +146,7 @@ def read_decoder(found: ForeignWeights, usual: dict[str, Any], heads: int | None
     return {"decoder_embed_dim": width, "decoder_depth": depth, "decoder_num_heads": heads}
 
 
-def blank(name: str, **overrides: Any) -> ConvMAE | ConvViT:
+def blank(name: str, **overrides: Any) -> Any:
     """A model without values, to ask it for its shapes.
 
     Raises:

@@ -17,8 +17,8 @@ from convmae.data import IMAGENET, IMAGENET_MEAN, Statistics
 from convmae.data.classes import ClassNames, ClassNumbers
 from convmae.files import CHECKPOINT, flush, replaced_folder, replacing
 from convmae.models.adapt import POSITIONS, adapt_channels, adapt_network, fit_position
+from convmae.models.cnn.names import is_timm_name
 from convmae.weights.configuration import (
-    TIMM,
     blank_model,
     check_config,
     check_tensors,
@@ -38,9 +38,7 @@ from convmae.weights.safe_load import load_tensors
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
-
-    from convmae.models import ConvMAE, ConvViT
+    from torch import Tensor, nn
 
 WEIGHTS = "model.safetensors"
 STATE = "training_state.pt"
@@ -99,7 +97,7 @@ class Weights:
         img_size: int | tuple[int, int] | None = None,
         in_chans: int | None = None,
         adapt_input: str = "auto",
-    ) -> ConvMAE | ConvViT:
+    ) -> nn.Module:
         """The model with these weights, in evaluation mode.
 
         Args:
@@ -126,17 +124,17 @@ class Weights:
         return model.eval()
 
     def _adapted(
-        self, model: ConvMAE | ConvViT, img_size: Any, in_chans: int | None, adapt_input: str
-    ) -> ConvMAE | ConvViT:
+        self, model: Any, img_size: Any, in_chans: int | None, adapt_input: str
+    ) -> nn.Module:
         """The model for other pictures than those of `model`, which needs no values."""
         from convmae.models import create_model
 
         given = {"img_size": img_size, "in_chans": in_chans}
         config = {key: tuple(v) if isinstance(v, list) else v for key, v in self.config.items()}
         config |= {key: value for key, value in given.items() if value is not None}
-        other = create_model(self.model, **config)
+        other: Any = create_model(self.model, **config)
         state = dict(self.state)
-        if self.model.startswith(TIMM):
+        if is_timm_name(self.model):
             before = self.config.get("in_chans", 3)
             note = adapt_network(state, other.state_dict(), before, adapt_input)
         else:
@@ -163,7 +161,7 @@ def plain(config: dict[str, Any]) -> dict[str, Any]:
 
 def save_checkpoint(
     run: Path,
-    model: ConvMAE | ConvViT,
+    model: Any,
     name: str,
     training_state: dict[str, Any],
     weights: dict[str, Tensor] | None = None,
@@ -221,7 +219,7 @@ def save_checkpoint(
 
 def save_weights(
     folder: Path,
-    model: ConvMAE | ConvViT,
+    model: Any,
     name: str,
     weights: dict[str, Tensor] | None = None,
     pictures: Statistics | None = None,
@@ -442,7 +440,7 @@ def load_model(
     img_size: int | tuple[int, int] | None = None,
     in_chans: int | None = None,
     adapt_input: str = "auto",
-) -> ConvMAE | ConvViT:
+) -> nn.Module:
     """The model of a checkpoint, with its weights, in evaluation mode.
 
     `open_weights(path)` has besides what its pictures were normalised with, and `build_model`.

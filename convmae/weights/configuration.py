@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convmae.config import WeightsError
+from convmae.models.cnn.names import METHODS, is_timm_name, timm_name
 from convmae.models.registry import MODELS, create_model, full_name, list_models
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-
-    from convmae.models import ConvMAE, ConvViT
 
 LARGEST = 1 << 31  # of any number in a configuration
 _WHOLE = (
@@ -27,8 +26,6 @@ _WHOLE = (
 )
 _THREE_WHOLE = ("embed_dim", "depth")
 _YES_OR_NO = ("norm_pix_loss", "head_norm", "dynamic_img_size")
-TIMM = "timm:"  # what the name of one of timm's networks begins with
-METHODS = ("spark", "fcmae")  # of pretraining one
 
 
 def check_config(path: Path, model: Any, config: Mapping[str, Any]) -> None:
@@ -43,7 +40,7 @@ def check_config(path: Path, model: Any, config: Mapping[str, Any]) -> None:
         WeightsError: there is no such model or argument, or a value is of another kind.
     """
     name = full_name(model)
-    if str(name).startswith(TIMM):
+    if is_timm_name(str(name)):
         _check_network(path, name, config)
         return
     if name not in MODELS:
@@ -69,13 +66,10 @@ def _check_network(path: Path, name: str, config: Mapping[str, Any]) -> None:
 
     Which arguments its method takes is seen where the model is built.
     """
-    import timm
-
-    bare = name.removeprefix(TIMM)
-    if not timm.is_model(bare):  # nor any address, which timm would read from
-        close = difflib.get_close_matches(bare, timm.list_models())
-        hint = f"did it mean {' or '.join(close)}?" if close else "a newer version may know it"
-        raise WeightsError(f"{path} is of model {_short(name)}, which timm has not; {hint}")
+    try:
+        timm_name(name)  # nor is it an address, which timm would read from
+    except ValueError as error:
+        raise WeightsError(f"{path} is of model {_short(name)}: {error}") from error
     for key, value in config.items():
         wanted = _unfit_of_network(key, value)
         if wanted:
@@ -201,7 +195,7 @@ def count_blocks(path: Path, names: Mapping[str, Any], prefix: str) -> int:
 
 def blank_model(
     path: Path, model: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> ConvMAE | ConvViT:
+) -> Any:
     """The model that a file names, without values; it has as many blocks as the file.
 
     Nothing is allocated, however large the numbers are.
@@ -232,7 +226,7 @@ def _check_blocks(
     """
     depths = {"depth": ("blocks1.", "blocks2.", "blocks3."), "decoder_depth": ("decoder_blocks.",)}
     given = dict(config)
-    if not name.startswith(TIMM):
+    if not is_timm_name(name):
         given = MODELS[name][1] | given
     elif config.get("method") == "fcmae":  # the depth of a network is that of its name
         depths = {"decoder_depth": ("decoder.",)}

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from convmae.config import WeightsError
 from convmae.models.adapt import adapt_network
-from convmae.weights.configuration import TIMM
+from convmae.models.cnn.classifier import TimmClassifier
+from convmae.models.cnn.masked_cnn import MaskedCNN
+from convmae.models.cnn.names import PREFIX, is_timm_name
 from convmae.weights.foreign import few
 
 if TYPE_CHECKING:
@@ -50,26 +52,26 @@ def encoder_weights(weights: Weights) -> Weights:
         weights: of any model.
     """
     prefix = PREFIXES.get(weights.config.get("method", ""))
-    if not weights.model.startswith(TIMM) or prefix is None:
+    if not is_timm_name(weights.model) or prefix is None:
         return weights
     state = {k.removeprefix(prefix): v for k, v in weights.state.items() if k.startswith(prefix)}
     config: dict[str, Any] = {"num_classes": 0}
-    for key in ("img_size", "in_chans"):
-        if key in weights.config:
+    for key in ("img_size", "in_chans", "output_stride"):
+        if weights.config.get(key) is not None:
             config[key] = weights.config[key]
     return replace(weights, config=config, state=state)
 
 
 def network_of(model: nn.Module) -> nn.Module:
     """timm's own module of a classifier or of a pretraining model."""
-    prefix = network_prefix(model)
-    return model.get_submodule(prefix[:-1]) if prefix else model
+    return model.network if isinstance(model, MaskedCNN) else model
 
 
 def network_prefix(model: nn.Module) -> str:
     """What the names of the network's tensors begin with in a model."""
-    config: Any = model.config
-    return PREFIXES.get(config.get("method", ""), "")
+    network = network_of(model)
+    name = next(name for name, module in model.named_modules() if module is network)
+    return f"{name}." if name else ""
 
 
 def network_state(model: nn.Module, found: ForeignWeights, adapt_input: str) -> NetworkState:
@@ -108,7 +110,10 @@ def head_prefixes(model: nn.Module) -> tuple[str, ...]:
     """What the names of the classifier's tensors begin with in a network of timm."""
     described: Any = getattr(network_of(model), "pretrained_cfg", None) or {}
     named = described.get("classifier") or ()
-    return tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
+    names = {f"{name}." for name in ((named,) if isinstance(named, str) else named)}
+    if isinstance(model, TimmClassifier) and model.num_classes:
+        names.add(model.head_prefix)
+    return tuple(sorted(names))
 
 
 def _prefix_in(source: Mapping[str, Tensor], ours: Weights | None) -> str:
@@ -125,7 +130,7 @@ def _name(model: nn.Module) -> str:
     """The name of a model's network, `timm:resnet50`."""
     described: Any = getattr(network_of(model), "pretrained_cfg", None) or {}
     name = described.get("architecture")
-    return "the model" if name is None else f"{TIMM}{name}"
+    return "the model" if name is None else f"{PREFIX}{name}"
 
 
 def _check_name(model: nn.Module, found: ForeignWeights) -> None:
@@ -137,10 +142,10 @@ def _check_name(model: nn.Module, found: ForeignWeights) -> None:
     if found.ours is None:
         return
     theirs, mine = found.ours.model.partition(".")[0], _name(model)
-    if not theirs.startswith(TIMM) or (mine.startswith(TIMM) and theirs != mine):
+    if not is_timm_name(theirs) or (is_timm_name(mine) and theirs != mine):
         raise WeightsError(
             f"{found.path} is of {found.ours.model}, but the model is {mine}; give weights of "
-            f"{mine}" + (f", or --model {theirs}" if theirs.startswith(TIMM) else "")
+            f"{mine}" + (f", or --model {theirs}" if is_timm_name(theirs) else "")
         )
 
 

@@ -12,9 +12,9 @@ from convmae.config import WeightsError
 from convmae.data.classes import ClassNumbers, listed, normal_form
 from convmae.models import ConvViT
 from convmae.models.adapt import DECODER, POSITIONS, adapt_channels, fit_position
+from convmae.models.cnn.names import is_timm_name
 from convmae.models.trunk import Trunk
 from convmae.weights.architecture import Encoder, grid_of, read_encoder
-from convmae.weights.configuration import TIMM
 from convmae.weights.foreign import ForeignWeights, few, open_foreign
 from convmae.weights.networks import head_prefixes, network_prefix, network_state
 
@@ -114,7 +114,7 @@ def load_pretrained(
     found = weights if isinstance(weights, ForeignWeights) else open_foreign(weights)
     if not isinstance(model, Trunk):
         return _load_network(model, found, adapt_input, classes)
-    if found.ours is not None and found.ours.model.startswith(TIMM):
+    if found.ours is not None and is_timm_name(found.ours.model):
         raise WeightsError(
             f"{found.path} is of {found.ours.model}, but the model is a {type(model).__name__}; "
             f"give weights of such a model, or --model {found.ours.model}"
@@ -335,7 +335,7 @@ def classifier_for(weights: ForeignWeights) -> str | None:
     Raises:
         WeightsError: the tensors are not those of ConvMAE's encoder.
     """
-    if weights.ours is not None and weights.ours.model.startswith(TIMM):
+    if weights.ours is not None and is_timm_name(weights.ours.model):
         return weights.ours.model
     size = read_encoder(weights).size
     return None if size is None else f"convvit_{size}"

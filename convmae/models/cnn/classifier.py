@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from convmae.models.cnn.names import PREFIX, timm_name
 from convmae.models.layers import TOKEN_EPS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-PREFIX = "timm:"
 POOLS = ("avg", "max", "avgmax", "catavgmax")  # timm's names
 _CLASSES: dict[type[nn.Module], type[TimmClassifier]] = {}  # by the classes of timm
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -138,6 +138,7 @@ def create_classifier(
     global_pool: bool | str = True,
     drop_path_rate: float = 0.0,
     head_norm: bool = False,
+    output_stride: int | None = None,
 ) -> Any:
     """`timm.create_model(name, num_classes=..., in_chans=...)`, fresh, and a `TimmClassifier`.
 
@@ -152,12 +153,12 @@ def create_classifier(
         drop_path_rate: stochastic depth of the last block, where the network has some.
         head_norm: a BatchNorm without parameters before the classifier, as linear probes have; the
             names of the two are then those of the classifier with `.0` and `.1`.
+        output_stride: stride of the last map, where the network can be dilated to have less.
 
     Raises:
-        ValueError: there is no such network, or an argument does not fit it; the message names it.
+        ValueError: there is no such network, it is none of convolutions, or an argument does not
+            fit it; the message names it.
     """
-    import timm
-
     for key, value, least in (("num_classes", num_classes, 0), ("in_chans", in_chans, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{key} must be a whole number from {least}, got {value!r}")
@@ -173,11 +174,11 @@ def create_classifier(
         given["global_pool"] = global_pool
     if drop_path_rate:
         given["drop_path_rate"] = drop_path_rate
-    bare = name.removeprefix(PREFIX)
-    try:
-        model: Any = timm.create_model(bare, pretrained=False, **given)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ValueError(_refusal(PREFIX + bare, given, error)) from error
+    if output_stride is not None:
+        given["output_stride"] = output_stride
+    bare = timm_name(name)
+    _check_maps(bare, given)
+    model = _create(bare, given)
     model.__class__ = _class_of(type(model))
     model.name = PREFIX + bare
     model.in_chans, model.num_classes = in_chans, num_classes
@@ -190,11 +191,46 @@ def create_classifier(
         "drop_path_rate": drop_path_rate,
         "head_norm": head_norm,
     }
+    if output_stride is not None:
+        model.config["output_stride"] = output_stride
     if num_classes:
         _check_head(model)
         if head_norm:
             _add_norm(model)
     return model
+
+
+def _create(bare: str, given: dict[str, Any]) -> Any:
+    """timm's network.
+
+    Raises:
+        ValueError: an argument does not fit it.
+    """
+    import timm
+
+    try:
+        return timm.create_model(bare, pretrained=False, **given)
+    except (TypeError, ValueError, AssertionError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(_refusal(PREFIX + bare, given, error)) from error
+
+
+def _check_maps(bare: str, given: dict[str, Any]) -> None:
+    """Raises `ValueError` unless the features of a network are maps, as those of convolutions.
+
+    It runs once on tensors without data.
+    """
+    with torch.device("meta"):
+        model = _create(bare, given).eval()
+        height, width = (getattr(model, "pretrained_cfg", None) or {})["input_size"][1:]
+        found = model.forward_features(torch.empty(1, given["in_chans"], height, width))
+    is_map = isinstance(found, Tensor) and found.dim() == 4 and found.shape[2] == found.shape[3]
+    if not is_map:
+        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"{PREFIX}{bare} gives {shape} of {height} x {width} pixels, expected maps "
+            "[N, C, h, w]: a convolutional network, such as timm:resnet50; convvit_base is a "
+            "hybrid of convolutions and a transformer"
+        )
 
 
 def has_drop_path(name: str) -> bool:
