@@ -137,11 +137,11 @@ def _contents(config: ConvertConfig, done: Converted) -> tuple[dict[str, Any], l
 def _target(config: ConvertConfig) -> Path:
     """The file to write."""
     output = Path(config.output).expanduser()
-    ends = OFFICIAL_SUFFIXES if config.format == "spark" else (*OFFICIAL_SUFFIXES, SAFETENSORS)
-    if config.format != "auto" and not output.name.lower().endswith(ends):
+    suffixes = OFFICIAL_SUFFIXES if config.format == "spark" else (*OFFICIAL_SUFFIXES, SAFETENSORS)
+    if config.format != "auto" and not output.name.lower().endswith(suffixes):
         raise OptionError(
             f"--output {config.output!r}: a file of --format {config.format} ends in "
-            f"{' or '.join(ends)}"
+            f"{' or '.join(suffixes)}"
         )
     if output.suffix.lower() in OFFICIAL_SUFFIXES or output.suffix == SAFETENSORS:
         target = output
