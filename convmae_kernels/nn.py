@@ -153,30 +153,10 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
         Raises:
             ValueError: there is a single value for each channel in all processes.
         """
-        alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
-        batch_statistics = self.training or self.running_mean is None
-        packed = isinstance(input, Packed)
-        own = packed or (isinstance(input, Tensor) and input.device.type == "cpu")
-        if not own or not batch_statistics or alone:
-            return super().forward(input)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        updates = self.training and self.track_running_stats
-        if updates and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
-        rest = (
-            self.running_mean if updates else None,
-            self.running_var if updates else None,
-            self.weight,
-            self.bias,
-            momentum,
-            self.eps,
-            self.process_group,
-        )
-        if packed:
-            return input.like(masked_sync_batch_norm(input.features, input.mask, *rest))
-        return sync_batch_norm(input.movedim(1, -1), *rest).movedim(-1, 1)
+        shared = isinstance(input, Packed) or input.device.type == "cpu"
+        if shared and takes_part(self):
+            return batch_norm_of_all(self, input)
+        return super().forward(input)
 
     @classmethod
     def convert_sync_batchnorm(
@@ -207,3 +187,43 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
         for name, child in module.named_children():
             setattr(module, name, cls.convert_sync_batchnorm(child, process_group))
         return module
+
+
+def batch_norm_of_all(module: Any, input: Any) -> Any:
+    """The forward pass of a BatchNorm in training, with the statistics of all processes.
+
+    Args:
+        module: a BatchNorm; its running statistics are updated. Where it has a `process_group`,
+            these are the processes.
+        input: a `Packed`, whose visible positions count, or a tensor `[N, C, ...]`.
+
+    Returns:
+        Like `input`.
+
+    Raises:
+        ValueError: there is a single value for each channel in all processes.
+    """
+    momentum = 0.0 if module.momentum is None else module.momentum
+    updates = module.training and module.track_running_stats
+    if updates and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if module.momentum is None:
+            momentum = 1.0 / float(module.num_batches_tracked)
+    rest = (
+        module.running_mean if updates else None,
+        module.running_var if updates else None,
+        module.weight,
+        module.bias,
+        momentum,
+        module.eps,
+        getattr(module, "process_group", None),
+    )
+    if isinstance(input, Packed):
+        return input.like(masked_sync_batch_norm(input.features, input.mask, *rest))
+    return sync_batch_norm(input.movedim(1, -1), *rest).movedim(-1, 1)
+
+
+def takes_part(module: Any) -> bool:
+    """Whether a BatchNorm takes statistics of the batch, and there are processes to share them."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return together and (module.training or module.running_mean is None)

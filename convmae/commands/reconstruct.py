@@ -29,8 +29,8 @@ from convmae.data.arrays import ARRAY_EXTENSION
 from convmae.data.errors import printable
 from convmae.data.formats.pillow import EXTENSIONS
 from convmae.data.open import open_files
+from convmae.models import MaskedImageModel
 from convmae.models.adapt import DECODER
-from convmae.models.image_model import MaskedImageModel
 from convmae.records.pictures import reconstruction_picture, save_picture
 from convmae.records.unreadable import NAMED_AT_MOST
 from convmae.training.machine import pick_device

@@ -176,17 +176,17 @@ def check_mask_ratio(value: float) -> None:
 
 
 def check_patches(
-    mask_ratio: float, height: int, width: int, side: int = PATCH, rounding: str = "floor"
+    mask_ratio: float, height: int, width: int, patch: int = PATCH, rounding: str = "floor"
 ) -> None:
     """Raises `OptionError` unless a picture of that size has visible and hidden patches.
 
     Args:
-        mask_ratio: share that is hidden.
-        height, width: of the picture, in pixels.
-        side: of a patch, in pixels.
-        rounding: of the number that stays visible, "floor" or "round".
+        mask_ratio: share of hidden patches.
+        height, width: of the picture.
+        patch: side of a patch.
+        rounding: as in `BlockMask.from_noise`.
     """
-    patches = (height // side) * (width // side)
+    patches = (height // patch) * (width // patch)
     share = patches * (1 - mask_ratio)
     visible = round(share) if rounding == "round" else int(share)
     if visible in (0, patches):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -170,12 +170,14 @@ class MaskedImageModel(ImageModel):
         mask_ratio: share of hidden patches, where none is given.
         mask_rounding: "floor" or "round", see `BlockMask.from_noise`.
         norm_pix_loss: predict pixels normalised by the mean and deviation of their own patch.
+        config: the arguments of the class as plain values.
         predicts_every_patch: whether the prediction of hidden patches alone is not possible.
     """
 
     mask_ratio: float = 0.75
     mask_rounding: Literal["floor", "round"] = "floor"
     norm_pix_loss: bool
+    config: dict[str, Any]
     predicts_every_patch = False
 
     def predict(

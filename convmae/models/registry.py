@@ -5,15 +5,12 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from convmae.models.cnn import names
 from convmae.models.convmae import ConvMAE
 from convmae.models.convvit import ConvViT
 from convmae.models.fastconvmae import FastConvMAE
-
-if TYPE_CHECKING:
-    from torch import nn
 
 # Base is the official size. Official code has no other: small is that of moreh-dev/FastConvMAE,
 # large that of MCG-NJU/MixFormer, huge that of a public denoising fork ("dconvmae"); so do not
@@ -92,7 +89,7 @@ def full_name(name: str) -> str:
     return ALIASES.get(name, name)
 
 
-def create_model(name: str, **overrides: Any) -> nn.Module:
+def create_model(name: str, **overrides: Any) -> Any:
     """`ConvMAE(**sizes_of_name, **overrides)` or another model, with fresh parameters.
 
     Args:
@@ -121,7 +118,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     return model(**(config | overrides))
 
 
-def _create_timm_model(name: str, method: str | None = None, **options: Any) -> nn.Module:
+def _create_timm_model(name: str, method: str | None = None, **options: Any) -> Any:
     """A network of timm: to pretrain by a method, or to classify without one."""
     if method is not None:
         return names.create_pretraining_model(name, method, **options)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image as PILImage
     from torch import Tensor
 
-    from convmae.models.image_model import MaskedImageModel
+    from convmae.models import MaskedImageModel
 
 CELL = 176  # pixels a side that a small picture is enlarged to, at least
 GAP = 6
@@ -49,7 +49,7 @@ def reconstruction_picture(
     A note in the picture says which channels were drawn, and whether stretched.
 
     Args:
-        model: one that predicts hidden patches; left in the mode (training or not) it was in.
+        model: a ConvMAE, SparK or FCMAE; left in the mode (training or not) it was in.
         images: uint8, uint16 or floating `[N, C, H, W]`, as stored.
         mask_ratio: share of the patches that is hidden, in `(0, 1)`.
         seed: of the masks.
@@ -61,7 +61,7 @@ def reconstruction_picture(
     """
     device = next(model.parameters()).device
     keys = torch.arange(len(images)).unsqueeze(1)
-    noise = mask_noise(keys, model.num_patches, seed, Stream.PICTURE).to(device)
+    noise = mask_noise(keys, model.grid[0] * model.grid[1], seed, Stream.PICTURE).to(device)
     was_training = model.training
     model.eval()
     inputs = normalise(images.to(device), mean, std)
@@ -74,7 +74,7 @@ def reconstruction_picture(
     if images.dtype != torch.uint8 or images.shape[1] > 3:
         columns = _stretch(columns)
         notes.append("stretched from the 2nd to the 98th percentile of each original")
-    if model.norm_pix_loss:
+    if model.config.get("norm_pix_loss", False):
         notes.append(NORM_PIX_NOTE)
     return _sheet([_to_uint8(column) for column in columns], mask_ratio, notes)
 

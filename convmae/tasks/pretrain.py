@@ -105,7 +105,7 @@ class Pretraining(Task):
         model.mask_rounding = twin.mask_rounding = config.mask_rounding
         side, rounding = model.patch_size, model.mask_rounding
         check_patches(config.share_hidden, *config.size, side, rounding)
-        try_step(twin, config)
+        try_step(model, twin, config)
         notes = [
             f"method {config.method}: blocks of {side} x {side} pixels, of which "
             f"{visible_blocks(model)} of {model.num_patches} stay visible"
@@ -198,7 +198,7 @@ def _refusals(config: PretrainConfig) -> Iterator[None]:
     """Turns what a network of timm is refused for into an `OptionError` that names the option."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ModuleNotFoundError) as error:
         message = str(error).removeprefix(f"{config.model}: ")
         argument = message.split(maxsplit=1)[0] if message.strip() else ""
         option = FLAGS.get(argument, argument)

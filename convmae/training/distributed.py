@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from convmae.config import OptionError
 from convmae.data import DataError, LoadingError
@@ -156,7 +157,8 @@ def spread(model: nn.Module, world: World) -> nn.Module:
 
         mesh = init_device_mesh(world.device.type, (world.size,))
         for block in _blocks(model):
-            fully_shard(block, mesh=mesh)
+            with _tensors_shown(block):
+                fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         for method in ("reconstruct",):
             if hasattr(model, method):
@@ -173,6 +175,36 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
     network: Any = getattr(model, "network", model)  # of a model that pretrains one
     return list(blocks_of(network))
+
+
+@contextmanager
+def _tensors_shown(block: nn.Module) -> Iterator[None]:
+    """Lets what is hooked to a block within see tensors in place of a `Packed` that holds them.
+
+    FSDP2 gathers a block's parameters when a gradient reaches the tensors that the block gave, and
+    finds those in lists, but not in a `Packed`.
+    """
+    forms: list[Any] = []  # of what is open now: innermost last
+
+    def opened(value: Any) -> list[Any]:
+        leaves, form = tree_flatten(value)
+        forms.append(form)
+        return leaves
+
+    def closed(leaves: Any) -> Any:
+        return tree_unflatten(list(leaves), forms.pop())
+
+    def open_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tuple(opened((args, kwargs))), {}
+
+    def close_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return closed(args)
+
+    block.register_forward_hook(lambda module, args, output: opened(output))
+    yield
+    block.register_forward_hook(lambda module, args, output: closed(output))
+    block.register_forward_pre_hook(open_input, prepend=True, with_kwargs=True)
+    block.register_forward_pre_hook(close_input, with_kwargs=True)
 
 
 @contextmanager

@@ -244,7 +244,7 @@ def _share_statistics(model: nn.Module, config: RunConfig, world: World) -> list
         return []
     if config.sync_bn is False:
         return ["note: --no_sync_bn: BatchNorms see the pictures of their own process alone"]
-    left = share_statistics(model)
+    left = share_statistics(model, world.device.type == "cpu")
     if not left:
         return ["BatchNorms share their statistics over the processes"]
     return [

@@ -8,21 +8,34 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convmae_kernels.nn import SyncBatchNorm
+from convmae_kernels.nn import SyncBatchNorm, batch_norm_of_all, takes_part
 
 
-class SyncBatchNormAct(SyncBatchNorm):
-    """A synchronised `timm.layers.BatchNormAct2d`: its dropout and activation come behind.
-
-    `torch.nn.Identity` each, until `share_statistics` gives it those of the module it replaces.
-    """
+class _WithActivation:
+    """The dropout and activation of a `timm.layers.BatchNormAct2d` come behind."""
 
     drop: nn.Module
     act: nn.Module
 
     def forward(self, input: Any) -> Any:
         """Like `input`, a `Packed` or a dense map."""
-        return self.act(self.drop(super().forward(input)))
+        return self.act(self.drop(super().forward(input)))  # type: ignore[misc]
+
+
+class SyncBatchNormAct(_WithActivation, SyncBatchNorm):
+    """A synchronised `timm.layers.BatchNormAct2d`."""
+
+
+class HostBatchNorm(nn.BatchNorm2d):
+    """`convmae_kernels.nn.SyncBatchNorm` for a CPU, where DDP takes no `torch.nn.SyncBatchNorm`."""
+
+    def forward(self, input: Any) -> Any:
+        """Like `input`, a `Packed` or a dense map."""
+        return batch_norm_of_all(self, input) if takes_part(self) else super().forward(input)
+
+
+class HostBatchNormAct(_WithActivation, HostBatchNorm):
+    """The same of a `timm.layers.BatchNormAct2d`."""
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -30,18 +43,19 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
-def share_statistics(model: nn.Module) -> list[str]:
+def share_statistics(model: nn.Module, on_cpu: bool) -> list[str]:
     """Synchronises every BatchNorm of a model in place; parameters and buffers stay the same.
 
     Args:
         model: of which BatchNorms of maps and timm's with an activation are replaced, and of a
             `Packed` the visible positions are counted.
+        on_cpu: whether it is trained there.
 
     Returns:
         Classes of BatchNorms that it does not know, which stay those of each process.
     """
     for name, child in list(model.named_modules()):
-        made = _synchronised(child)
+        made = _synchronised(child, on_cpu)
         if made is not None:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, made)
@@ -50,23 +64,19 @@ def share_statistics(model: nn.Module) -> list[str]:
 
 
 def _is_synchronised(module: nn.Module) -> bool:
-    return isinstance(module, nn.SyncBatchNorm)
+    return isinstance(module, nn.SyncBatchNorm | HostBatchNorm)
 
 
-def _synchronised(module: nn.Module) -> SyncBatchNorm | None:
+def _synchronised(module: Any, on_cpu: bool) -> nn.Module | None:
     """What takes the place of a BatchNorm; None if it is none that is known."""
-    if type(module) is nn.BatchNorm2d:
-        return _with_tensors_of(module, SyncBatchNorm)
     layers: Any = sys.modules.get("timm.layers")  # else none of its modules is here
-    if layers is None or type(module) is not layers.BatchNormAct2d:
+    activates = layers is not None and type(module) is layers.BatchNormAct2d
+    if type(module) is not nn.BatchNorm2d and not activates:
         return None
-    made = _with_tensors_of(module, SyncBatchNormAct)
-    made.drop, made.act = module.drop, module.act
-    return made
-
-
-def _with_tensors_of(module: Any, kind: type[Any]) -> Any:
-    made = kind(
+    kinds: tuple[Any, Any] = (SyncBatchNorm, SyncBatchNormAct)
+    if on_cpu:
+        kinds = (HostBatchNorm, HostBatchNormAct)
+    made = kinds[activates](
         module.num_features,
         module.eps,
         module.momentum,
@@ -75,4 +85,6 @@ def _with_tensors_of(module: Any, kind: type[Any]) -> Any:
     )
     made.weight, made.bias = module.weight, module.bias
     made._buffers.update(module._buffers)
+    if activates:
+        made.drop, made.act = module.drop, module.act
     return made.train(module.training)

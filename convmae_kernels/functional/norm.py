@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -104,20 +104,18 @@ def sync_batch_norm(
     Raises:
         ValueError: there is a single value for each channel in all processes.
     """
-    from torch.distributed.nn.functional import all_reduce
-
     group = torch.distributed.group.WORLD if group is None else group
     wide = x.to(accumulation_dtype(x.dtype))
     rows = wide.reshape(-1, x.shape[-1])
     number = rows.new_tensor([len(rows)])
-    total = all_reduce(torch.cat([rows.sum(0), number]), group=group)
+    total = _SumOfProcesses.apply(torch.cat([rows.sum(0), number]), group)
     count = total[-1].detach()
     if count.device.type == "cpu" and count <= 1:  # a GPU is not waited for
         found = f"got {int(count)}"
         raise ValueError(f"x must have more than 1 value per channel in all processes, {found}")
     mean = total[:-1] / count
     centred = rows - mean
-    variance = all_reduce(centred.square().sum(0), group=group) / count
+    variance = _SumOfProcesses.apply(centred.square().sum(0), group) / count
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
@@ -127,6 +125,21 @@ def sync_batch_norm(
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     return y.view(x.shape).to(x.dtype)
+
+
+class _SumOfProcesses(torch.autograd.Function):
+    """The sum of a tensor over the processes of a group, and so the sum of its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _SumOfProcesses.apply(grads[0], ctx.group), None
 
 
 def masked_group_norm(

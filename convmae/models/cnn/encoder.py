@@ -43,7 +43,12 @@ class FeatureMaps:
         """Of the coarsest map."""
         return self.strides[-1]
 
-    def read(self, network: nn.Module, x: Any) -> list[Any]:
+    def coarsest(self) -> FeatureMaps:
+        """The coarsest map alone."""
+        last = {key: getattr(self, key)[-1:] for key in ("places", "channels", "strides")}
+        return replace(self, **last)
+
+    def read(self, network: Any, x: Any) -> list[Any]:
         """The maps of `x`, a `Packed` or a tensor `[B, C, H, W]`, finest first."""
         if self.kind == INTERMEDIATES:
             return list(
@@ -54,7 +59,7 @@ class FeatureMaps:
         found = self.read_all(network, x)
         return [found[place] for place in self.places]
 
-    def read_all(self, network: nn.Module, x: Any) -> list[Any]:
+    def read_all(self, network: Any, x: Any) -> list[Any]:
         """Every map that the network gives, used or not."""
         if self.kind == INTERMEDIATES:
             return list(network.forward_intermediates(x, intermediates_only=True))

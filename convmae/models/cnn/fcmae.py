@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convmae.models.cnn.masked_cnn import MaskedCNN
+from convmae.models.cnn.visible_convolution import fill_with_token
 from convmae.models.tokens import take_tokens
 from convmae.models.trunk import check_positive
 
@@ -104,7 +105,9 @@ class FCMAE(MaskedCNN):
         decoder_depth: int = 1,
         norm_pix_loss: bool = True,
     ) -> None:
-        super().__init__(encoder, img_size, in_chans, mask_ratio, mask_size, norm_pix_loss)
+        super().__init__(
+            encoder, img_size, in_chans, mask_ratio, mask_size, norm_pix_loss, coarsest_only=True
+        )
         width = check_positive("decoder_width", decoder_width)
         self.config |= {
             "decoder_width": width,
@@ -119,11 +122,14 @@ class FCMAE(MaskedCNN):
 
     def reset_parameters(self) -> None:
         """Weights behind the network trunc-normal .02, biases 0, the mask token N(0, .02)."""
+        if self.mask_token.is_meta:  # PyTorch would import its compiler to draw nothing
+            return
         for part in (self.proj, self.decoder, self.pred):
             for module in part.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):
                     nn.init.trunc_normal_(module.weight, std=0.02)
-                    nn.init.zeros_(module.bias)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
         nn.init.normal_(self.mask_token, std=0.02)
 
     @property
@@ -136,12 +142,14 @@ class FCMAE(MaskedCNN):
         """A parameter of the dtype and on the device that pictures must have."""
         return self.mask_token
 
+    def decoder_blocks(self) -> list[nn.Module]:
+        """The blocks of the decoder."""
+        return list(self.decoder)
+
     def forward_decoder(self, images: Tensor, mask: BlockMask) -> Tensor:
         """`decoder(proj(coarsest map) at visible positions, the mask token at hidden ones)`."""
-        packed = self.proj(self.forward_encoder(images, mask)[-1])
-        visible = mask.to_dense(self.patch_size // self.maps.stride)
-        token = self.mask_token.to(packed.dtype)
-        return self.decoder(torch.where(visible, packed.dense(), token))
+        (packed,) = self.forward_encoder(images, mask)
+        return self.decoder(fill_with_token(self.proj(packed).features, mask, self.mask_token))
 
     def predict(
         self, images: Tensor, mask: BlockMask, hidden: HiddenPatches | None = None

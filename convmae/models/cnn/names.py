@@ -109,12 +109,25 @@ def create_pretraining_model(name: str, method: str, **options: Any) -> MaskedCN
     try:
         model = classes[method](network, **kept)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"{name}: {_attention(network)}{error}") from error
     defaults = {"drop_path_rate": 0.0, "output_stride": None}
     model.config = {"method": method} | model.config | defaults | network_options
     for parameter_name in model.unused_parameters:
         network.get_parameter(parameter_name).requires_grad_(False)
     return model
+
+
+def _attention(network: nn.Module) -> str:
+    """What to say of a network with attention, that cannot run on visible blocks; else nothing."""
+    for path, module in network.named_modules():
+        kind = type(module).__name__
+        if "Attention" in kind:
+            return (
+                f"this is a transformer or has attention ({path} is {kind}); expected a "
+                "convolutional network such as timm:resnet50 (convmae_base and its like are "
+                "transformers that can be pretrained). "
+            )
+    return ""
 
 
 def check_arguments(name: str, options: dict[str, Any], known: list[str]) -> None:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convmae.models.cnn.light_decoder import LightDecoder
+from convmae.models.cnn.light_decoder import LightDecoder, Projection, TokenMap
 from convmae.models.cnn.masked_cnn import MaskedCNN
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from convmae.models.tokens import HiddenPatches
     from convmae_kernels import BlockMask, Packed
@@ -107,8 +107,7 @@ class SparK(MaskedCNN):
         # By the number of halvings from the coarsest map; "0" is that one. Some may be missing.
         self.densify_norms, self.densify_projs = nn.ModuleDict(), nn.ModuleDict()
         self.mask_tokens = nn.ParameterDict()
-        for channels, own_stride in reversed(list(zip(self.maps.channels, self.maps.strides))):
-            level = (stride // own_stride).bit_length() - 1
+        for level, channels in zip(self._levels()[::-1], self.maps.channels[::-1], strict=True):
             self._add_level(str(level), channels, decoder_width >> level, norm)
 
     def _check_scales(self, encoder: nn.Module) -> None:
@@ -121,18 +120,19 @@ class SparK(MaskedCNN):
 
     def _add_level(self, level: str, channels: int, width: int, norm: str) -> None:
         """Norm, projection and mask token of one map."""
-        self.densify_norms[level] = {
+        norms: dict[str, Callable[[int], nn.Module]] = {
             "bn": nn.BatchNorm2d,
             "ln": lambda c: LayerNorm2d(c, eps=1e-6),
             "none": lambda _: nn.Identity(),
-        }[norm](channels)
+        }
+        self.densify_norms[level] = norms[norm](channels)
         kernel = 1 if level == "0" else 3
         same = level == "0" and channels == width
-        self.densify_projs[level] = (
-            nn.Identity() if same else nn.Conv2d(channels, width, kernel, padding=kernel // 2)
-        )
+        self.densify_projs[level] = nn.Identity() if same else Projection(channels, width, kernel)
         token = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.mask_tokens[level] = nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+        if not token.is_meta:
+            nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+        self.mask_tokens[level] = token
 
     @property
     def network(self) -> nn.Module:
@@ -144,25 +144,37 @@ class SparK(MaskedCNN):
         """A parameter of the dtype and on the device that pictures must have."""
         return self.mask_tokens["0"]
 
-    def densify(self, packed: Packed, level: str) -> Tensor:
-        """`proj(norm(visible positions), the mask token at hidden ones)`, a dense map.
+    def decoder_blocks(self) -> list[nn.Module]:
+        """The blocks of the decoder."""
+        return list(self.dense_decoder.dec)
+
+    def densify(self, packed: Packed, level: str) -> Any:
+        """`proj(norm(visible positions), the mask token at hidden ones)`.
 
         Args:
             packed: a map of the network.
             level: the number of its scale from the coarsest, "0".
+
+        Returns:
+            A dense map; a `TokenMap` for the coarsest, whose projection is of single positions.
         """
         normed = self.densify_norms[level](packed)
-        visible = packed.mask.to_dense(packed.shape[2] // packed.mask.grid[0])
-        token = self.mask_tokens[level].to(normed.dtype)
-        return self.densify_projs[level](torch.where(visible, normed.dense(), token))
+        filled = TokenMap(normed.features, normed.mask, self.mask_tokens[level])
+        return self.densify_projs[level](filled)
 
     def forward_decoder(self, maps: Sequence[Packed]) -> Tensor:
         """The painted pictures `[N, C, H, W]`, from the maps of `forward_encoder`."""
-        dense: list[Tensor | None] = [None] * len(self.dense_decoder.dec)
-        for packed, stride in reversed(list(zip(maps, self.maps.strides, strict=True))):
-            level = (self.maps.stride // stride).bit_length() - 1
-            dense[level] = self.densify(packed, str(level))
-        return self.dense_decoder(dense)
+        levels = dict(zip(map(str, self._levels()), maps, strict=True))
+        count = len(self.dense_decoder.dec)
+        dense = [
+            self.densify(levels[level], level) if level in levels else None
+            for level in map(str, range(count))
+        ]
+        return self.dense_decoder(dense[0], dense[1:])
+
+    def _levels(self) -> list[int]:
+        """How often the stride of each map is halved from the coarsest, finest map first."""
+        return [(self.maps.stride // s).bit_length() - 1 for s in self.maps.strides]
 
     def predict(
         self, images: Tensor, mask: BlockMask, hidden: HiddenPatches | None = None
