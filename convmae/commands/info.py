@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from convmae.models import create_model, list_models
+from convmae.models.cnn.names import PREFIX
 from convmae.training.machine import machine_info
 
 if TYPE_CHECKING:
@@ -30,4 +31,5 @@ def main(config: InfoConfig) -> int:
     print("\nmodel                parameters")
     for name, parameters in model_sizes():
         print(f"{name:20} {parameters / 1e6:8.2f} M")
+    print(f"{PREFIX + 'NAME':20} a convolutional network of timm")
     return 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from convmae.config.checks import (
+    TIMM,
     OptionError,
     check_choice,
     check_number,
@@ -16,6 +17,7 @@ from convmae.config.run import RunConfig
 
 MIX_MODES = ("batch", "pair", "elem")
 MOST_CLASSES = 1_000_000  # a head of ConvViT-Base has then 768 M weights
+FINETUNE_OPTIMIZERS = ("adamw", "lamb")
 POOLS = ("avg", "max", "avgmax", "catavgmax")  # timm's names
 ERASE_MODES = ("const", "rand", "pixel")
 
@@ -42,6 +44,12 @@ class ClassifyConfig(RunConfig):
     """Epochs between evaluations on the val split; the last is always evaluated."""
     eval_batch_size: int | None = None
     """Pictures in a batch of an evaluation; batch_size if not given."""
+
+    @property
+    def size_unit(self) -> int:
+        """1 for networks of timm, which take pictures of any size that is not too small."""
+        of_timm = isinstance(self.model, str) and self.model.startswith(TIMM)
+        return 1 if of_timm else super().size_unit
 
     def validate(self) -> None:
         """Checks every option that can be checked without the data or the model.
@@ -83,6 +91,9 @@ class FinetuneConfig(ClassifyConfig):
     """Epochs over which the learning rate rises linearly from 0."""
     min_crop: float = 0.08
     """Smallest share of a picture's area that a random crop takes."""
+    opt: Literal["adamw", "lamb"] = "adamw"
+    """The optimizer; lamb is that of SparK's finetuning of ResNets: every layer's step is adapted,
+    and means begin without correction."""
     layer_decay: float = 0.65
     """Every layer learns this many times more slowly than the one after it; all convolution
     stages of a ConvViT count as the first. A network of timm has the layers that timm says, one for
@@ -95,6 +106,9 @@ class FinetuneConfig(ClassifyConfig):
     """Strength of colour jitter, where --aa is none."""
     smoothing: float = 0.1
     """Label smoothing."""
+    bce_loss: bool = False
+    """Binary cross entropy of each class for itself, as in the recipes of ResNets, instead of cross
+    entropy of all."""
     reprob: float = 0.25
     """Share of the pictures of which a rectangle is erased."""
     remode: Literal["const", "rand", "pixel"] = "pixel"
@@ -132,6 +146,7 @@ class FinetuneConfig(ClassifyConfig):
             check_number(name, getattr(self, name), at_least=0)
         check_number("recount", self.recount, whole=True, above=0)
         check_number("model_ema_decay", self.model_ema_decay, above=0, below=1)
+        check_choice("opt", self.opt, FINETUNE_OPTIMIZERS)
         check_choice("remode", self.remode, ERASE_MODES)
         check_choice("mixup_mode", self.mixup_mode, MIX_MODES)
         if self.color_jitter is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from convmae.data import FinetuneTransform
 from convmae.records.folder import RunFolder
 from convmae.tasks.classify import Classification, fresh_head
-from convmae.training.optim import Groups, adamw, layer_decay_groups
+from convmae.training.optim import Groups, adamw, lamb, layer_decay_groups
 from convmae.training.run import RunSummary, run_task
 from convmae.weights.checkpoint import WEIGHTS
 
@@ -74,12 +74,18 @@ class Finetuning(Classification):
         return layer_decay_groups(model, config.weight_decay, config.layer_decay)
 
     def optimizer(self, groups: Groups, config: FinetuneConfig) -> torch.optim.Optimizer:
+        if config.opt == "lamb":
+            return lamb(groups, BETAS, config.clip_grad, finetuning=True)
         return adamw(groups, BETAS)
 
     def begin(self, run: Run) -> None:
         from timm.data import Mixup
         from timm.data.random_erasing import RandomErasing
-        from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+        from timm.loss import (
+            BinaryCrossEntropy,
+            LabelSmoothingCrossEntropy,
+            SoftTargetCrossEntropy,
+        )
         from timm.utils import ModelEmaV3
 
         config = run.config
@@ -103,6 +109,8 @@ class Finetuning(Classification):
             self.criterion = SoftTargetCrossEntropy()
         elif config.smoothing > 0:
             self.criterion = LabelSmoothingCrossEntropy(config.smoothing)
+        if config.bce_loss:  # what mixes pictures smooths their labels itself
+            self.criterion = BinaryCrossEntropy(config.smoothing)
         if config.model_ema:
             self.ema = ModelEmaV3(run.model, decay=config.model_ema_decay)
             if self.saved_ema is not None:

@@ -38,8 +38,9 @@ def decay_groups(model: nn.Module, weight_decay: float, undecayed: Collection[st
 def layer_decay_groups(model: Any, weight_decay: float, layer_decay: float) -> Groups:
     """`decay_groups` by layers, each with the share of the learning rate it gets (`lr_scale`).
 
-    The head learns at the full rate, the last transformer block at `layer_decay` of it, and so on
-    down to the convolution stages, the patch and position embeddings, which are one layer.
+    The head learns at the full rate, the last block at `layer_decay` of it, and so on down. The
+    convolution stages of a ConvViT, with patch and position embeddings, are one layer; networks of
+    timm have the layers of timm's `group_matcher`, mostly one for each block.
     """
     from timm.optim import param_groups_layer_decay
 
@@ -59,12 +60,21 @@ def adamw(groups: Groups, betas: tuple[float, float]) -> torch.optim.AdamW:
 
 
 def lamb(
-    groups: Groups, betas: tuple[float, float], clip_grad: float | None
+    groups: Groups, betas: tuple[float, float], clip_grad: float | None, finetuning: bool = False
 ) -> torch.optim.Optimizer:
-    """timm's LAMB, which limits the norm of the gradient itself (`clips_by_itself`)."""
+    """timm's LAMB, which limits the norm of the gradient itself (`clips_by_itself`).
+
+    Args:
+        groups: of parameters.
+        betas: decays of the running means.
+        clip_grad: the largest norm.
+        finetuning: as SparK finetunes ResNets: all layers are adapted, those without a weight decay
+            too, and the running means are not corrected in the first steps.
+    """
     from timm.optim import Lamb
 
-    return Lamb(groups, lr=0.0, betas=betas, max_grad_norm=clip_grad)
+    kind: Any = {"always_adapt": True, "bias_correction": False} if finetuning else {}
+    return Lamb(groups, lr=0.0, betas=betas, max_grad_norm=clip_grad, **kind)
 
 
 def sgd(groups: Groups) -> torch.optim.SGD:

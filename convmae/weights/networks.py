@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from convmae.config import WeightsError
 from convmae.models.adapt import adapt_network
+from convmae.models.cnn.classifier import TimmClassifier
+from convmae.models.cnn.masked_cnn import MaskedCNN
 from convmae.models.cnn.names import PREFIX, is_timm_name
 from convmae.weights.foreign import few
 
@@ -63,14 +65,14 @@ def encoder_weights(weights: Weights) -> Weights:
 
 def network_of(model: nn.Module) -> nn.Module:
     """timm's own module of a classifier or of a pretraining model."""
-    prefix = network_prefix(model)
-    return model.get_submodule(prefix[:-1]) if prefix else model
+    return model.network if isinstance(model, MaskedCNN) else model
 
 
 def network_prefix(model: nn.Module) -> str:
     """What the names of the network's tensors begin with in a model."""
-    config: Any = model.config
-    return PREFIXES.get(config.get("method", ""), "")
+    network = network_of(model)
+    name = next(name for name, module in model.named_modules() if module is network)
+    return f"{name}." if name else ""
 
 
 def network_state(model: nn.Module, found: ForeignWeights, adapt_input: str) -> NetworkState:
@@ -143,7 +145,10 @@ def head_prefixes(model: nn.Module) -> tuple[str, ...]:
     """What the names of the classifier's tensors begin with in a network of timm."""
     described: Any = getattr(network_of(model), "pretrained_cfg", None) or {}
     named = described.get("classifier") or ()
-    return tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
+    names = {f"{name}." for name in ((named,) if isinstance(named, str) else named)}
+    if isinstance(model, TimmClassifier) and model.num_classes:
+        names.add(model.head_prefix)
+    return tuple(sorted(names))
 
 
 def _prefix_in(source: Mapping[str, Tensor], ours: Weights | None) -> str:

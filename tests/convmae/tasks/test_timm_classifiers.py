@@ -196,6 +196,7 @@ def test_pools_and_layers_are_timms() -> None:
 def test_the_network_of_a_pretraining_run(tmp_path: Path, name: str, method: str) -> None:
     """Another size of pictures is fine; every tensor of the file is told."""
     file = pretrained(tmp_path, name, method)
+    assert same(dict(load_model(file).state_dict()), open_weights(file).state)
     model = classifier(name)
     report = load_pretrained(model, file)
     state = network_of(file, method)
@@ -253,6 +254,9 @@ def test_a_pretraining_model_takes_a_network_too(tmp_path: Path) -> None:
     fcmae: Any = convmae.create_model(RESNET, img_size=64, method="fcmae", decoder_width=32)
     report = load_pretrained(fcmae, file)
     assert same(dict(fcmae.network.state_dict()), network_of(file, "spark"))
+    own: Any = convmae.SparK(timm.create_model("test_resnet", num_classes=0), decoder_width=32)
+    load_pretrained(own, file)
+    assert same(dict(own.network.state_dict()), network_of(file, "spark"))
     of_classes = save_weights(tmp_path / "b", classifier(), RESNET)
     assert load_pretrained(fcmae, of_classes).left_out == ["fc.bias", "fc.weight"]
     grey: Any = convmae.create_model(RESNET, decoder_width=32, in_chans=1, **options)
@@ -381,3 +385,42 @@ def test_no_stochastic_depth_is_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     finetune(finetuning(tmp_path / "out", model="timm:dla46_c"))
     assert "has no stochastic depth in timm: --drop_path has no effect" in capsys.readouterr().out
     assert open_weights(tmp_path / "out").config["drop_path_rate"] == 0.0
+
+
+def test_lamb_and_the_loss_of_each_class(tmp_path: Path) -> None:
+    """As the published finetuning of ResNets; and a size that 16 does not divide."""
+    from timm.optim import Lamb
+
+    from convmae.tasks.finetune import Finetuning
+
+    options: dict[str, Any] = {"input_size": 40, "mixup": 0.0, "cutmix": 0.0}
+    config = finetuning(tmp_path / "out", model=RESNET, opt="lamb", bce_loss=True, **options)
+    finetune(config)
+    assert open_weights(tmp_path / "out").config["img_size"] == [40, 40]
+    optimizer = Finetuning().optimizer(Finetuning().groups(classifier(), config), config)
+    assert isinstance(optimizer, Lamb) and optimizer.defaults["max_grad_norm"] is None
+    assert optimizer.defaults["always_adapt"] and not optimizer.defaults["bias_correction"]
+    with pytest.raises(OptionError, match="opt must be one of adamw, lamb, got 'sgd'"):
+        finetune(finetuning(tmp_path / "bad", model=RESNET, opt="sgd"))
+    with pytest.raises(OptionError, match="input_size must be multiples of 16"):
+        finetune(finetuning(tmp_path / "bad", model="convvit_tiny", input_size=40))
+
+
+def test_the_loss_of_each_class_is_binary_cross_entropy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convmae.tasks.finetune import Finetuning
+
+    found: list[Any] = []
+    begin = Finetuning.begin
+
+    def watching(task: Any, run: Any) -> None:
+        begin(task, run)
+        found.append(task.criterion)
+
+    monkeypatch.setattr(Finetuning, "begin", watching)
+    finetune(finetuning(tmp_path / "out", model=RESNET, bce_loss=True, smoothing=0.0))
+    logits, targets = torch.randn(4, 10), torch.rand(4, 10)
+    probabilities = logits.sigmoid()
+    expected = targets * probabilities.log() + (1 - targets) * (1 - probabilities).log()
+    torch.testing.assert_close(found[0](logits, targets), -expected.mean())
