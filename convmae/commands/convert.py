@@ -107,7 +107,7 @@ def _convert(config: ConvertConfig, target: Path) -> ConversionReport:
                 described = (ours.pictures, ours.classes, ours.reading)
                 write_weights(fresh, ours.model, ours.config, ours.state, *described)
             elif is_network and config.format != "spark" and done.kind != "spark":
-                write_plain(fresh, ours.state, target.suffix)
+                write_plain(fresh, ours.state)
             else:
                 save_tensors(contents, fresh)
     except OSError as error:

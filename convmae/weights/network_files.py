@@ -8,14 +8,14 @@ import torch
 
 from convmae.config import OptionError
 from convmae.models.cnn.names import PREFIX
-from convmae.weights.checkpoint import save_tensors
+from convmae.weights.checkpoint import save_safetensors, save_tensors
 from convmae.weights.cnn_names import (
     SPARK_CONFIG,
     SPARK_PREFIX,
     is_official_convnext,
     official_network,
 )
-from convmae.weights.networks import network_of
+from convmae.weights.networks import network_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SAFETENSORS = ".safetensors"
+TIMM_WEIGHTS = "timm.safetensors"  # in the folder of a run that pretrains one of timm's networks
 _BEHIND_MAPS = ("norm.", "head.")  # of a ConvNeXt, which SparK has not while it pretrains
 
 
@@ -41,32 +42,23 @@ def write_timm_weights(
         model: a `SparK`, an `FCMAE` or a classifier of one of timm's networks.
         weights: its state dict, where the model itself has it in parts; else its own.
     """
-    network = network_of(model)
-    prefix = next(name for name, module in model.named_modules() if module is network)
-    prefix = f"{prefix}." if prefix else ""
+    prefix = network_prefix(model)
     state = model.state_dict() if weights is None else weights
     write_plain(path, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
 
-def write_plain(path: Path, state: Mapping[str, Tensor], suffix: str | None = None) -> None:
-    """A bare state dict.
+def write_plain(path: Path, state: Mapping[str, Tensor]) -> None:
+    """A bare state dict: a `.safetensors` file, or any other for `torch.save`.
 
-    Args:
-        path: the file.
-        state: the tensors.
-        suffix: what the name of the file will end with, where `path` is a temporary one.
+    Raises:
+        OSError: the disk refuses.
     """
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    if (suffix or path.suffix) != SAFETENSORS:
+    # Of their own memory: safetensors takes none that two tensors share.
+    tensors = {key: v.detach().cpu().contiguous().clone() for key, v in state.items()}
+    if path.suffix == SAFETENSORS:
+        save_safetensors(tensors, path, {"format": "pt"})
+    else:
         save_tensors(tensors, path)
-        return
-    from safetensors.torch import save_file
-
-    # A file's own right: safetensors lets nobody else read what it writes.
-    path.touch()
-    mode = path.stat().st_mode
-    save_file({key: value.clone() for key, value in tensors.items()}, path, {"format": "pt"})
-    path.chmod(mode)
 
 
 def spark_file(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # What the names of the network's tensors begin with in a pretraining model, by its method.
 PREFIXES = {"spark": "sparse_encoder.sp_cnn.", "fcmae": "encoder."}
+_WIDTHS = ("dense_decoder.dec.0.up_sample.weight", "mask_token")  # whose shape the width tells
 BEHIND_MAPS = "head."  # of timm's networks
 COUNTER = ".num_batches_tracked"  # of a BatchNorm; not in every file
 
@@ -102,7 +103,7 @@ def network_state(model: nn.Module, found: ForeignWeights, adapt_input: str) -> 
             f"{found.path} is of another network ({network_in(found)}) than {_name(model)}: it "
             f"{what}"
         )
-    if before and before == now:  # of the same method: the decoder too
+    if before and before == now and _same_width(source, own):  # the decoder too
         names |= {key: key for key in source if not key.startswith(before)}
     state = {name: _shaped(source[key], own.get(name)) for name, key in names.items()}
     channels = _channels(model, found, state, now)
@@ -110,6 +111,12 @@ def network_state(model: nn.Module, found: ForeignWeights, adapt_input: str) -> 
     read = set(names.values())
     others = [key for key in source if key not in read]
     return NetworkState(state, names, others, channels, adapted)
+
+
+def _same_width(source: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Whether the decoder of a file is as wide as the model's, as far as the file has one."""
+    there = [name for name in _WIDTHS if name in source and name in own]
+    return all(source[name].shape == own[name].shape for name in there)
 
 
 def _shaped(value: Tensor, own: Tensor | None) -> Tensor:
