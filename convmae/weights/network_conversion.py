@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 NETWORK_KINDS = ("spark", "fcmae", "network")
 STRIDE = 32  # of the networks in official files
 LARGEST_SIDE = 4096  # pixels
+LONGEST_NAME = 80
 _DECODERS = {"spark": "dense_decoder.", "fcmae": "mask_token"}
 # Networks that official files are of. Many others of timm have the tensors of a ResNet, too.
 _RESNETS = tuple(f"resnet{depth}" for depth in (18, 26, 34, 50, 101, 152, 200))
@@ -94,7 +95,8 @@ def _kind(config: ConvertConfig, found: ForeignWeights) -> str:
     if config.kind not in ("auto", *NETWORK_KINDS):
         raise OptionError(
             f"--kind {config.kind} is of ConvMAE, but {found.path} is of a convolutional network: "
-            f"{network_in(found)}; expected {', '.join(('auto', *NETWORK_KINDS))}"
+            f"{network_in(found)}; expected "
+            f"{', '.join(('auto', *NETWORK_KINDS))}"
         )
     if config.format == "timm":
         if config.kind in PREFIXES:
@@ -161,7 +163,8 @@ def _told_name(found: ForeignWeights) -> str | None:
         return found.ours.model
     arch = found.options.get("arch")
     try:
-        return PREFIX + timm_name(PREFIX + arch) if isinstance(arch, str) else None
+        known = isinstance(arch, str) and len(arch) <= LONGEST_NAME
+        return PREFIX + timm_name(f"{PREFIX}{arch}") if known else None
     except ValueError:
         return None
 
