@@ -17,6 +17,8 @@ from convmae.records.folder import RunFolder
 from convmae.weights.checkpoint import STATE, WEIGHTS, save_tensors, write_weights
 from convmae.weights.conversion import Converted, convert_weights
 from convmae.weights.foreign import few, open_foreign
+from convmae.weights.network_conversion import NETWORK_KINDS
+from convmae.weights.network_files import spark_file, write_plain
 from convmae.weights.pretrained import groups
 
 if TYPE_CHECKING:
@@ -92,8 +94,10 @@ def _convert(config: ConvertConfig, target: Path) -> ConversionReport:
     found = open_foreign(config.checkpoint, config.key, config.ignore_digest)
     done = convert_weights(config, found)
     ours = done.weights
-    is_ours = target.suffix == SAFETENSORS
-    notes = [*found.notes, *_remarks(config, done), *(done.notes if is_ours else ())]
+    is_network = done.kind in NETWORK_KINDS
+    is_ours = target.suffix == SAFETENSORS and config.format == "auto"
+    contents, said = _contents(config, done)
+    notes = [*found.notes, *_remarks(config, done), *(done.notes if is_ours else ()), *said]
     if ours.classes is not None and not is_ours:
         notes.append(f"a {target.suffix} cannot tell the names of the {len(ours.classes)} classes")
     try:
@@ -102,8 +106,10 @@ def _convert(config: ConvertConfig, target: Path) -> ConversionReport:
             if is_ours:
                 described = (ours.pictures, ours.classes, ours.reading)
                 write_weights(fresh, ours.model, ours.config, ours.state, *described)
+            elif is_network and config.format != "spark" and done.kind != "spark":
+                write_plain(fresh, ours.state)
             else:
-                save_tensors({"model": ours.state}, fresh)
+                save_tensors(contents, fresh)
     except OSError as error:
         raise OptionError(f"--output {config.output!r} cannot be written: {error}") from error
     return ConversionReport(
@@ -120,9 +126,23 @@ def _convert(config: ConvertConfig, target: Path) -> ConversionReport:
     )
 
 
+def _contents(config: ConvertConfig, done: Converted) -> tuple[dict[str, Any], list[str]]:
+    """What a PyTorch file of the official code is to hold; and notes."""
+    ours = done.weights
+    if done.kind == "spark" and config.output.lower().endswith(OFFICIAL_SUFFIXES):
+        return spark_file(ours.model, ours.config, ours.state)
+    return {"model": ours.state}, []
+
+
 def _target(config: ConvertConfig) -> Path:
     """The file to write."""
     output = Path(config.output).expanduser()
+    suffixes = OFFICIAL_SUFFIXES if config.format == "spark" else (*OFFICIAL_SUFFIXES, SAFETENSORS)
+    if config.format != "auto" and not output.name.lower().endswith(suffixes):
+        raise OptionError(
+            f"--output {config.output!r}: a file of --format {config.format} ends in "
+            f"{' or '.join(suffixes)}"
+        )
     if output.suffix.lower() in OFFICIAL_SUFFIXES or output.suffix == SAFETENSORS:
         target = output
         if output.is_dir():
@@ -148,7 +168,8 @@ def _target(config: ConvertConfig) -> Path:
 def _remarks(config: ConvertConfig, done: Converted) -> list[str]:
     found, kind, state = done.found, done.kind, done.weights.state
     notes = []
-    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
+    floating = [value for value in state.values() if value.is_floating_point()]
+    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in floating})
     if dtypes != ["float32"]:
         notes.append(f"tensors stay in {' and '.join(dtypes)}")
     bad = [key for key, value in state.items() if not bool(torch.isfinite(value).all())]

@@ -161,11 +161,14 @@ def _target(config: ConvertConfig) -> Path:
         raise OptionError(f"--output {config.output!r} is a folder, and named like a file")
     if target.exists() and not config.overwrite:
         raise OptionError(f"--output: {target} exists; --overwrite replaces it")
-    if config.kind == "convmae":
+    if config.kind in ("convmae", "spark", "fcmae"):
+        encoder = "convvit" if config.kind == "convmae" else "network"
         raise OptionError(
-            "--kind convmae, a pretraining model, has no use in an ONNX file; expected --kind "
-            "convvit, its encoder, which is written if --kind is not given"
+            f"--kind {config.kind}, a pretraining model, has no use in an ONNX file; expected "
+            f"--kind {encoder}, its encoder, which is written if --kind is not given"
         )
+    if config.format != "auto":
+        raise OptionError(f"--format {config.format} is of PyTorch files, but --output is of ONNX")
     return target
 
 
@@ -182,7 +185,9 @@ def _classifier(
     if own is None or not (own.model.startswith("convvit") or of_network) or any(described):
         with tempfile.TemporaryDirectory() as folder:
             file = str(Path(folder) / WEIGHTS)
-            report = convert(replace(config, output=file, kind="convvit"))
+            is_network = config.kind == "network" or is_timm_name(config.model or "")
+            kind = "network" if is_network else "convvit"
+            report = convert(replace(config, output=file, kind=kind))
             weights = open_weights(report.output)
         head = [] if weights.config["num_classes"] else ["no classifier is in it: an encoder alone"]
         return weights, report.checkpoint, [*head, *report.notes]

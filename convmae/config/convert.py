@@ -13,7 +13,8 @@ from convmae.config.checks import (
     check_text,
 )
 
-KINDS = ("auto", "convmae", "convvit")
+KINDS = ("auto", "convmae", "convvit", "spark", "fcmae", "network")
+FORMATS = ("auto", "spark", "timm")
 OFFICIAL_SUFFIXES = (".pth", ".pt", ".bin")
 SAFETENSORS = ".safetensors"
 
@@ -31,10 +32,16 @@ class ConvertConfig:
     output: str
     """To write: a .safetensors file or a folder is ours, .pth, .pt or .bin the official code's,
     .onnx a classifier (or an encoder) for ONNX runtimes."""
-    kind: Literal["auto", "convmae", "convvit"] = "auto"
-    """What to write: a pretraining model, a classifier, or what the file holds (auto)."""
+    kind: Literal["auto", "convmae", "convvit", "spark", "fcmae", "network"] = "auto"
+    """What to write: a pretraining model (convmae; spark and fcmae of timm's networks), a
+    classifier (convvit; network), or what the file holds (auto)."""
+    format: Literal["auto", "spark", "timm"] = "auto"
+    """Of timm's networks: timm writes a plain timm state dict (.pth or .safetensors), spark a file
+    of SparK's official code (.pth). auto: a .safetensors is ours, a .pth SparK's if the model is a
+    SparK, else timm's."""
     model: str | None = None
-    """A model of the file's size, such as convmae_base, where its shapes are of no known size."""
+    """A model of the file's size, such as convmae_base, where its shapes are of no known size; or
+    the network that a file is of, such as timm:resnet50, where it does not say."""
     num_heads: int | None = None
     """Attention heads of the encoder, where its shapes are of no known size."""
     decoder_num_heads: int | None = None
@@ -65,6 +72,7 @@ class ConvertConfig:
         check_text("checkpoint", self.checkpoint)
         check_text("output", self.output)
         check_choice("kind", self.kind, KINDS)
+        check_choice("format", self.format, FORMATS)
         for name in ("num_heads", "decoder_num_heads"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), whole=True, above=0)

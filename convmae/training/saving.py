@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from convmae.config import OptionError, config_to_mapping
+from convmae.files import replacing
 from convmae.seeds import SCHEME
 from convmae.training.diagnosis import REMEDIES, not_finite, what_is_left
 from convmae.training.distributed import whole_model, whole_optimizer
 from convmae.training.machine import machine_info
 from convmae.training.state import Run, TrainingError
 from convmae.weights.checkpoint import save_checkpoint
+from convmae.weights.network_files import TIMM_WEIGHTS, write_timm_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,6 +129,9 @@ def _write(
             classes,
             run.reading,
         )
+        if "method" in run.model.config:  # of a network of timm, which timm is to read
+            with replacing(run.folder.path / TIMM_WEIGHTS) as fresh:
+                write_timm_weights(fresh, run.model, weights)
     except OSError as error:
         return (
             f"the checkpoint of step {run.step} could not be written: {error}; {what_is_left(run)}"

@@ -277,9 +277,6 @@ def write_weights(
     Raises:
         OSError: the disk refused.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     metadata = {"format": "pt", "model": name, "config": json.dumps(config)}
     if pictures is not None:
         metadata |= {key: json.dumps(list(v)) for key, v in pictures._asdict().items()}
@@ -292,6 +289,14 @@ def write_weights(
         metadata[STATE_DIGEST] = state_digest
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     metadata = with_digest(metadata, tensors)
+    save_safetensors(tensors, path, metadata)
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file with the rights of any new file; an `OSError` where the disk refuses."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     path.touch()
     mode = path.stat().st_mode
     try:

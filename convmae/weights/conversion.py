@@ -25,6 +25,8 @@ from convmae.weights.architecture import (
 )
 from convmae.weights.checkpoint import Weights
 from convmae.weights.foreign import ENCODER, ForeignWeights, few
+from convmae.weights.network_conversion import NETWORK_KINDS, is_of_network, network_weights
+from convmae.weights.networks import bare_name
 from convmae.weights.pretrained import Grid, change, check_shapes
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class Converted:
     Attributes:
         found: what was in the file.
         weights: the same as weights of a model of ours.
-        kind: `convmae` or `convvit`.
+        kind: `convmae` or `convvit`; of timm's networks `spark`, `fcmae` or `network`.
         missing: names of tensors that are not in the file: freshly initialised.
         reshaped: `name: old grid -> new grid`.
         notes: what else there is to say of the mean and deviation of its pictures.
@@ -59,7 +61,12 @@ class Converted:
     @property
     def left_out(self) -> list[str]:
         """Names of tensors of the file that the model has not."""
-        return [key for key in self.found.state if key not in self.weights.state]
+        own = set(self.weights.state)
+        if self.kind in NETWORK_KINDS:
+            # The same tensor has other prefixes in a network alone and in pretraining models.
+            own = {bare_name(key) for key in own} | own
+            return [k for k in self.found.state if k not in own and bare_name(k) not in own]
+        return [key for key in self.found.state if key not in own]
 
 
 def convert_weights(config: ConvertConfig, found: ForeignWeights) -> Converted:
@@ -68,6 +75,12 @@ def convert_weights(config: ConvertConfig, found: ForeignWeights) -> Converted:
     Raises:
         OptionError, WeightsError: an option cannot work, or the tensors are of no model of ours.
     """
+    if is_of_network(config, found):
+        return _convert_network(config, found)
+    if config.format != "auto":
+        raise OptionError(
+            f"--format {config.format} is for timm's networks, but {found.path} is of a ConvMAE"
+        )
     encoder = read_encoder(found)
     kind = _kind(config, found)
     name = _name(config, encoder, kind)
@@ -84,6 +97,19 @@ def convert_weights(config: ConvertConfig, found: ForeignWeights) -> Converted:
     described = (pictures, _classes(found, model), reading)
     weights = Weights(found.path, name, model.config, state, *described)
     return Converted(found, weights, kind, missing, reshaped, notes)
+
+
+def _convert_network(config: ConvertConfig, found: ForeignWeights) -> Converted:
+    """`convert_weights` of one of timm's networks."""
+    kind, name, options, state, missing = network_weights(config, found)
+    pictures, notes = _statistics(config, found, options["in_chans"])
+    classes = reading = None
+    if found.ours is not None:
+        reading = found.ours.reading
+        names = found.ours.classes
+        classes = names if names is not None and len(names) == options.get("num_classes") else None
+    weights = Weights(found.path, name, options, state, pictures, classes, reading)
+    return Converted(found, weights, kind, missing, [], notes)
 
 
 def _classes(found: ForeignWeights, model: ConvMAE | ConvViT) -> ClassNames | None:

@@ -21,6 +21,7 @@ from convmae.weights.checkpoint import (
     read_safetensors,
     read_weights_file,
 )
+from convmae.weights.cnn_names import SPARK_CONFIG, UNUSED, network_tensors
 from convmae.weights.configuration import has_part_only
 from convmae.weights.header import read_metadata
 from convmae.weights.safe_load import PICKLE, ZIP, load_tensors
@@ -28,7 +29,8 @@ from convmae.weights.safe_load import PICKLE, ZIP, load_tensors
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema")  # the first of them is read
+# The first of them is read; "module" is SparK's.
+ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema", "module")
 # Of DistributedDataParallel, of torch.compile, of Lightning and timm's features_only.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 # What the names of a model's tensors begin with.
@@ -38,7 +40,7 @@ HEAD = ("norm.", "fc_norm.", "head.")
 
 @dataclass
 class ForeignWeights:
-    """Tensors of a file by their official names.
+    """Tensors of a file by their official names; of a convolutional network by timm's.
 
     Attributes:
         path: the file.
@@ -151,8 +153,19 @@ def _read_pytorch(path: Path, key: str | None) -> ForeignWeights:
     if others:
         what += f" (not read: {few(others)})"
     args = data.get("args")
-    options = vars(args) if isinstance(args, argparse.Namespace) else {}
+    options = dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+    options |= _spark_options(data, state)
     return ForeignWeights(path, what, known, unexpected, None, options)
+
+
+def _spark_options(data: Mapping[Any, Any], state: Mapping[Any, Any]) -> dict[str, Any]:
+    """What SparK's code writes beside the tensors, as far as it is plain text or numbers."""
+    found = {key: data[key] for key in ("arch", "input_size") if key in data}
+    described = state.get(SPARK_CONFIG)
+    if isinstance(described, Mapping):
+        found |= {key: described[key] for key in ("mask_ratio",) if key in described}
+    plain = {key: value for key, value in found.items() if isinstance(value, str | int | float)}
+    return plain
 
 
 def _entry(data: Mapping[Any, Any], path: Path, key: str | None) -> str | None:
@@ -176,12 +189,19 @@ def _entry(data: Mapping[Any, Any], path: Path, key: str | None) -> str | None:
 
 
 def _sort_out(state: Mapping[Any, Any], path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors with a model's names, wrappers' prefixes taken off; and the names of the rest."""
+    """Tensors with a model's names, wrappers' prefixes taken off; and the names of the rest.
+
+    Where nothing is of ConvMAE's encoder, the file may be of any network: all tensors are taken.
+    """
     known: dict[str, Tensor] = {}
     unexpected: list[str] = []
+    is_network = not any(_unwrapped(str(given)).startswith(ENCODER) for given in state)
     for given, value in state.items():
         name = _unwrapped(str(given))
-        if not name.startswith((*ENCODER, *DECODER, *HEAD)):
+        if is_network and (name in UNUSED or not isinstance(value, Tensor)):
+            unexpected.append(name)
+            continue
+        if not is_network and not name.startswith((*ENCODER, *DECODER, *HEAD)):
             unexpected.append(name)
             continue
         if name in known:
@@ -192,7 +212,7 @@ def _sort_out(state: Mapping[Any, Any], path: Path) -> tuple[dict[str, Tensor], 
                 f"{path}: {name} is {problem}, expected a tensor of floating numbers"
             )
         known[name] = value.detach()
-    return known, unexpected
+    return (network_tensors(known, path) if is_network else known), unexpected
 
 
 def _drop_class_token(found: ForeignWeights) -> None:

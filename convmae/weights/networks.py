@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # What the names of the network's tensors begin with in a pretraining model, by its method.
 PREFIXES = {"spark": "sparse_encoder.sp_cnn.", "fcmae": "encoder."}
+_WIDTHS = ("dense_decoder.dec.0.up_sample.weight", "mask_token")  # whose shape the width tells
+BEHIND_MAPS = "head."  # of timm's networks
 COUNTER = ".num_batches_tracked"  # of a BatchNorm; not in every file
 
 
@@ -90,20 +92,60 @@ def network_state(model: nn.Module, found: ForeignWeights, adapt_input: str) -> 
     own = model.state_dict()
     heads = tuple(now + head for head in head_prefixes(model))
     names = {now + k.removeprefix(before): k for k in source if k.startswith(before)}
-    needed = [k for k in own if k.startswith(now) and not k.startswith(heads)]
+    # Pretraining files lack what is behind the maps, such as the norm before a classifier.
+    behind = (*heads, now + BEHIND_MAPS)
+    needed = [k for k in own if k.startswith(now) and not k.startswith(behind)]
     absent = [k for k in needed if k not in names and not k.endswith(COUNTER)]
-    strange = [names[k] for k in names if k not in own and not k.startswith(heads)]
+    strange = [names[k] for k in names if k not in own and not k.startswith(behind)]
     if strange or absent:
         what = f"lacks {few(absent)}" if absent else f"has {few(strange)} besides"
-        raise WeightsError(f"{found.path} is of another network than {_name(model)}: it {what}")
-    if before and before == now:  # of the same method: the decoder too
+        raise WeightsError(
+            f"{found.path} is of another network ({network_in(found)}) than {_name(model)}: it "
+            f"{what}"
+        )
+    if before and before == now and _same_width(source, own):  # the decoder too
         names |= {key: key for key in source if not key.startswith(before)}
-    state = {name: source[key] for name, key in names.items()}
+    state = {name: _shaped(source[key], own.get(name)) for name, key in names.items()}
     channels = _channels(model, found, state, now)
     adapted = None if channels is None else adapt_network(state, own, channels, adapt_input)
     read = set(names.values())
     others = [key for key in source if key not in read]
     return NetworkState(state, names, others, channels, adapted)
+
+
+def _same_width(source: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Whether the decoder of a file is as wide as the model's, as far as the file has one."""
+    there = [name for name in _WIDTHS if name in source and name in own]
+    return all(source[name].shape == own[name].shape for name in there)
+
+
+def _shaped(value: Tensor, own: Tensor | None) -> Tensor:
+    """A linear layer `[D, C]` as the convolution of 1 x 1 that the model has, and back."""
+    if own is None or value.numel() != own.numel() or {value.dim(), own.dim()} != {2, 4}:
+        return value
+    return value.reshape(own.shape) if value.shape[:2] == own.shape[:2] else value
+
+
+def network_in(found: ForeignWeights) -> str:
+    """What tells the network of a file, in words."""
+    if found.ours is not None:
+        return found.ours.model
+    arch = found.options.get("arch")
+    if isinstance(arch, str):
+        return f"{arch[:80]}, by its entry 'arch'"
+    return f"{len(found.state)} tensors: {few(found.state, 3)}"
+
+
+def method_in(found: ForeignWeights) -> str:
+    """`spark`, `fcmae`, or nothing for a network alone."""
+    source = found.state if found.ours is None else found.ours.state
+    prefix = _prefix_in(source, found.ours)
+    return next((method for method, own in PREFIXES.items() if own == prefix), "")
+
+
+def bare_name(key: str) -> str:
+    """The name of a tensor without what it begins with in a pretraining model."""
+    return key.removeprefix(PREFIXES["spark"]).removeprefix(PREFIXES["fcmae"])
 
 
 def head_prefixes(model: nn.Module) -> tuple[str, ...]:

@@ -158,7 +158,8 @@ def _load_network(
     state = {key: value for key, value in state.items() if key in own}
     decoder = [key for key in own if not key.startswith(network)]
     whole = all(k in state and state[k].shape == own[k].shape for k in decoder)
-    if not whole and not read.adapted and any(key in state for key in decoder):
+    there = any(key in state or key in read.others for key in decoder)
+    if not whole and not read.adapted and there:
         notes.append(f"the decoder of {found.path} is not whole, or not of the model's size: fresh")
         state = {key: value for key, value in state.items() if key not in decoder}
     check_shapes(state, {key: tuple(v.shape) for key, v in own.items()}, found, "the model")
