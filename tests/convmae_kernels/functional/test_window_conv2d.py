@@ -6,7 +6,7 @@ import torch
 import convmae_kernels as ck
 from convmae_kernels.ops.support import arithmetic, conv_plan, dispatch, geometry
 from convmae_kernels.ops.support.conv_plan import plan_conv2d
-from convmae_kernels.ops.support.dispatch import why_not
+from convmae_kernels.ops.support.dispatch import WHY_NOT_COMPILED, why_not
 from convmae_kernels.testing import (
     DTYPES,
     LAYOUTS,
@@ -51,6 +51,8 @@ def test_every_path_is_taken(case):
         path = "depthwise"
     elif "convmae::window_conv2d" not in names:
         path = "linear"
+    elif "convmae::grouped_conv2d" in names or (case.groups > 1 and WHY_NOT_COMPILED):
+        path = "groups"
     else:
         path = "convolution" if "aten::conv2d" in names else "product"
     assert path == case.path
@@ -59,6 +61,7 @@ def test_every_path_is_taken(case):
 WAYS = {
     "linear": "product",
     "depthwise": "depthwise",
+    "groups": "groups",
     "product": "windows, product",
     "convolution": "windows, convolution",
 }
@@ -223,8 +226,8 @@ def test_hidden_pixels_change_no_bit(case):
 SMALL = [
     Case("product", 2, (2, 1), (3, 1), dilation=(1, 2)),
     Case("product", 4, (1, 2), (4, 2), stride=2),
-    Case("convolution", 2, (2, 4), (3, 3), groups=2),
-    Case("convolution", 4, (2, 2), (4, 2), stride=2, groups=2),
+    Case("groups", 2, (2, 4), (3, 3), groups=2),
+    Case("groups", 4, (2, 2), (4, 2), stride=2, groups=2),
     Case("linear", 2, (2, 1), (2, 2), stride=2),
     Case("depthwise", 2, (2, 2), (3, 3), stride=2, groups=2),
 ]
