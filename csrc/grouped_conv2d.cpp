@@ -144,8 +144,8 @@ void for_weights(const GroupedLayout& l, int64_t bundle, bool backwards, F&& f) 
   const int64_t outputs = l.outputs(bundle), size = l.in * l.out * l.taps;
   for (int64_t first = 0; first < outputs; first += l.out) {
     const int64_t group = bundle * l.merged + first / l.out;
-    for (int64_t tap = 0; tap < l.taps; ++tap) {
-      for (int64_t i = 0; i < l.in; ++i) {
+    for (int64_t i = 0; i < l.in; ++i) {  // then the taps, which are neighbours in a weight
+      for (int64_t tap = 0; tap < l.taps; ++tap) {
         const int64_t from = group * size + i * along_in + tap;
         const int64_t to = ((bundle * l.taps + tap) * l.in + i) * l.row() + first;
         for (int64_t o = 0; o < l.out; ++o) f(from + o * along_out, to + o);
@@ -224,8 +224,8 @@ Tensor grouped_conv2d(const Tensor& x, const Tensor& weight, std::optional<Tenso
                       const Tensor& neighbours, int64_t stride, std::vector<int64_t> padding,
                       std::vector<int64_t> dilation, int64_t groups) {
   STD_TORCH_CHECK(weight.dim() == 4, "weight must be [C_out, C_in / groups, kh, kw]");
-  Shape s = make_shape(neighbours, {weight.size(2), weight.size(3)}, stride, padding, dilation,
-                       groups);
+  Shape s =
+      make_shape(neighbours, {weight.size(2), weight.size(3)}, stride, padding, dilation, groups);
   s.side = side_of(x, neighbours, "x");
   set_channels(s, weight, x);
   STD_TORCH_CHECK(s.side % stride == 0, "stride must divide the side of the blocks");
@@ -241,8 +241,8 @@ Tensor grouped_conv2d_input_grad(const Tensor& grad, const Tensor& weight, const
                                  int64_t stride, std::vector<int64_t> padding,
                                  std::vector<int64_t> dilation, int64_t groups) {
   STD_TORCH_CHECK(weight.dim() == 4, "weight must be [C_out, C_in / groups, kh, kw]");
-  Shape s = make_shape(neighbours, {weight.size(2), weight.size(3)}, stride, padding, dilation,
-                       groups);
+  Shape s =
+      make_shape(neighbours, {weight.size(2), weight.size(3)}, stride, padding, dilation, groups);
   s.side = side_of(grad, neighbours, "grad") * stride;
   set_channels(s, weight, grad);
   STD_TORCH_CHECK(s.side <= 32, "block sides are at most 32");
@@ -291,8 +291,9 @@ std::tuple<Tensor, Tensor> grouped_conv2d_weight_grad(
       compute(p, data + part * bytes, part * p.chunks() / parts, (part + 1) * p.chunks() / parts);
     }
   });
-  Tensor sum = torch::stable::new_empty(x, {size});
-  add_parts(partial, sum);
+  Tensor sum = parts == 1 ? torch::stable::reshape(partial, {size})
+                          : torch::stable::new_empty(x, {size});
+  if (parts > 1) add_parts(partial, sum);
   Tensor weight = torch::stable::new_empty(x, {outputs, s.in, kernel[0], kernel[1]});
   (acc == ScalarType::Double ? unpack_weight<double> : unpack_weight<float>)(l, sum, weight);
   const Tensor bias = torch::stable::clone(torch::stable::narrow(sum, 0, l.size(), outputs));

@@ -14,9 +14,9 @@
 namespace convmae {
 
 // How weights, and their gradients, lie for the kernels: [bundle][tap][in][vectors * lanes], in the
-// accumulation type. A bundle is `merged` groups side by side: one, or as many as fit in a vector of
-// `lanes` with their inputs and with their outputs. A row holds the weights of one input of every
-// group of the bundle, one group's outputs after the other's; what is left of it are zeros.
+// accumulation type. A bundle is `merged` groups side by side: one, or as many as fit in a vector
+// of `lanes` with their inputs and with their outputs. A row holds the weights of one input of
+// every group of the bundle, one group's outputs after the other's; what is left of it are zeros.
 struct GroupedLayout {
   int64_t groups, in, out, taps;  // `in` and `out` are channels of one group
   int64_t lanes, merged;
@@ -61,7 +61,8 @@ struct GroupedConv2dWeightGrad : GroupedConv2dParams {
   const void* grad;  // [blocks, positions, groups * out]
 };
 
-// They work on the chunks [begin, end). `partial`, zeros at first, gets the gradient of these alone.
+// They work on the chunks [begin, end). `partial`, zeros at first, gets the gradient of these
+// alone.
 template <Isa isa>
 void grouped_conv2d(const GroupedConv2dForward& p, int64_t begin, int64_t end);
 template <Isa isa>

@@ -63,8 +63,8 @@ inline int64_t source_row(const cpu::GroupedConv2dParams& p, int64_t block, int6
 template <class A>
 using Full = Vec<A, kLanes<A>>;
 template <class A>
-using LaneIndex = typename VecOf<std::conditional_t<sizeof(A) == 8, int64_t, int32_t>,
-                                 kVecBytes>::type;
+using LaneIndex =
+    typename VecOf<std::conditional_t<sizeof(A) == 8, int64_t, int32_t>, kVecBytes>::type;
 
 template <class A>
 inline Full<A> all_lanes(A x) {
@@ -83,10 +83,12 @@ inline Full<A> pick(Full<A> x, LaneIndex<A> index) {
 #endif
 }
 
-// The indices by which the lanes of a bundle's outputs pick input 0 of their groups.
+// The indices by which the lanes of a bundle's outputs pick input 0 of their groups; for merged
+// groups, all of which are in one vector.
 template <class A>
 inline LaneIndex<A> first_inputs(const GroupedLayout& layout) {
   LaneIndex<A> index = {};
+  if (layout.merged == 1) return index;
   for (int64_t lane = 0; lane < layout.merged * layout.out; ++lane) {
     index[lane] = lane / layout.out * layout.in;
   }

@@ -48,9 +48,7 @@ class Tiles {
 
   int64_t count() const { return count_; }
   // What the positions of a tile see, [taps][kTile], and whether any sees something, [taps].
-  const A* const* seen(int64_t tile) const {
-    return seen_.get() + tile * p_.layout.taps * kTile;
-  }
+  const A* const* seen(int64_t tile) const { return seen_.get() + tile * p_.layout.taps * kTile; }
   const char* any(int64_t tile) const { return any_.get() + tile * p_.layout.taps; }
   // Where the outputs of a tile go; null for none.
   A* const* to(int64_t tile) const { return to_.get() + tile * kTile; }
@@ -71,6 +69,7 @@ template <class A>
 struct Piece {
   const A *weight, *bias;
   int64_t in_channel, out_channel, count;
+  LaneIndex<A> first_inputs;
 };
 
 // P positions of a tile, V vectors of outputs.
@@ -80,9 +79,7 @@ void convolve(const GroupedLayout& layout, const Piece<A>& piece, const A* const
   constexpr int n = kLanes<A>;
   const int64_t row = layout.row();
   Full<A> sum[P][V];
-  unroll<P>([&](auto p) {
-    unroll<V>([&](auto v) { sum[p][v] = load<n>(piece.bias + v * n); });
-  });
+  unroll<P>([&](auto p) { unroll<V>([&](auto v) { sum[p][v] = load<n>(piece.bias + v * n); }); });
   const A* weight = piece.weight;
   for (int64_t tap = 0; tap < layout.taps; ++tap, seen += kTile, weight += layout.in * row) {
     if (!any[tap]) continue;
@@ -92,7 +89,7 @@ void convolve(const GroupedLayout& layout, const Piece<A>& piece, const A* const
     if constexpr (Merged) {
       Full<A> inputs[P];
       unroll<P>([&](auto p) { inputs[p] = load<n>(x[p]); });
-      LaneIndex<A> index = first_inputs<A>(layout);
+      LaneIndex<A> index = piece.first_inputs;
       for (int64_t i = 0; i < layout.in; ++i, w += row, index += 1) {
         const Full<A> factor = load<n>(w);
         unroll<P>([&](auto p) { sum[p][0] += pick<A>(inputs[p], index) * factor; });
@@ -133,7 +130,8 @@ void convolve_chunks(const GroupedConv2dForward& p, int64_t begin, int64_t end) 
   const Rows<A> source(p.source, p.blocks * p.source_positions, layout.groups * layout.in);
   Tiles<A> tiles(p, source);
   const A *const weight = static_cast<const A*>(p.weight), *const bias =
-                                                              static_cast<const A*>(p.bias);
+                                                               static_cast<const A*>(p.bias);
+  const LaneIndex<A> index = first_inputs<A>(layout);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     tiles.move_to(chunk);
     for (int64_t bundle = 0; bundle < layout.bundles(); ++bundle) {
@@ -149,6 +147,7 @@ void convolve_chunks(const GroupedConv2dForward& p, int64_t begin, int64_t end) 
             bundle * layout.merged * layout.in,
             bundle * layout.merged * layout.out + lane,
             layout.outputs(bundle) - lane,
+            index,
         };
         if (layout.merged > 1) {
           convolve_tiles<A, 1, true>(layout, piece, tiles);

@@ -50,16 +50,15 @@ void correlate(const GroupedLayout& layout, const Meeting<A>* meetings, int64_t 
 // All inputs of a group; `sums` [in][row].
 template <class A, int V, bool Merged>
 void correlate_inputs(const GroupedLayout& layout, const Meeting<A>* meetings, int64_t count,
-                      int64_t in_channel, int64_t out_channel, A* sums) {
+                      int64_t in_channel, int64_t out_channel, LaneIndex<A> index, A* sums) {
   constexpr int most = V == 1 || kManyRegisters ? 8 : 4;
-  const LaneIndex<A> index = Merged ? first_inputs<A>(layout) : LaneIndex<A>{};
   int64_t i = 0;
   const auto run = [&](auto inputs) {
     for (; i + inputs <= layout.in; i += inputs) {
       using Number = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-      correlate<A, decltype(inputs)::value, V, Merged>(
-          layout, meetings, count, in_channel + (Merged ? 0 : i), out_channel, index + Number(i),
-          sums + i * layout.row());
+      correlate<A, decltype(inputs)::value, V, Merged>(layout, meetings, count,
+                                                       in_channel + (Merged ? 0 : i), out_channel,
+                                                       index + Number(i), sums + i * layout.row());
     }
   };
   run(Index<most>{});
@@ -69,19 +68,25 @@ void correlate_inputs(const GroupedLayout& layout, const Meeting<A>* meetings, i
 
 template <class A>
 void correlate_bundle(const GroupedLayout& layout, int64_t bundle, const Meeting<A>* meetings,
-                      int64_t count, A* sums) {
+                      int64_t count, LaneIndex<A> index, A* sums) {
   const int64_t in = bundle * layout.merged * layout.in, vectors = layout.vectors();
   const int64_t calls = (vectors + kMaxVectors - 1) / kMaxVectors;
   for (int64_t call = 0; call < calls; ++call) {
     const int64_t first = call * vectors / calls, last = (call + 1) * vectors / calls;
     const int64_t lane = first * kLanes<A>, out = bundle * layout.merged * layout.out + lane;
     if (layout.merged > 1) {
-      correlate_inputs<A, 1, true>(layout, meetings, count, in, out, sums + lane);
+      correlate_inputs<A, 1, true>(layout, meetings, count, in, out, index, sums + lane);
     } else {
       switch (last - first) {
-        case 1: correlate_inputs<A, 1, false>(layout, meetings, count, in, out, sums + lane); break;
-        case 2: correlate_inputs<A, 2, false>(layout, meetings, count, in, out, sums + lane); break;
-        case 3: correlate_inputs<A, 3, false>(layout, meetings, count, in, out, sums + lane); break;
+        case 1:
+          correlate_inputs<A, 1, false>(layout, meetings, count, in, out, index, sums + lane);
+          break;
+        case 2:
+          correlate_inputs<A, 2, false>(layout, meetings, count, in, out, index, sums + lane);
+          break;
+        case 3:
+          correlate_inputs<A, 3, false>(layout, meetings, count, in, out, index, sums + lane);
+          break;
       }
     }
   }
@@ -97,6 +102,7 @@ void correlate_chunks(const GroupedConv2dWeightGrad& p, A* partial, int64_t begi
   const Buffer<Meeting<A>> meetings(taps * capacity);
   const Buffer<const A*> rows(capacity);
   const Buffer<int64_t> counts(taps);
+  const LaneIndex<A> index = first_inputs<A>(layout);
   A* const bias = partial + layout.size();
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     std::memset(counts.get(), 0, taps * sizeof(int64_t));
@@ -116,7 +122,7 @@ void correlate_chunks(const GroupedConv2dWeightGrad& p, A* partial, int64_t begi
     for (int64_t bundle = 0; bundle < layout.bundles(); ++bundle) {
       for (int64_t tap = 0; tap < taps; ++tap) {
         if (counts.get()[tap] == 0) continue;
-        correlate_bundle(layout, bundle, meetings.get() + tap * capacity, counts.get()[tap],
+        correlate_bundle(layout, bundle, meetings.get() + tap * capacity, counts.get()[tap], index,
                          partial + (bundle * taps + tap) * layout.in * layout.row());
       }
     }
