@@ -291,8 +291,8 @@ std::tuple<Tensor, Tensor> grouped_conv2d_weight_grad(
       compute(p, data + part * bytes, part * p.chunks() / parts, (part + 1) * p.chunks() / parts);
     }
   });
-  Tensor sum = parts == 1 ? torch::stable::reshape(partial, {size})
-                          : torch::stable::new_empty(x, {size});
+  Tensor sum =
+      parts == 1 ? torch::stable::reshape(partial, {size}) : torch::stable::new_empty(x, {size});
   if (parts > 1) add_parts(partial, sum);
   Tensor weight = torch::stable::new_empty(x, {outputs, s.in, kernel[0], kernel[1]});
   (acc == ScalarType::Double ? unpack_weight<double> : unpack_weight<float>)(l, sum, weight);

@@ -32,9 +32,9 @@ def _fake_weight_grad(grad, x, neighbours, kernel, stride, padding, dilation, gr
 
 
 # The ops are closed under differentiation, being linear in each of their tensors. With w the
-# weight, b the bias and g a gradient of the output: conv(x, w, b) has the gradients input_grad(g, w)
-# and weight_grad(g, x); input_grad(g, w), given a gradient u, has conv(u, w) in g and
-# weight_grad(g, u) in w; weight_grad(g, x), given the gradients (v, c) of its two outputs, has
+# weight, b the bias and g a gradient of the output: conv(x, w, b) has the gradients
+# input_grad(g, w) and weight_grad(g, x); input_grad(g, w), given a gradient u, has conv(u, w) in g
+# and weight_grad(g, u) in w; weight_grad(g, x), given the gradients (v, c) of its two outputs, has
 # conv(x, v, c) in g and input_grad(g, v) in x.
 
 

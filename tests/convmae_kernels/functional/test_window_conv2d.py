@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import convmae_kernels as ck
+from convmae_kernels.ops import window_conv2d
 from convmae_kernels.ops.support import arithmetic, conv_plan, dispatch, geometry
 from convmae_kernels.ops.support.conv_plan import plan_conv2d
 from convmae_kernels.ops.support.dispatch import WHY_NOT_COMPILED, why_not
@@ -99,6 +100,24 @@ def test_a_name_without_kernels_is_refused(case, impl, monkeypatch):
         convolve(case, mask, *arguments, impl="numpy")
 
 
+def without_grouped_kernels(monkeypatch):
+    """Groups are computed as on a GPU."""
+    monkeypatch.setattr(window_conv2d, "_has_grouped_kernels", lambda ops, x, groups: False)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.path == "groups"], ids=str)
+def test_groups_as_on_a_gpu(case, monkeypatch):
+    without_grouped_kernels(monkeypatch)
+    mask = mask_for(case)
+    inputs = make_inputs(case, mask)
+    with torch.autograd.profiler.profile() as profile:
+        found = run(case, mask, inputs)
+    names = {event.name for event in profile.function_events}
+    assert "convmae::gather_windows" in names
+    assert "convmae::grouped_conv2d" not in names
+    check_close(found, run_dense(case, mask, inputs))
+
+
 @pytest.mark.parametrize("case", [CASES[i] for i in (10, 14, 18, 19, 22, 25, 27)], ids=str)
 @pytest.mark.parametrize("shift", [(1, -1, 0, 0), (0, 0, -1, 1)], ids=["down", "left"])
 def test_a_wrong_halo_shows(case, shift, monkeypatch):
@@ -106,6 +125,7 @@ def test_a_wrong_halo_shows(case, shift, monkeypatch):
     mask = mask_for(case)
     *arguments, _ = make_inputs(case, mask)
     dense = convolve_dense(case, mask, *arguments)
+    without_grouped_kernels(monkeypatch)  # which look at no halo
     torch.testing.assert_close(convolve(case, mask, *arguments), dense)
     right = geometry.window_halo
 
