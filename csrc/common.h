@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -64,6 +65,30 @@ constexpr int64_t kGrainElements = 1 << 14;
 inline int64_t grain(int64_t elements_per_item) {
   const int64_t items = kGrainElements / (elements_per_item > 0 ? elements_per_item : 1);
   return items > 0 ? items : 1;
+}
+
+inline ScalarType accumulation_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class A>
+void add_parts(const A* partial, int64_t parts, int64_t size, A* sum) {
+  torch::stable::parallel_for(0, size, kGrainElements, [&](int64_t begin, int64_t end) {
+    std::fill(sum + begin, sum + end, A(0));
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t i = begin; i < end; ++i) sum[i] += partial[part * size + i];
+    }
+  });
+}
+
+// [parts, size] -> the sum of the parts, in their order, both in an accumulation type.
+inline void add_parts(const Tensor& partial, Tensor& sum) {
+  const int64_t parts = partial.size(0), size = partial.size(1);
+  if (sum.scalar_type() == ScalarType::Double) {
+    add_parts(partial.const_data_ptr<double>(), parts, size, sum.mutable_data_ptr<double>());
+  } else {
+    add_parts(partial.const_data_ptr<float>(), parts, size, sum.mutable_data_ptr<float>());
+  }
 }
 
 #ifdef WITH_CUDA

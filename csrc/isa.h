@@ -10,6 +10,8 @@ namespace convmae {
 // Baseline only.
 enum class Isa { Baseline, Avx2, Avx512 };
 
+constexpr int vector_bytes(Isa isa) { return isa == Isa::Avx512 ? 64 : isa == Isa::Avx2 ? 32 : 16; }
+
 // The widest instruction set that this machine has; ATEN_CPU_CAPABILITY, which torch obeys too, can
 // ask for less ("default" or "avx2").
 Isa cpu_isa();

@@ -13,10 +13,6 @@
 namespace convmae {
 namespace {
 
-ScalarType accumulation_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // The places of a block and its halo, the `window` of the CPU kernels.
 std::vector<Place> make_window(const MaskedConv2dParams& p) {
   std::vector<Place> window;
@@ -117,16 +113,6 @@ void check_grad(const Tensor& grad, const Tensor& x, const std::vector<int64_t>&
 // added up in order: the same bits whatever the number of threads.
 constexpr int64_t kBlocksPerPart = 16, kMaxParts = 64;
 
-template <class A>
-void add_parts(const A* partial, int64_t parts, int64_t size, A* sum) {
-  torch::stable::parallel_for(0, size, kGrainElements, [&](int64_t begin, int64_t end) {
-    std::fill(sum + begin, sum + end, A(0));
-    for (int64_t part = 0; part < parts; ++part) {
-      for (int64_t i = begin; i < end; ++i) sum[i] += partial[part * size + i];
-    }
-  });
-}
-
 std::tuple<Tensor, Tensor> masked_conv2d_weight_grad(const Tensor& grad_, const Tensor& x_,
                                                      const Tensor& neighbours_,
                                                      std::vector<int64_t> kernel,
@@ -154,11 +140,7 @@ std::tuple<Tensor, Tensor> masked_conv2d_weight_grad(const Tensor& grad_, const 
       compute(p, data + part * bytes, part * p.blocks / parts, (part + 1) * p.blocks / parts);
     }
   });
-  if (acc == ScalarType::Double) {
-    add_parts(partial.const_data_ptr<double>(), parts, size, sum.mutable_data_ptr<double>());
-  } else {
-    add_parts(partial.const_data_ptr<float>(), parts, size, sum.mutable_data_ptr<float>());
-  }
+  add_parts(partial, sum);
   Tensor rounded = torch::stable::to(sum, x.scalar_type());
   const Tensor by_channel = torch::stable::contiguous(
       torch::stable::transpose(torch::stable::narrow(rounded, 0, 1, taps), 0, 1));

@@ -124,17 +124,17 @@ def masked_conv2d(
             stride, have 0. Of four numbers some may be negative: positions that are left out.
         impl: which implementation runs; "auto" is the fastest that is there, "reference" always
             applies. The other names choose kernels of this package: for depthwise convolutions with
-            an odd kernel up to 15 and "same" padding those that convolve, for others those that
-            gather the windows, which PyTorch then multiplies or convolves. A convolution without
-            groups whose kernel is its stride, or 1 x 1, is a matrix product of packed features:
-            there are no kernels to choose from, and these names are refused.
+            an odd kernel up to 15 and "same" padding, and for groups on a CPU, those that convolve,
+            for others those that gather the windows, which PyTorch then multiplies or convolves. A
+            convolution without groups whose kernel is its stride, or 1 x 1, is a matrix product of
+            packed features: there are no kernels to choose from, and these names are refused.
 
     Returns:
         `[T, (s / stride) ** 2, C_out]` in the dtype of `x`, for the same mask. Differentiable any
         number of times. Half types are accumulated in float32. Under autocast it runs in the
-        autocast dtype. Of depthwise convolutions with an odd kernel up to 15, the same input gives
-        the same bits whatever the number of threads; others are PyTorch's matrix products and
-        convolutions of what `gather_windows` gives, and as repeatable as these.
+        autocast dtype. Of depthwise convolutions with an odd kernel up to 15, and of groups on a
+        CPU, the same input gives the same bits whatever the number of threads; others are PyTorch's
+        matrix products and convolutions of what `gather_windows` gives, and as repeatable as these.
 
     Raises:
         TypeError: an argument is not a tensor of one of the dtypes, or dtypes differ.

@@ -174,3 +174,56 @@ def window_conv2d(
     with without_autocast(x):
         y = torch.nn.functional.conv2d(windows, weight, bias, stride, 0, dilation, groups)
     return to_zorder(y).transpose(1, 2).contiguous().to(x.dtype)
+
+
+def grouped_conv2d_input_grad(
+    grad: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    stride: int,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The gradient of `window_conv2d` in `x`: `[T, (s / stride) ** 2, C_out] -> [T, s*s, C_in]`."""
+    dtype = accumulation_dtype(grad.dtype)
+    tiles = from_zorder(grad.to(dtype).transpose(1, 2))  # [T, C_out, s / stride, s / stride]
+    with without_autocast(grad):
+        windows = torch.nn.functional.conv_transpose2d(
+            tiles, weight.to(dtype), None, stride, 0, 0, groups, dilation
+        )
+    top, left = padding
+    side = tiles.shape[2] * stride
+    bottom, right = windows.shape[2] - top - side, windows.shape[3] - left - side
+    halo = (top, bottom, left, right)
+    x = gather_windows_grad(windows.permute(0, 2, 3, 1), neighbours, halo)
+    return x.to(grad.dtype)
+
+
+def grouped_conv2d_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    neighbours: Tensor,
+    kernel: Sequence[int],
+    stride: int,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `window_conv2d` in its weight and its bias."""
+    dtype, side = accumulation_dtype(x.dtype), math.isqrt(x.shape[1])
+    tiles = from_zorder(grad.to(dtype).transpose(1, 2)).unflatten(1, (groups, -1))
+    rows, columns = (
+        range(-p, side - stride - p + d * (k - 1) + 1) for k, p, d in zip(kernel, padding, dilation)
+    )
+    windows = _cut(x.to(dtype), neighbours, rows, columns, 0.0).permute(0, 3, 1, 2)
+    windows, last = windows.unflatten(1, (groups, -1)), side - stride + 1
+    taps = []
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            top, left = i * dilation[0], j * dilation[1]
+            met = windows[..., top : top + last : stride, left : left + last : stride]
+            with without_autocast(x):
+                taps.append(torch.einsum("tgohw,tgihw->goi", tiles, met).flatten(0, 1))
+    grad_weight = torch.stack(taps, dim=2).unflatten(2, tuple(kernel))
+    return grad_weight.to(x.dtype), tiles.sum((0, 3, 4)).flatten().to(x.dtype)

@@ -1,8 +1,9 @@
-"""Convolution of packed features with any channels, groups and stride: PyTorch's, of windows.
+"""Convolution of packed features with any channels, groups and stride.
 
 The blocks' windows (`gather_windows`) are a batch of small images. Where few outputs lie in one,
 a convolution becomes one matrix product with what every output looks at; where many do, PyTorch's
 convolution is as fast and copies less. Neither is kept for the backward pass: it is made again.
+Groups of channels have kernels of their own on a CPU, which need no windows.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, linear
 
+from convmae_kernels.ops import grouped_conv2d  # noqa: F401  (registers the ops)
 from convmae_kernels.ops.support import geometry
 from convmae_kernels.ops.support.arithmetic import product_dtype
 from convmae_kernels.ops.support.autocast import without_autocast
 from convmae_kernels.ops.support.conv_plan import multiplies_windows
-from convmae_kernels.ops.support.dispatch import register
+from convmae_kernels.ops.support.dispatch import WHY_NOT_COMPILED, register
 from convmae_kernels.ops.support.flops import window_flops
 from convmae_kernels.zorder import block_side, rows_from_zorder, rows_to_zorder
 
@@ -27,6 +29,12 @@ if TYPE_CHECKING:
 
 def _is_product(x: Tensor, stride: int, groups: int) -> bool:
     return multiplies_windows(block_side(x.shape[1]), stride, groups)
+
+
+def _has_grouped_kernels(ops, x: Tensor, groups: int) -> bool:
+    """Whether the kernels of `grouped_conv2d` are there: the compiled ones, for CPUs."""
+    compiled = ops is torch.ops.convmae and WHY_NOT_COMPILED is None
+    return groups > 1 and x.device.type == "cpu" and compiled
 
 
 def _patches(
@@ -74,6 +82,10 @@ def _fake(x, weight, bias, neighbours, stride, padding, dilation, groups):
 
 def _composed(ops):
     def window_conv2d(x, weight, bias, neighbours, stride, padding, dilation, groups):
+        if _has_grouped_kernels(ops, x, groups):
+            return ops.grouped_conv2d(
+                x, weight, bias, neighbours, stride, padding, dilation, groups
+            )
         kernel, dtype = weight.shape[2:], product_dtype(x)
         halo = geometry.window_halo(kernel, stride, padding, dilation)
         windows = ops.gather_windows(x, neighbours, halo, 0.0).to(dtype)
@@ -98,7 +110,9 @@ def _derivatives(ops):
 
     def backward(ctx, grad):
         x, weight, neighbours = ctx.saved_tensors
-        if _is_product(x, ctx.stride, ctx.groups):
+        if _has_grouped_kernels(ops, x, ctx.groups):
+            grads = _grads_of_groups(ops, ctx, grad, x, weight, neighbours)
+        elif _is_product(x, ctx.stride, ctx.groups):
             grads = _grads_of_product(ops, ctx, grad, x, weight, neighbours)
         else:
             grads = _grads_of_convolution(ops, ctx, grad, x, weight, neighbours)
@@ -132,6 +146,18 @@ def _grads_of_product(ops, ctx, grad, x, weight, neighbours):
             windows = _add_patches(patches, kernel, ctx.stride, ctx.dilation, rows, columns)
             grad_x = ops.gather_windows_grad(windows.to(x.dtype), neighbours, halo)
     return grad_x, grad_weight, grad_bias
+
+
+def _grads_of_groups(ops, ctx, grad, x, weight, neighbours):
+    shape = (ctx.stride, ctx.padding, ctx.dilation, ctx.groups)
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = ops.grouped_conv2d_input_grad(grad, weight, neighbours, *shape)
+    if ctx.needs_input_grad[1] or (ctx.has_bias and ctx.needs_input_grad[2]):
+        grad_weight, grad_bias = ops.grouped_conv2d_weight_grad(
+            grad, x, neighbours, weight.shape[2:], *shape
+        )
+    return grad_x, grad_weight, grad_bias if ctx.has_bias else None
 
 
 def _grads_of_convolution(ops, ctx, grad, x, weight, neighbours):

@@ -53,6 +53,21 @@ def test_depthwise_convolutions_by_hand():
     assert count(lambda: y[0].sum().backward()) == 2 * forward_flops  # input and weight
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_in_groups_by_hand(stride):
+    x = torch.randn(5, 16, 6, requires_grad=True)
+    mask = ck.BlockMask.from_visible(torch.arange(8).view(2, 2, 2) < 5)
+    weight = torch.randn(8, 3, 3, 3, requires_grad=True)
+    y = [None]
+
+    def forward():
+        y[0] = ck.masked_conv2d(x, weight, None, mask, stride, groups=2)
+
+    forward_flops = 2 * 5 * (16 // stride**2) * 8 * 3 * 3 * 3
+    assert count(forward) == forward_flops
+    assert count(lambda: y[0].sum().backward()) == 2 * forward_flops
+
+
 @pytest.mark.parametrize("first", ["torch.utils.flop_counter", "convmae_kernels"])
 def test_in_any_order_of_import(first):
     """The counter may have been imported before the package, or comes after it."""

@@ -66,6 +66,8 @@ def samples(dtype, requires_grad):
     weight, bias = tensor(7, 1, *kernel), tensor(7)
     single, halo = make_mask("single_block"), [1, 3, 0, -1]
     dense = (x, tensor(5, 7, 3, 2), tensor(5), mask.neighbours(1), 2, [1, 0], [1, 1], 1)
+    x6, split, grad9 = tensor(t, 4, 6), tensor(9, 2, 3, 2), tensor(t, 1, 9)
+    options = (mask.neighbours(1), 2, [1, 0], [1, 1], 3)
     return [
         (OPS.gather_visible.default, (images, mask.block_index, *GRID)),
         (OPS.scatter_visible.default, (x, mask.block_index, 4, *GRID, 0.5)),
@@ -77,12 +79,15 @@ def samples(dtype, requires_grad):
         (OPS.gather_windows.default, (x, far, halo, 0.5)),
         (OPS.gather_windows_grad.default, (tensor(t, 6, 1, 7), far, halo)),
         (OPS.window_conv2d.default, dense),
+        (OPS.grouped_conv2d.default, (x6, split, tensor(9), *options)),
+        (OPS.grouped_conv2d_input_grad.default, (grad9, split, *options)),
+        (OPS.grouped_conv2d_weight_grad.default, (grad9, x6, options[0], [3, 2], *options[1:])),
     ]
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(13))
 def test_opcheck(number, dtype, requires_grad):
     op, arguments = samples(dtype, requires_grad)[number]
     opcheck(op, arguments)

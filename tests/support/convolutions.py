@@ -61,17 +61,21 @@ CASES = [
     Case("convolution", 16, (3, 2), (4, 4), stride=2),
     Case("convolution", 32, (3, 2), (5, 5), stride=4),
     Case("convolution", 32, (2, 2), (3, 3)),
-    Case("convolution", 4, (6, 4), (3, 3), groups=2),
-    Case("convolution", 1, (4, 4), (3, 1), groups=2),
-    Case("convolution", 2, (3, 6), (5, 5), groups=3),  # two outputs for each channel
-    Case("convolution", 2, (3, 3), (17, 1), groups=3),  # depthwise, but a long kernel
-    Case("convolution", 4, (3, 3), (4, 4), stride=2, groups=3),  # depthwise, but an even kernel
-    Case("convolution", 8, (3, 3), (7, 7), stride=4, groups=3, padding=(2, 2)),  # off its centre
-    Case("convolution", 4, (4, 2), (2, 2), stride=2, groups=2),
-    Case("convolution", 4, (6, 2), (1, 1), stride=2, groups=2),
+    Case("groups", 4, (6, 4), (3, 3), groups=2),
+    Case("groups", 1, (4, 4), (3, 1), groups=2),
+    Case("groups", 2, (3, 6), (5, 5), groups=3),  # two outputs for each channel
+    Case("groups", 2, (3, 3), (17, 1), groups=3),  # depthwise, but a long kernel
+    Case("groups", 4, (3, 3), (4, 4), stride=2, groups=3),  # depthwise, but an even kernel
+    Case("groups", 8, (3, 3), (7, 7), stride=4, groups=3, padding=(2, 2)),  # off its centre
+    Case("groups", 4, (4, 2), (2, 2), stride=2, groups=2),
+    Case("groups", 4, (6, 2), (1, 1), stride=2, groups=2),
     Case("depthwise", 4, (1, 1), (1, 1)),  # of one channel
+    Case("groups", 1, (30, 40), (3, 3), groups=5),  # vectors and what is left of them
+    Case("groups", 2, (63, 21), (3, 3), stride=2, groups=7),  # groups that do not fill the last
+    Case("groups", 4, (6, 150), (3, 3), groups=2),  # many vectors of a group
+    Case("groups", 16, (8, 4), (5, 3), stride=2, dilation=(2, 1), groups=4),
 ]
-ONE_OF_EACH = [CASES[i] for i in (2, 4, 7, 12, 14, 22, 24, 27)]
+ONE_OF_EACH = [CASES[i] for i in (2, 4, 7, 12, 14, 22, 24, 27, 37)]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 MAX_DEPTHWISE_KERNEL = 15  # the longest side that the kernels of the op `masked_conv2d` have
 MAX_PRODUCT_SIDE = 4  # outputs in a row of a block, up to which one matrix product is faster
 
-ConvWay = Literal["product", "depthwise", "windows, product", "windows, convolution"]
+ConvWay = Literal["product", "depthwise", "groups", "windows, product", "windows, convolution"]
 DESCRIPTIONS: dict[ConvWay, str] = {
     "product": "one matrix product of packed features, which PyTorch computes",
     "depthwise": "computed by the depthwise kernels",
+    "groups": "computed by the kernels for groups on a CPU, elsewhere by PyTorch's convolution of "
+    "windows that the kernels gather",
     "windows, product": "a matrix product by PyTorch of windows that the kernels gather",
     "windows, convolution": "PyTorch's convolution of windows that the kernels gather",
 }
@@ -111,6 +113,8 @@ def plan_conv2d(
         and (step == 1 or max(steps) == 1)
     ):
         way = "product"
+    elif groups > 1:
+        way = "groups"
     elif multiplies_windows(side, step, groups):
         way = "windows, product"
     else:

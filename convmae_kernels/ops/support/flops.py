@@ -89,3 +89,15 @@ def window_flops(
 ) -> int:
     """Of `window_conv2d`: every tap of every input channel of a group, for every output."""
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+def grouped_input_flops(grad: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of `grouped_conv2d_input_grad`: as many as forward."""
+    return 2 * math.prod(grad) * math.prod(weight[1:])
+
+
+def grouped_weight_flops(
+    grad: Sequence[int], *_: Any, out_shape: Sequence[Sequence[int]], **__: Any
+) -> int:
+    """Of `grouped_conv2d_weight_grad`: as many as forward."""
+    return 2 * math.prod(grad) * math.prod(out_shape[0][1:])

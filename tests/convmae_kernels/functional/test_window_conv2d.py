@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import convmae_kernels as ck
+from convmae_kernels.ops import window_conv2d
 from convmae_kernels.ops.support import arithmetic, conv_plan, dispatch, geometry
 from convmae_kernels.ops.support.conv_plan import plan_conv2d
-from convmae_kernels.ops.support.dispatch import why_not
+from convmae_kernels.ops.support.dispatch import WHY_NOT_COMPILED, why_not
 from convmae_kernels.testing import (
     DTYPES,
     LAYOUTS,
@@ -51,6 +52,8 @@ def test_every_path_is_taken(case):
         path = "depthwise"
     elif "convmae::window_conv2d" not in names:
         path = "linear"
+    elif "convmae::grouped_conv2d" in names or (case.groups > 1 and WHY_NOT_COMPILED):
+        path = "groups"
     else:
         path = "convolution" if "aten::conv2d" in names else "product"
     assert path == case.path
@@ -59,6 +62,7 @@ def test_every_path_is_taken(case):
 WAYS = {
     "linear": "product",
     "depthwise": "depthwise",
+    "groups": "groups",
     "product": "windows, product",
     "convolution": "windows, convolution",
 }
@@ -96,6 +100,24 @@ def test_a_name_without_kernels_is_refused(case, impl, monkeypatch):
         convolve(case, mask, *arguments, impl="numpy")
 
 
+def without_grouped_kernels(monkeypatch):
+    """Groups are computed as on a GPU."""
+    monkeypatch.setattr(window_conv2d, "_has_grouped_kernels", lambda ops, x, groups: False)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.path == "groups"], ids=str)
+def test_groups_as_on_a_gpu(case, monkeypatch):
+    without_grouped_kernels(monkeypatch)
+    mask = mask_for(case)
+    inputs = make_inputs(case, mask)
+    with torch.autograd.profiler.profile() as profile:
+        found = run(case, mask, inputs)
+    names = {event.name for event in profile.function_events}
+    assert "convmae::gather_windows" in names
+    assert "convmae::grouped_conv2d" not in names
+    check_close(found, run_dense(case, mask, inputs))
+
+
 @pytest.mark.parametrize("case", [CASES[i] for i in (10, 14, 18, 19, 22, 25, 27)], ids=str)
 @pytest.mark.parametrize("shift", [(1, -1, 0, 0), (0, 0, -1, 1)], ids=["down", "left"])
 def test_a_wrong_halo_shows(case, shift, monkeypatch):
@@ -103,6 +125,7 @@ def test_a_wrong_halo_shows(case, shift, monkeypatch):
     mask = mask_for(case)
     *arguments, _ = make_inputs(case, mask)
     dense = convolve_dense(case, mask, *arguments)
+    without_grouped_kernels(monkeypatch)  # which look at no halo
     torch.testing.assert_close(convolve(case, mask, *arguments), dense)
     right = geometry.window_halo
 
@@ -223,8 +246,8 @@ def test_hidden_pixels_change_no_bit(case):
 SMALL = [
     Case("product", 2, (2, 1), (3, 1), dilation=(1, 2)),
     Case("product", 4, (1, 2), (4, 2), stride=2),
-    Case("convolution", 2, (2, 4), (3, 3), groups=2),
-    Case("convolution", 4, (2, 2), (4, 2), stride=2, groups=2),
+    Case("groups", 2, (2, 4), (3, 3), groups=2),
+    Case("groups", 4, (2, 2), (4, 2), stride=2, groups=2),
     Case("linear", 2, (2, 1), (2, 2), stride=2),
     Case("depthwise", 2, (2, 2), (3, 3), stride=2, groups=2),
 ]
