@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import benchmarks.budget  # noqa: F401  (it registers)
+import benchmarks.pretraining  # noqa: F401  (it registers)
 from benchmarks import cases, models, networks, registry, report  # noqa: F401  (they register)
 from benchmarks.limits import environment, measure_rates
 from benchmarks.runner import (
