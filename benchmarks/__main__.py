@@ -15,6 +15,8 @@ import torch
 
 import benchmarks.budget  # noqa: F401  (it registers)
 from benchmarks import cases, decoder, models, networks, registry, report  # noqa: F401  (they register)
+import benchmarks.pretraining  # noqa: F401  (it registers)
+from benchmarks import cases, models, networks, registry, report  # noqa: F401  (they register)
 from benchmarks.limits import environment, measure_rates
 from benchmarks.runner import (
     Comparison,

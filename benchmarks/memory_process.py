@@ -1,4 +1,4 @@
-"""The process whose peak memory `benchmarks.memory` measures: training steps, or a network.
+"""The process whose peak memory `benchmarks.memory` measures: training steps, or a network's.
 
 python -m benchmarks.memory_process CONTENDER DTYPE THREADS STEPS NETWORK SETTING_JSON
 """
@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from benchmarks import models, networks
+from benchmarks import models, networks, pretraining
 from benchmarks.setting import Setting
 
 
@@ -39,6 +39,18 @@ def run_network(
     return _found(setting, loss)
 
 
+def run_step(
+    setting: Setting, dtype: torch.dtype, contender: str, steps: bool, name: str
+) -> dict[str, float]:
+    """Steps of SparK or FCMAE; that of a part of the batch allocates the optimizer's state."""
+    if not steps:
+        pretraining.build(name, setting, contender)
+        return _found(setting, 0.0)
+    step = pretraining.Step(name, setting, dtype, contender)
+    step(2)
+    return _found(setting, float(step()))
+
+
 def _found(setting: Setting, loss: float) -> dict[str, float]:
     on_gpu = setting.device.type == "cuda"
     return {
@@ -53,4 +65,8 @@ if __name__ == "__main__":
     values = json.loads(facts)
     chosen = Setting(**values | {"device": torch.device(values["device"])})
     arguments = (chosen, getattr(torch, dtype), contender, steps == "1")
-    print(json.dumps(run_network(*arguments, network) if network else take_steps(*arguments)))
+    if network in pretraining.STEPS:
+        found = run_step(*arguments, network)
+    else:
+        found = run_network(*arguments, network) if network else take_steps(*arguments)
+    print(json.dumps(found))
