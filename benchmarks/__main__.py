@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-import benchmarks.budget  # noqa: F401  (it registers)
-from benchmarks import cases, decoder, models, networks, registry, report  # noqa: F401  (they register)
-import benchmarks.pretraining  # noqa: F401  (it registers)
+import benchmarks.budget
+import benchmarks.decoder
+import benchmarks.pretraining  # noqa: F401  (they register)
 from benchmarks import cases, models, networks, registry, report  # noqa: F401  (they register)
 from benchmarks.limits import environment, measure_rates
 from benchmarks.runner import (

@@ -234,8 +234,8 @@ def table(results: dict[str, Any]) -> str:
         f"timm {results['versions']['timm']}, torchvision {results['versions']['torchvision']}: "
         f"{len(networks)} architectures, random weights, the part before the classifier, "
         f"{BATCH} pictures of {GRID * BLOCK} x {GRID * BLOCK} pixels, {VISIBLE} of {GRID**2} blocks "
-        "visible, training mode. `exact`: every module's output, all gradients and all buffers of "
-        "the packed run are those of the dense run, by `check_equivalence`. Made by "
+        "visible, training mode. `exact`: every module's output, all gradients and all buffers "
+        "of the packed run are those of the dense run, by `check_equivalence`. Made by "
         "`python docs/survey.py`; each network is in `docs/generated/survey.json`.",
         "",
         "| what it is | number | exact | refused | deviates or failed |",

@@ -186,8 +186,8 @@ def _classifier(
         with tempfile.TemporaryDirectory() as folder:
             file = str(Path(folder) / WEIGHTS)
             is_network = config.kind == "network" or is_timm_name(config.model or "")
-            kind = "network" if is_network else "convvit"
-            report = convert(replace(config, output=file, kind=kind))
+            whole = replace(config, output=file, kind="network" if is_network else "convvit")
+            report = convert(whole)
             weights = open_weights(report.output)
         head = [] if weights.config["num_classes"] else ["no classifier is in it: an encoder alone"]
         return weights, report.checkpoint, [*head, *report.notes]
