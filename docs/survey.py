@@ -108,8 +108,15 @@ def _features_of_torchvision(model: nn.Module) -> nn.Module:
 
 
 def kind_of(name: str) -> str:
-    """What the network is, from a run on shapes alone."""
-    model, features = build(name, "meta")
+    """What the network is, from a run on shapes alone where it can be built without values."""
+    try:
+        return _kind(*build(name, "meta"), "meta")
+    except (NotImplementedError, RuntimeError):
+        return _kind(*build(name), "cpu")
+
+
+def _kind(model: nn.Module, features: Any, device: str) -> str:
+    model.eval()
     spatial = any(
         isinstance(m, nn.Conv2d) and max(m.kernel_size) > max(*m.stride, 1) for m in model.modules()
     )
@@ -118,7 +125,7 @@ def kind_of(name: str) -> str:
     settings = getattr(model, "default_cfg", None) or {}
     size = settings.get("input_size", (3, 224, 224))
     with Products() as products, torch.no_grad():
-        features(torch.empty(1, *size, device="meta"))
+        features(torch.zeros(1, *size, device=device))
     return ATTENTION if products.found else CONVOLUTIONAL
 
 
@@ -143,8 +150,6 @@ def survey(name: str) -> dict[str, Any]:
         kind = kind_of(name)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
         kind = f"unknown: {_first_line(error)}"
-        if any(word in str(error) for word in ("meta", "Meta")):
-            kind = CONVOLUTIONAL  # computes with numbers while it is built: judged by its run
     found: dict[str, Any] = {"kind": kind}
     if kind != OTHER:
         found |= compare(name)
