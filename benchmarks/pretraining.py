@@ -12,6 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import memory, models, networks, work
@@ -49,12 +51,18 @@ class DenseSparK(SparK):
             level = (self.maps.stride // stride).bit_length() - 1
             normed = self.densify_norms[str(level)](x)
             filled = torch.where(normed.visible(), normed.nchw(), self.mask_tokens[str(level)])
-            levels[level] = self.densify_projs[str(level)](filled)
+            project = self.densify_projs[str(level)]
+            levels[level] = filled if isinstance(project, nn.Identity) else _plain(project, filled)
         x = None
         for block, level_map in zip(self.dense_decoder.dec, levels, strict=True):
             x = level_map if x is None else x if level_map is None else x + level_map
             x = block.conv(block.up_sample(x))
         return self.dense_decoder.proj(x)
+
+
+def _plain(project: Any, x: Tensor) -> Tensor:
+    """A projection as PyTorch's own convolution of the whole map."""
+    return conv2d(x, project.weight, project.bias, padding=project.kernel_size[0] // 2)
 
 
 class DenseFCMAE(FCMAE):

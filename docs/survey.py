@@ -1,6 +1,6 @@
 """Which networks of timm and torchvision run on visible blocks, and why the others do not.
 
-    python docs/survey.py                       # all of them: hours on 2 cores, goes on where it was
+    python docs/survey.py                       # all of them: hours; goes on where it was
     python docs/survey.py "resnet*" "regnet*"   # names that match one of the patterns
     python docs/survey.py --table > docs/generated/survey.md
 
@@ -238,9 +238,9 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"timm {results['versions']['timm']}, torchvision {results['versions']['torchvision']}: "
         f"{len(networks)} architectures, random weights, the part before the classifier, "
-        f"{BATCH} pictures of {GRID * BLOCK} x {GRID * BLOCK} pixels, {VISIBLE} of {GRID**2} blocks "
-        "visible, training mode. `exact`: every module's output, all gradients and all buffers "
-        "of the packed run are those of the dense run, by `check_equivalence`. Made by "
+        f"{BATCH} pictures of {GRID * BLOCK} x {GRID * BLOCK} pixels, {VISIBLE} of {GRID**2} "
+        "blocks visible, training mode. `exact`: every module's output, all gradients and all "
+        "buffers of the packed run are those of the dense run, by `check_equivalence`. Made by "
         "`python docs/survey.py`; each network is in `docs/generated/survey.json`.",
         "",
         "| what it is | number | exact | refused | deviates or failed |",

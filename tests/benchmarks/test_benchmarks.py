@@ -213,7 +213,13 @@ def test_other_shapes_are_not_compared():
 
 # -- every case -----------------------------------------------------------------------------------
 
-LIKE_ANOTHER = ("network/convnext_tiny/memory",)  # and takes long
+LIKE_ANOTHER = (  # and takes long
+    "network/convnext_tiny/memory",
+    "pretrain/spark/resnet50/memory",
+    "pretrain/spark/convnext_base/memory",
+    "pretrain/spark/convnext_base",
+    "pretrain/fcmae/resnet50/memory",
+)
 COUNTED = ("budget/launches", "budget/bytes", "budget/flops")  # in tests/benchmarks/test_budget.py
 IN_BFLOAT16 = ("gather/images", "depthwise/stage1/forward_backward", "stages12", "step")
 

@@ -56,7 +56,9 @@ def loss_lines(count: int, steps_per_epoch: int = 100) -> list[dict[str, Any]]:
 def run_folder(path: Path, lines: list[dict[str, Any]], pictures: int = 0, **options: Any) -> Path:
     """A run's folder as `convmae pretrain` leaves it, without weights."""
     path.mkdir(parents=True)
-    config = config_to_mapping(PretrainConfig(**{"model": "convmae_tiny", "epochs": 3, **options}))
+    config = config_to_mapping(
+        PretrainConfig(**{"model": "convmae_tiny", "epochs": 3, **options}).filled()
+    )
     (path / "args.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     environment = {"command": "pretrain", "device": "cpu", "torch": "2.11.0"}
     (path / "environment.json").write_text(json.dumps(environment))

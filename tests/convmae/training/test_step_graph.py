@@ -100,6 +100,8 @@ def test_a_run_that_cannot_says_why(pictures, tmp_path, capsys, changes, reason)
         ({"grad_checkpointing": True}, 1, False, "--grad_checkpointing reads the states of random"),
         ({}, 1, True, "float16 scales its loss .* --amp bfloat16 or float32"),
         ({}, 2, False, r"there are 2 processes \(ddp\), .* without torchrun"),
+        ({"opt": "sgd"}, 1, False, "SGD decides on the host in every step, .* --opt adamw"),
+        ({"weight_decay_end": 0.2}, 1, False, "the weight decay, which --weight_decay_end changes"),
         ({}, 1, False, None),
     ],
 )
@@ -110,6 +112,9 @@ def test_reasons(pictures, tmp_path, changes, world, scales, reason):
             device=torch.device("cuda"), size=world, parallel=world > 1, strategy="ddp"
         ),
         scaler=SimpleNamespace(is_enabled=lambda: scales),
+        optimizer=(torch.optim.SGD if changes.get("opt") == "sgd" else torch.optim.AdamW)(
+            [torch.zeros(1)]
+        ),
     )
     found = why_not(run)
     if reason is None:

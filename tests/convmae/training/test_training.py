@@ -319,7 +319,7 @@ def test_the_demo_trains_and_leaves_everything(
     yaml = pytest.importorskip("yaml")
     stored = yaml.safe_load((run / "args.yaml").read_text())
     assert config_from_mapping(PretrainConfig, stored) == dataclasses.replace(
-        config, warmup_epochs=0, log_every=5
+        config.filled(), warmup_epochs=0, log_every=5
     )
 
 
