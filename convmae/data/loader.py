@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import traceback
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -43,6 +44,8 @@ class Batch(NamedTuple):
 
 # In the errors of PyTorch and of the system where memory, shared or not, is used up.
 SHARED_MEMORY = ("shared memory", "</torch_")
+BROKEN = (ConnectionError, EOFError)  # where a loading process ends while it hands over a batch
+SECONDS = 5.0  # that its end is waited for
 LACKING_MEMORY = ("annot allocate memory", "can't allocate memory")
 
 Sample = tuple[Tensor, int]  # image, label
@@ -244,6 +247,8 @@ def run_batches(
         if isinstance(error, DataError):
             failure = DataError(error.with_flags.rpartition("DataError: ")[2].strip())
         else:
+            if children and isinstance(error, BROKEN):
+                _await_a_death(children)
             reason = why_loading_failed(error, [child.exitcode for child in children], workers)
             if reason is None:
                 raise
@@ -270,6 +275,14 @@ def _begin(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[Any]]:
     return iterator, children
 
 
+def _await_a_death(children: Sequence[Any]) -> None:
+    """Waits for the exit status of a loading process, which comes a moment after the error."""
+    ended = wait([child.sentinel for child in children], SECONDS)
+    for child in children:
+        if child.sentinel in ended:  # its files are closed, but it may not be gone yet
+            child.join(SECONDS)
+
+
 def why_loading_failed(
     error: BaseException, statuses: Sequence[int | None], workers: int
 ) -> str | None:
@@ -293,7 +306,8 @@ def why_loading_failed(
             "a loading process was killed (SIGKILL), as the system does when memory runs out: "
             f"{fewer}, or more memory (of the container or job)."
         )
-    if "exited unexpectedly" in text:  # PyTorch's words for a death that it notices
+    noticed = "exited unexpectedly" in text  # PyTorch's words for a death
+    if noticed or (dead and isinstance(error, BROKEN)):
         how = f" ({_in_words(dead[0])})" if dead else ""
         return f"a loading process ended by itself or was ended{how}: {fewer}, or 0 to see why."
     if isinstance(error, MemoryError) or any(word in text for word in LACKING_MEMORY):

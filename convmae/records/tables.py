@@ -6,7 +6,7 @@ import dataclasses
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from convmae.config import TRAINING_OPTIONS
+from convmae.config import TRAINING_OPTIONS, OptionError
 from convmae.records.wording import is_number, plain
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def configuration(options: dict[str, Any], command: str) -> str:
     """Rows of options; those that differ from the command's defaults are marked, with those."""
-    defaults = _defaults(command)
+    defaults = _defaults(command, options)
     made = []
     for name, value in options.items():
         shown = f"<code>{escape(plain(value))}</code>"
@@ -27,12 +27,20 @@ def configuration(options: dict[str, Any], command: str) -> str:
     return "\n".join(made)
 
 
-def _defaults(command: str) -> dict[str, Any]:
-    """The defaults of a command's options; empty where the run did not say which it was."""
+def _defaults(command: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of a command's options; empty where the run did not say which it was.
+
+    Where a method sets what was not given, they are what it sets.
+    """
     if command not in TRAINING_OPTIONS:
         return {}
-    fields = dataclasses.fields(TRAINING_OPTIONS[command])
-    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    own: Any = TRAINING_OPTIONS[command]()
+    try:
+        of_model = dataclasses.replace(own, model=options["model"])
+        of_method = dataclasses.replace(of_model, method=options.get("method", "auto"))
+        return vars(of_method.filled()) | {"model": own.model, "method": of_model.filled().method}
+    except (KeyError, TypeError, OptionError):  # no methods, in this command or in this run
+        return vars(own)
 
 
 def rows(texts: dict[str, str]) -> str:

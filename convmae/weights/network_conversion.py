@@ -25,6 +25,8 @@ from convmae.weights.networks import (
 from convmae.weights.pretrained import check_shapes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from convmae.config import ConvertConfig
@@ -172,13 +174,15 @@ def _told_name(found: ForeignWeights) -> str | None:
 def _fitting(found: ForeignWeights) -> list[str]:
     """Known networks that have the names and shapes of a file."""
     prefix = PREFIXES.get(method_in(found), "")
-    names = {k.removeprefix(prefix) for k in found.state if k.startswith(prefix)}
-    if "stem.0.weight" in names:
+    sizes = {k.removeprefix(prefix): v.numel() for k, v in found.state.items()}
+    if "stem.0.weight" in sizes:
         candidates = _CONVNEXTS
     else:
-        candidates = _RESNETS if "layer1.0.conv1.weight" in names else ()
+        candidates = _RESNETS if "layer1.0.conv1.weight" in sizes else ()
     fitting = []
     for name in candidates:
+        if not _may_be(name, sizes):
+            continue
         model = blank(PREFIX + name, num_classes=0, in_chans=_channels(found, PREFIX + name))
         try:
             state = network_state(model, found, "auto").state
@@ -189,6 +193,19 @@ def _fitting(found: ForeignWeights) -> list[str]:
             continue
         fitting.append(name)
     return fitting
+
+
+def _may_be(name: str, sizes: Mapping[str, int]) -> bool:
+    """Whether tensors have as many numbers as those of a network, but for the stem and the end."""
+    import timm
+
+    with torch.device("meta"):
+        own = timm.create_model(name, num_classes=0).state_dict()
+    return all(
+        sizes.get(key, 0) == value.numel()
+        for key, value in own.items()
+        if not key.startswith(("stem.", "conv1.", "head.", "norm")) and not key.endswith(COUNTER)
+    )
 
 
 def _arguments(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -177,7 +178,32 @@ def test_lack_of_memory_or_files_is_told_as_that(
     assert f"num_workers (now {workers})" in str(told.value)
 
 
+def test_a_loading_process_that_dies_while_it_hands_over_a_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The connection breaks first; what the process died of is known a moment later."""
+    dying = torch.multiprocessing.get_context("fork").Process(target=_die_soon)
+
+    def begin(_: object) -> tuple[Any, list[Any]]:
+        def broken() -> Any:
+            dying.start()
+            raise ConnectionResetError(104, "Connection reset by peer")
+            yield
+
+        return broken(), [dying]
+
+    monkeypatch.setattr(loader, "_begin", begin)
+    with pytest.raises(LoadingError, match=r"killed \(SIGKILL\).*num_workers \(now 1\)"):
+        list(run_batches(torch.zeros(1), [[0]], workers=1))
+
+
+def _die_soon() -> None:
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_fault_of_the_program_is_left_as_it_is() -> None:
+    assert why_loading_failed(ConnectionResetError("of a remote file"), [None, 0], 2) is None
     assert why_loading_failed(RuntimeError("shapes differ"), [None, 0], 2) is None
 
     class Failing(torch.utils.data.Dataset[Any]):

@@ -101,6 +101,20 @@ def test_options_that_differ_from_their_defaults_are_marked(tmp_path: Path) -> N
     }
 
 
+def test_defaults_are_those_that_the_method_sets(tmp_path: Path) -> None:
+    """A network of timm hides 0.6 by default, and a run of an earlier version has no method."""
+    spark = {"model": "timm:resnet18", "method": "spark", "decoder_width": 256}
+    page = Page(run_folder(tmp_path / "spark", [], **spark)).html
+    marked = dict(re.findall(r'<div class="changed"><dt>(.*?)</dt><dd>(.*?)</dd>', page))
+    assert set(marked) == {"model", "epochs", "method", "decoder_width"}
+    assert "default fcmae" in marked["method"] and "default 768" in marked["decoder_width"]
+    folder = run_folder(tmp_path / "earlier", [])
+    options = yaml.safe_load((folder / "args.yaml").read_text())
+    del options["method"]
+    (folder / "args.yaml").write_text(yaml.safe_dump(options))
+    assert marked_options(folder) == ["epochs", "model"]
+
+
 def test_events_are_told_and_not_endlessly(tmp_path: Path) -> None:
     lines = [{"event": "nonfinite", "step": 5000 + n, "loss": None} for n in range(1001)]
     text = Page(run_folder(tmp_path / "run", lines)).text()
@@ -319,7 +333,7 @@ TRAININGS = {n: c.options for n, c in COMMANDS.items() if issubclass(c.options, 
 def test_defaults_are_those_of_the_recorded_command(tmp_path: Path, command: str) -> None:
     """Options that the command does not have, as of an older version, do not hide the others."""
     folder = run_folder(tmp_path / "run", [])
-    config = config_to_mapping(TRAININGS[command](epochs=7)) | {"forgotten": 1}
+    config = config_to_mapping(TRAININGS[command](epochs=7).filled()) | {"forgotten": 1}
     (folder / "args.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "environment.json").write_text(json.dumps({"command": command}))
     assert marked_options(folder) == ["epochs"]
