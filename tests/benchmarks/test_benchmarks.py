@@ -219,6 +219,9 @@ LIKE_ANOTHER = (  # and takes long
     "pretrain/spark/convnext_base/memory",
     "pretrain/spark/convnext_base",
     "pretrain/fcmae/resnet50/memory",
+    *("decoder/resnet50/densify2", "decoder/resnet50/densify3"),
+    *(f"decoder/convnext_tiny/{part}" for part in ("first", "densify1", "densify2", "densify3")),
+    *("decoder/merged/384", "decoder/merged/192", "decoder/merged/96"),
 )
 COUNTED = ("budget/launches", "budget/bytes", "budget/flops")  # in tests/benchmarks/test_budget.py
 IN_BFLOAT16 = ("gather/images", "depthwise/stage1/forward_backward", "stages12", "step")
