@@ -94,7 +94,19 @@ def network_memory(setting: Setting, dtype: torch.dtype, network_name: str) -> C
     Peak of a fresh process less that of one that only builds the network. The limit is the
     gradients of the parameters, in float32.
     """
-    measure = partial(memory.measure_peak, setting, dtype, network=network_name)
+    parameters = sum(p.numel() for p in build(network_name, setting).parameters())
+    return process_memory(setting, dtype, network_name, 4 * parameters)
+
+
+def process_memory(setting: Setting, dtype: torch.dtype, name: str, least: int) -> Comparison:
+    """Peak of a fresh process that runs `name`, less that of one that only builds it.
+
+    Args:
+        setting, dtype: of the benchmark.
+        name: as `memory.measure_peak` takes it.
+        least: bytes that it must have besides.
+    """
+    measure = partial(memory.measure_peak, setting, dtype, network=name)
     idle = measure(contender="packed", steps=False).bytes
 
     def read(run):
@@ -105,12 +117,10 @@ def network_memory(setting: Setting, dtype: torch.dtype, network_name: str) -> C
         Contender(kind, partial(measure, contender=kind), lambda peak: [torch.tensor(peak.loss)])
         for kind in ("packed", "dense")
     ]
-    notes = [f"memory: a process that only builds {network_name} has {idle / 2**20:.0f} MiB"]
-    parameters = sum(p.numel() for p in build(network_name, setting).parameters())
+    notes = [f"memory: a process that only builds {name} has {idle / 2**20:.0f} MiB"]
     return Comparison(
-        contenders, work.Work(4 * parameters), read, unit="MiB", max_rounds=1, warm_up=False,
-        notes=notes,
-    )  # fmt: skip
+        contenders, work.Work(least), read, unit="MiB", max_rounds=1, warm_up=False, notes=notes
+    )
 
 
 if importlib.util.find_spec("timm") is not None:

@@ -8,7 +8,6 @@ SparK's own code does, and its decoder is plain PyTorch.
 from __future__ import annotations
 
 import importlib.util
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import memory, models, networks, work
+from benchmarks import models, networks, work
 from benchmarks.limits import clock_for
 from benchmarks.registry import register
 from benchmarks.runner import Comparison, Contender
@@ -156,23 +155,8 @@ def step_memory(setting: Setting, dtype: torch.dtype, step_name: str) -> Compari
 
     Peak of a fresh process. The limit is gradients and AdamW's two moments, in float32.
     """
-    measure = partial(memory.measure_peak, setting, dtype, network=step_name)
-    idle = measure(contender="packed", steps=False).bytes
-
-    def read(run: Any) -> tuple[float, Any]:
-        peak = run()
-        return (peak.bytes - idle) / 2**20, peak
-
-    contenders = [
-        Contender(kind, partial(measure, contender=kind), lambda peak: [torch.tensor(peak.loss)])
-        for kind in ("packed", "dense")
-    ]
-    notes = [f"memory: a process that only builds {step_name} has {idle / 2**20:.0f} MiB"]
     parameters = sum(p.numel() for p in build(step_name, setting, "packed").parameters())
-    return Comparison(
-        contenders, work.Work(3 * 4 * parameters), read, unit="MiB", max_rounds=1, warm_up=False,
-        notes=notes,
-    )  # fmt: skip
+    return networks.process_memory(setting, dtype, step_name, 3 * 4 * parameters)
 
 
 if importlib.util.find_spec("timm") is not None:

@@ -14,12 +14,13 @@ from convmae.config.convert import OFFICIAL_SUFFIXES, SAFETENSORS
 from convmae.files import replacing
 from convmae.models.adapt import DECODER
 from convmae.records.folder import RunFolder
-from convmae.weights.checkpoint import STATE, WEIGHTS, save_tensors, write_weights
+from convmae.weights.checkpoint import STATE, WEIGHTS, write_weights
 from convmae.weights.conversion import Converted, convert_weights
 from convmae.weights.foreign import few, open_foreign
 from convmae.weights.network_conversion import NETWORK_KINDS
 from convmae.weights.network_files import spark_file, write_plain
 from convmae.weights.pretrained import groups
+from convmae.weights.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from convmae.config import ConvertConfig

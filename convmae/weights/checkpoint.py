@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from convmae.config import ReadOptions, WeightsError, WeightsWarning
 from convmae.data import IMAGENET, IMAGENET_MEAN, Statistics
 from convmae.data.classes import ClassNames, ClassNumbers
@@ -26,7 +24,6 @@ from convmae.weights.configuration import (
 )
 from convmae.weights.digest import (
     STATE_DIGEST,
-    check_content,
     check_state,
     file_digest,
     is_marked,
@@ -34,10 +31,12 @@ from convmae.weights.digest import (
 )
 from convmae.weights.header import described, finite_numbers, read_metadata
 from convmae.weights.safe_load import load_tensors
+from convmae.weights.tensor_files import read_safetensors, save_safetensors, save_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
     from torch import Tensor, nn
 
 WEIGHTS = "model.safetensors"
@@ -237,22 +236,6 @@ def save_weights(
     return folder / WEIGHTS
 
 
-def save_tensors(value: Any, path: Path) -> None:
-    """`torch.save`, with an `OSError` where the disk refuses."""
-    try:
-        torch.save(value, path)
-    except RuntimeError as error:  # what PyTorch's writer raises on a full disk
-        raise _refused(path, error) from error
-
-
-def _refused(path: Path, error: Exception) -> OSError:
-    """The `OSError` that a writer of `path` should have raised."""
-    free = shutil.disk_usage(path.parent).free
-    return OSError(
-        f"{path} could not be written: {error} (the disk has {free / 2**20:.0f} MiB left)"
-    )
-
-
 def write_weights(
     path: Path,
     name: str,
@@ -290,20 +273,6 @@ def write_weights(
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     metadata = with_digest(metadata, tensors)
     save_safetensors(tensors, path, metadata)
-
-
-def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file with the rights of any new file; an `OSError` where the disk refuses."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:  # a full disk, too
-        raise _refused(path, error) from error
-    path.chmod(mode)  # safetensors lets nobody else read its files
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -416,27 +385,6 @@ def _read_classes(values: Any) -> ClassNames:
     if isinstance(values, list) and values == list(range(len(values))):
         return ClassNumbers.of(len(values))
     raise ValueError("classes are no list of names")
-
-
-def read_safetensors(
-    file: Path, ignore_digest: bool = False
-) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file of any origin; its digest is checked, if any.
-
-    Raises:
-        WeightsError: it is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    metadata = read_metadata(file)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file} is not readable as safetensors: {error}") from error
-    if not ignore_digest:
-        check_content(file, metadata, state)
-    return metadata, state
 
 
 def load_model(

@@ -18,13 +18,13 @@ from convmae.weights.checkpoint import (
     WEIGHTS,
     Weights,
     find_checkpoint,
-    read_safetensors,
     read_weights_file,
 )
 from convmae.weights.cnn_names import SPARK_CONFIG, UNUSED, network_tensors
 from convmae.weights.configuration import has_part_only
 from convmae.weights.header import read_metadata
 from convmae.weights.safe_load import PICKLE, ZIP, load_tensors
+from convmae.weights.tensor_files import read_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

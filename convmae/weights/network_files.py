@@ -8,7 +8,6 @@ import torch
 
 from convmae.config import OptionError
 from convmae.models.cnn.names import PREFIX
-from convmae.weights.checkpoint import save_safetensors, save_tensors
 from convmae.weights.cnn_names import (
     SPARK_CONFIG,
     SPARK_PREFIX,
@@ -16,6 +15,7 @@ from convmae.weights.cnn_names import (
     official_network,
 )
 from convmae.weights.networks import network_prefix
+from convmae.weights.tensor_files import save_safetensors, save_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

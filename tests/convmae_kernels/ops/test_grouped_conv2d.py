@@ -1,9 +1,5 @@
 """Convolution in groups of channels and its gradients: compiled kernels against the reference."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,7 +7,7 @@ import convmae_kernels as ck
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.support.dispatch import WHY_NOT_COMPILED
 from convmae_kernels.testing import DTYPES, assert_within_budget, make_mask, random_tensor
-from tests.support.paths import ROOT
+from tests.support.instruction_sets import LOWER, run_tests
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_empty"),
@@ -132,24 +128,7 @@ def test_a_table_that_is_too_small_is_refused():
     everything(OPS, tensors, options, mask.neighbours(2))
 
 
-@pytest.mark.parametrize(("level", "name"), [("default", "baseline"), ("avx2", "AVX2")])
+@pytest.mark.parametrize(("level", "name"), LOWER)
 def test_lower_instruction_sets(level, name):
     """The kernels for other machines, as far as this one can run them."""
-    code = (
-        "import sys, pytest, torch, convmae_kernels\n"
-        "print(torch.ops.convmae.cpu_capability())\n"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'test_every_width', "
-        "sys.argv[1]]))"
-    )
-    if torch.ops.convmae.cpu_capability() in (name, "baseline"):
-        pytest.skip("the other tests run these kernels on this machine")
-    done = subprocess.run(
-        [sys.executable, "-c", code, __file__],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": level},
-        cwd=ROOT,
-        check=False,
-    )
-    assert name in done.stdout.splitlines()[0]
-    assert done.returncode == 0, done.stdout
+    run_tests(__file__, "test_every_width", level, name)

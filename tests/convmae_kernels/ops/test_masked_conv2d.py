@@ -1,9 +1,5 @@
 """`masked_conv2d` and its gradients, against float64 and against a dense convolution."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +19,7 @@ from convmae_kernels.testing import (
     value_and_grads,
 )
 from convmae_kernels.zorder import BLOCK_SIZES
-from tests.support.paths import ROOT
+from tests.support.instruction_sets import LOWER, run_tests
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -122,27 +118,10 @@ def test_every_vector_width_and_its_remainder(dtype, channels):
 
 
 @pytest.mark.skipif("cpu" not in implementations(), reason="the compiled library is not there")
-@pytest.mark.parametrize(("level", "name"), [("default", "baseline"), ("avx2", "AVX2")])
+@pytest.mark.parametrize(("level", "name"), LOWER)
 def test_lower_instruction_sets(level, name):
     """The kernels for other machines, as far as this one can run them."""
-    code = (
-        "import sys, pytest, torch, convmae_kernels\n"
-        "print(torch.ops.convmae.cpu_capability())\n"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', "
-        "'test_every_vector_width or test_values_reach', sys.argv[1]]))"
-    )
-    if torch.ops.convmae.cpu_capability() in (name, "baseline"):
-        pytest.skip("the other tests run these kernels on this machine")
-    done = subprocess.run(
-        [sys.executable, "-c", code, __file__],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": level},
-        cwd=ROOT,
-        check=False,
-    )
-    assert name in done.stdout.splitlines()[0]
-    assert done.returncode == 0, done.stdout
+    run_tests(__file__, "test_every_vector_width or test_values_reach", level, name)
 
 
 def test_gradient_of_a_sum():
