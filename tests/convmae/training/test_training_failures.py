@@ -238,7 +238,7 @@ def test_a_failed_save_leaves_the_checkpoint_before(
         if where == "weights":
             patch.setattr(safetensors.torch, "save_file", fail)
         elif where == "state":
-            patch.setattr(checkpoints.torch, "save", fail)
+            patch.setattr(torch, "save", fail)
         elif where == "fsync":
             patch.setattr(checkpoints.os, "fsync", fail)
         else:
@@ -269,7 +269,7 @@ def test_a_failed_save_ends_the_run_with_the_reason(
 ) -> None:
     pretrain(options(pictures, tmp_path / "run", epochs=1))
     before = tensors(tmp_path / "run")
-    monkeypatch.setattr(checkpoints.torch, "save", fail)
+    monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(TrainingError, match="step 6 could not be written.*No space left.*intact"):
         pretrain(options(pictures, tmp_path / "run", epochs=2, resume="auto"))
     assert same(tensors(tmp_path / "run"), before)
