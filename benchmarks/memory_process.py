@@ -32,9 +32,9 @@ def run_network(
 ) -> dict[str, float]:
     """Forward and backward of a network of timm, twice: gradients are there in the second."""
     model, mask = networks.build(name, setting), networks.network_mask(setting)
-    loss = 0.0
+    run, loss = networks.ForwardBackward(model, setting, dtype, contender, mask), 0.0
     for _ in range(2 if steps else 0):
-        (features,) = networks.forward_backward(model, setting, dtype, contender, mask)
+        (features,) = run()
         loss = float(features.float().square().mean())
     return _found(setting, loss)
 

@@ -48,17 +48,31 @@ def build(name: str, setting: Setting) -> nn.Module:
     return model.to(setting.device, memory_format=torch.channels_last).train()
 
 
-def forward_backward(
-    model: nn.Module, setting: Setting, dtype: torch.dtype, kind: str, mask: ck.BlockMask
-) -> list[Tensor]:
+class ForwardBackward:
     """Features of the visible blocks; gradients of a fixed function of them are in the model."""
-    images = models.images(setting).contiguous(memory_format=torch.channels_last)
-    with models.autocast(setting, dtype):
-        x = ck.Packed.gather(images, mask) if kind == "packed" else MaskedDense(images, mask)
-        (features,) = visible_values(model.forward_features(x))
-    model.zero_grad()
-    features.backward(setting.randn(*features.shape, seed=2).to(features))
-    return [features.detach()]
+
+    def __init__(
+        self, model: nn.Module, setting: Setting, dtype: torch.dtype, kind: str, mask: ck.BlockMask
+    ) -> None:
+        self.model, self.setting, self.dtype, self.kind, self.mask = (
+            model,
+            setting,
+            dtype,
+            kind,
+            mask,
+        )
+        self.images = models.images(setting).contiguous(memory_format=torch.channels_last)
+        self.grad: Tensor | None = None
+
+    def __call__(self) -> list[Tensor]:
+        take = ck.Packed.gather if self.kind == "packed" else MaskedDense
+        with models.autocast(self.setting, self.dtype):
+            (features,) = visible_values(self.model.forward_features(take(self.images, self.mask)))
+        if self.grad is None:
+            self.grad = self.setting.randn(*features.shape, seed=2).to(features)
+        self.model.zero_grad()
+        features.backward(self.grad)
+        return [features.detach()]
 
 
 def network(setting: Setting, dtype: torch.dtype, network_name: str) -> Comparison:
@@ -66,7 +80,7 @@ def network(setting: Setting, dtype: torch.dtype, network_name: str) -> Comparis
     mask, contenders = network_mask(setting), []
     for kind in ("packed", "dense"):
         model = build(network_name, setting)
-        run = partial(forward_backward, model, setting, dtype, kind, mask)
+        run = ForwardBackward(model, setting, dtype, kind, mask)
         contenders.append(
             Contender(
                 kind, run, lambda y, model=model: [*y, models.gradient_norms(model).norm()[None]]

@@ -46,7 +46,8 @@ def masked_batch_norm(
     check_packed("x", x, mask)
     rows = x.reshape(1, -1, 1, x.shape[2]).permute(0, 3, 1, 2)  # channels-last, which is fast
     y = F.batch_norm(rows, running_mean, running_var, weight, bias, training, momentum, eps)
-    return y.permute(0, 2, 3, 1).reshape(x.shape)
+    # no view of `y` for autograd, to which an activation in place would cost copies
+    return torch.ops.aten._unsafe_view(y.permute(0, 2, 3, 1), x.shape)
 
 
 def masked_sync_batch_norm(

@@ -3,28 +3,25 @@
 The blocks' windows (`gather_windows`) are a batch of small images. Where few outputs lie in one,
 a convolution becomes one matrix product with what every output looks at; where many do, PyTorch's
 convolution is as fast and copies less. Neither is kept for the backward pass: it is made again.
-Groups of channels have kernels of their own on a CPU, which need no windows.
+On a CPU two kinds have ops of their own, which need no windows: groups of channels
+(`grouped_conv2d`), and products of many channels (`tap_conv2d`).
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, linear
 
-from convmae_kernels.ops import grouped_conv2d  # noqa: F401  (registers the ops)
+from convmae_kernels.ops import grouped_conv2d, tap_conv2d  # noqa: F401  (registers the ops)
 from convmae_kernels.ops.support import geometry
 from convmae_kernels.ops.support.arithmetic import product_dtype
 from convmae_kernels.ops.support.autocast import without_autocast
 from convmae_kernels.ops.support.conv_plan import multiplies_windows
 from convmae_kernels.ops.support.dispatch import WHY_NOT_COMPILED, register
 from convmae_kernels.ops.support.flops import window_flops
+from convmae_kernels.ops.support.windows import add_patches, patches_of_windows
 from convmae_kernels.zorder import block_side, rows_from_zorder, rows_to_zorder
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def _is_product(x: Tensor, stride: int, groups: int) -> bool:
@@ -37,37 +34,12 @@ def _has_grouped_kernels(ops, x: Tensor, groups: int) -> bool:
     return groups > 1 and x.device.type == "cpu" and compiled
 
 
-def _patches(
-    windows: Tensor, kernel: Sequence[int], stride: int, dilation: Sequence[int]
-) -> Tensor:
-    """`[T, rows, columns, C] -> [T, n*n, kh * kw * C]`: what each of `n*n` outputs looks at."""
-    for axis, (k, d) in enumerate(zip(kernel, dilation), start=1):
-        windows = windows.unfold(axis, d * (k - 1) + 1, stride)[..., ::d]
-    return rows_to_zorder(windows.permute(0, 1, 2, 4, 5, 3)).flatten(2)
-
-
-def _add_patches(
-    patches: Tensor,
-    kernel: Sequence[int],
-    stride: int,
-    dilation: Sequence[int],
-    rows: int,
-    columns: int,
-) -> Tensor:
-    """The gradient of `_patches` in the windows."""
-    tiles = rows_from_zorder(patches)
-    blocks, side = tiles.shape[:2]
-    channels = patches.shape[2] // (kernel[0] * kernel[1])
-    tiles = tiles.view(blocks, side, side, *kernel, channels)
-    windows = patches.new_zeros(blocks, rows, columns, channels)
-    last = stride * (side - 1) + 1
-    for i in range(kernel[0]):
-        top = i * dilation[0]
-        for j in range(kernel[1]):
-            left = j * dilation[1]
-            met = windows[:, top : top + last : stride, left : left + last : stride]
-            met += tiles[:, :, :, i, j]
-    return windows
+def _goes_by_taps(ops, x: Tensor, weight: Tensor, stride: int, groups: int) -> bool:
+    """Whether the ops of `tap_conv2d` compute it: on a CPU, which has no trouble with the numbers
+    of what is visible, where channels are many; half types would be rounded after each tap."""
+    cpu = x.device.type == "cpu" and ops is torch.ops.convmae
+    wide = product_dtype(x).itemsize > 2 and min(weight.shape[:2]) >= tap_conv2d.LEAST_CHANNELS
+    return cpu and wide and _is_product(x, stride, groups)
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -87,12 +59,18 @@ def _composed(ops):
                 x, weight, bias, neighbours, stride, padding, dilation, groups
             )
         kernel, dtype = weight.shape[2:], product_dtype(x)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        if _goes_by_taps(ops, x, weight, stride, groups):
+            shape = stride, padding, dilation
+            with without_autocast(x):
+                y = ops.tap_conv2d(x.to(dtype), weight, bias, neighbours, *shape)
+            return y.to(x.dtype)
         halo = geometry.window_halo(kernel, stride, padding, dilation)
         windows = ops.gather_windows(x, neighbours, halo, 0.0).to(dtype)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         with without_autocast(x):
             if _is_product(x, stride, groups):
-                y = linear(_patches(windows, kernel, stride, dilation), _matrix(weight), bias)
+                patches = patches_of_windows(windows, kernel, stride, dilation)
+                y = linear(patches, _matrix(weight), bias)
             else:
                 windows = windows.permute(0, 3, 1, 2)
                 y = conv2d(windows, weight, bias, stride, 0, dilation, groups)
@@ -112,6 +90,8 @@ def _derivatives(ops):
         x, weight, neighbours = ctx.saved_tensors
         if _has_grouped_kernels(ops, x, ctx.groups):
             grads = _grads_of_groups(ops, ctx, grad, x, weight, neighbours)
+        elif _goes_by_taps(ops, x, weight, ctx.stride, ctx.groups):
+            grads = _grads_of_taps(ops, ctx, grad, x, weight, neighbours)
         elif _is_product(x, ctx.stride, ctx.groups):
             grads = _grads_of_product(ops, ctx, grad, x, weight, neighbours)
         else:
@@ -129,7 +109,7 @@ def _grads_of_product(ops, ctx, grad, x, weight, neighbours):
     with without_autocast(x):
         if ctx.needs_input_grad[1]:
             windows = ops.gather_windows(x, neighbours, halo, 0.0).to(dtype)
-            patches = _patches(windows, kernel, ctx.stride, ctx.dilation)
+            patches = patches_of_windows(windows, kernel, ctx.stride, ctx.dilation)
             grad_weight = wide.flatten(0, 1).t() @ patches.flatten(0, 1)
             grad_weight = grad_weight.view(-1, *kernel, x.shape[2]).permute(0, 3, 1, 2)
             grad_weight = grad_weight.to(weight.dtype)
@@ -143,9 +123,25 @@ def _grads_of_product(ops, ctx, grad, x, weight, neighbours):
             side = block_side(x.shape[1])
             rows, columns = halo[0] + side + halo[1], halo[2] + side + halo[3]
             patches = wide @ _matrix(weight).to(dtype)
-            windows = _add_patches(patches, kernel, ctx.stride, ctx.dilation, rows, columns)
+            windows = add_patches(patches, kernel, ctx.stride, ctx.dilation, rows, columns)
             grad_x = ops.gather_windows_grad(windows.to(x.dtype), neighbours, halo)
     return grad_x, grad_weight, grad_bias
+
+
+def _grads_of_taps(ops, ctx, grad, x, weight, neighbours):
+    shape, dtype = (ctx.stride, ctx.padding, ctx.dilation), product_dtype(x)
+    wide = grad.to(dtype)
+    grad_x = grad_weight = grad_bias = None
+    with without_autocast(x):
+        if ctx.needs_input_grad[0]:
+            grad_x = ops.tap_conv2d_input_grad(wide, weight.to(dtype), neighbours, *shape)
+            grad_x = grad_x.to(x.dtype)
+        if ctx.needs_input_grad[1] or (ctx.has_bias and ctx.needs_input_grad[2]):
+            grad_weight, grad_bias = ops.tap_conv2d_weight_grad(
+                wide, x.to(dtype), neighbours, weight.shape[2:], *shape
+            )
+            grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+    return grad_x, grad_weight, grad_bias if ctx.has_bias else None
 
 
 def _grads_of_groups(ops, ctx, grad, x, weight, neighbours):

@@ -82,12 +82,15 @@ def samples(dtype, requires_grad):
         (OPS.grouped_conv2d.default, (x6, split, tensor(9), *options)),
         (OPS.grouped_conv2d_input_grad.default, (grad9, split, *options)),
         (OPS.grouped_conv2d_weight_grad.default, (grad9, x6, options[0], [3, 2], *options[1:])),
+        (OPS.tap_conv2d.default, dense[:-1]),
+        (OPS.tap_conv2d_input_grad.default, (tensor(t, 1, 5), dense[1], *dense[3:-1])),
+        (OPS.tap_conv2d_weight_grad.default, (tensor(t, 1, 5), x, dense[3], [3, 2], *dense[4:-1])),
     ]
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("number", range(13))
+@pytest.mark.parametrize("number", range(16))
 def test_opcheck(number, dtype, requires_grad):
     op, arguments = samples(dtype, requires_grad)[number]
     opcheck(op, arguments)
