@@ -25,8 +25,8 @@ DESCRIPTIONS: dict[ConvWay, str] = {
     "depthwise": "computed by the depthwise kernels",
     "groups": "computed by the kernels for groups on a CPU, elsewhere by PyTorch's convolution of "
     "windows that the kernels gather",
-    "windows, product": "a matrix product by PyTorch of windows that the kernels gather, or on a CPU, "
-    "where channels are many, one for each tap of what it sees",
+    "windows, product": "a matrix product by PyTorch of windows that the kernels gather; of many "
+    "channels on a CPU, one of what is visible for each tap",
     "windows, convolution": "PyTorch's convolution of windows that the kernels gather",
 }
 
