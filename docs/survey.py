@@ -1,6 +1,6 @@
 """Which networks of timm and torchvision run on visible blocks, and why the others do not.
 
-    python docs/survey.py                       # all of them: hours; goes on where it was
+    python docs/survey.py                       # all of them, in an hour; goes on where it was
     python docs/survey.py "resnet*" "regnet*"   # names that match one of the patterns
     python docs/survey.py --table > docs/generated/survey.md
 
@@ -16,13 +16,12 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import os
-import subprocess
+import multiprocessing
+import multiprocessing.connection
 import sys
 import time
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -193,21 +192,38 @@ def all_names() -> list[str]:
     return names + [TORCHVISION + n for n in torchvision.models.list_models(torchvision.models)]
 
 
-def in_a_process(name: str) -> dict[str, Any]:
-    """`survey` in a process of its own, as a network may need more memory than there is."""
-    command = [sys.executable, __file__, "--one", name]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=SECONDS, env=environment, check=False
+class Examination:
+    """`survey` of one network in a process of its own, which may need more memory than there is.
+
+    The process is a fork of this one, so that nothing is imported again.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.began = name, time.monotonic()
+        self.answer, sender = multiprocessing.Pipe(duplex=False)
+        self.process = multiprocessing.get_context("fork").Process(
+            target=_send_survey, args=(name, sender)
         )
-    except subprocess.TimeoutExpired:
-        return {"kind": "unknown", "result": FAILED, "reason": f"longer than {SECONDS} s"}
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        why = lines[-1] if lines else f"ended with status {done.returncode}"
-        return {"kind": "unknown", "result": FAILED, "reason": why}
-    return json.loads(done.stdout.splitlines()[-1])
+        self.process.start()
+        sender.close()
+
+    def result(self) -> dict[str, Any]:
+        """What it found; waits for it."""
+        found = {"kind": "unknown", "result": FAILED, "reason": f"longer than {SECONDS} s"}
+        try:
+            if self.answer.poll(max(0.0, self.began + SECONDS - time.monotonic())):
+                found = self.answer.recv()
+        except EOFError:
+            self.process.join()
+            found["reason"] = f"its process ended with status {self.process.exitcode}"
+        self.process.kill()
+        self.process.join()
+        return found
+
+
+def _send_survey(name: str, sender: Any) -> None:
+    torch.set_num_threads(1)
+    sender.send(survey(name))
 
 
 def run(patterns: list[str], workers: int, again: bool) -> None:
@@ -219,12 +235,20 @@ def run(patterns: list[str], workers: int, again: bool) -> None:
     networks = results["networks"]
     chosen = [n for n in all_names() if any(fnmatch.fnmatch(n, p) for p in patterns)]
     due = [n for n in chosen if again or n not in networks]
-    with ThreadPoolExecutor(workers) as pool:
-        for number, (name, found) in enumerate(zip(due, pool.map(in_a_process, due)), start=1):
-            networks[name] = found
+    running: list[Examination] = []
+    for number, name in enumerate([*due, *[None] * workers], start=1 - workers):
+        if len(running) == workers or (name is None and running):
+            answers = [e.answer for e in running]
+            oldest = min(e.began for e in running)
+            ready = multiprocessing.connection.wait(answers, oldest + SECONDS - time.monotonic())
+            done = next((e for e in running if e.answer in ready), running[0])
+            running.remove(done)
+            networks[done.name] = found = done.result()
             said = found.get("result", found["kind"])
-            print(f"{number}/{len(due)} {name}: {said} {found.get('reason', '')}", file=sys.stderr)
+            print(f"{number}/{len(due)} {done.name}: {said} {found.get('reason', '')}", flush=True)
             RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
+        if name is not None:
+            running.append(Examination(name))
 
 
 # -- the table ------------------------------------------------------------------------------------
@@ -285,11 +309,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--again", action="store_true", help="those in the results, too")
     parser.add_argument("--table", action="store_true", help="print the page and run nothing")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(survey(arguments.one)))
-    elif arguments.table:
+    if arguments.table:
         print(table(json.loads(RESULTS.read_text())), end="")
     else:
         run(arguments.patterns or ["*"], arguments.workers, arguments.again)
