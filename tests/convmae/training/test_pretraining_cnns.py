@@ -225,13 +225,17 @@ def test_a_run_of_another_network_is_not_resumed(pictures: Path, tmp_path: Path)
 
 
 def test_a_number_of_visible_blocks_rounded_otherwise(pictures: Path, tmp_path: Path) -> None:
-    """Of 6 blocks 0.6 hidden leaves 2.4 visible; of 0.55, 2.7."""
+    """Of 6 blocks 0.55 hidden leaves 2.7 visible; the model made again from the file knows it."""
     losses = {}
-    for rounding in ("floor", "round"):
+    for rounding, visible in (("floor", 2), ("round", 3)):
         given = {"mask_ratio": 0.55, "mask_rounding": rounding, "epochs": 1}
         pretrain(cnn(pictures, tmp_path / rounding, **given))
         losses[rounding] = [point[2] for point in curve(tmp_path / rounding)]
+        model = convmae.load_model(tmp_path / rounding)
+        assert model.make_mask(torch.zeros(1, 3, 64, 96)).num_visible == visible
     assert losses["floor"] != losses["round"]
+    with pytest.raises(OptionError, match=r"^resume: .* mask_rounding=round.* mask_rounding=floor"):
+        pretrain(cnn(pictures, tmp_path / "round", mask_ratio=0.55, resume="auto", epochs=2))
 
 
 def test_layers_that_no_map_depends_on_are_left_out(pictures: Path, tmp_path: Path) -> None:
