@@ -109,7 +109,7 @@ def _try_out(model: Any, name: str) -> None:
         words = str(error).strip().splitlines()[0]
         raise OptionError(
             f"--input_size {height} x {width}: {name} cannot take such pictures: {words}; give "
-            "larger ones"
+            "another size"
         ) from error
 
 

@@ -22,12 +22,10 @@ LONGEST_NAME = 80
 _OF_CONVMAE = (*ENCODER, "decoder_pos_embed")
 # Networks that official files are of. Many others of timm have the tensors of a ResNet, too.
 _RESNETS = tuple(f"resnet{depth}" for depth in (18, 26, 34, 50, 101, 152, 200))
-_CONVNEXTS = (
-    *(f"convnext_{size}" for size in ("tiny", "small", "base", "large", "xlarge")),
-    *(
-        f"convnextv2_{size}"
-        for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
-    ),
+_CONVNEXTS = tuple(f"convnext_{size}" for size in ("tiny", "small", "base", "large", "xlarge"))
+_CONVNEXTS_V2 = tuple(
+    f"convnextv2_{size}"
+    for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
 )
 
 
@@ -74,8 +72,9 @@ def _fitting(found: ForeignWeights) -> list[str]:
     """Known networks that have the names and shapes of a file."""
     prefix = PREFIXES.get(method_in(found), "")
     sizes = {k.removeprefix(prefix): v.numel() for k, v in found.state.items()}
+    candidates: tuple[str, ...]
     if "stem.0.weight" in sizes:
-        candidates = _CONVNEXTS
+        candidates = _CONVNEXTS_V2 if any(".grn." in key for key in sizes) else _CONVNEXTS
     else:
         candidates = _RESNETS if "layer1.0.conv1.weight" in sizes else ()
     fitting = []
