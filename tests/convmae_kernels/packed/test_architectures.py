@@ -61,6 +61,21 @@ def test_norms_that_are_always_in_float32(name):
         check_equivalence(model, images, mask)
 
 
+def test_an_ill_conditioned_network_in_float32():
+    """As large ones are that are checked in float32; a deviation before that is still found."""
+    pytest.importorskip("timm")
+    from tests.convmae_kernels.packed.test_equivalence import Amplify, Different
+
+    mask = ck.BlockMask.random(2, (3, 3), 0.4, torch.Generator().manual_seed(0))
+    images = random_tensor((2, 3, 24, 24))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), Amplify(3e3))
+    found = check_equivalence(model, images, mask, dtype=torch.float32)
+    assert 1e-3 < found.outputs < 1e-2
+    model[0] = Different(model[0], lambda y: y * (1 + 1e-2))
+    with pytest.raises(EquivalenceError, match=r"module '0' \(Different\), .* at most 1e-03 was"):
+        check_equivalence(model, images, mask, dtype=torch.float32)
+
+
 def test_attention_in_windows_is_refused_with_a_reason():
     timm = pytest.importorskip("timm")
     model = sparsify(timm.create_model("halonet26t", num_classes=0))
