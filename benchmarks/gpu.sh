@@ -152,6 +152,8 @@ for stage in "${stages[@]}"; do
       options=(-v --junitxml "$report")
       [ -z "$stand_in" ] && has xdist && options+=(-n $((($(nproc) * 3 + 3) / 4)))
       [ -n "$stand_in" ] && options+=(-k test_info) where=cpu || where=cuda
+      # A rehearsal runs one test of the first file, if the others are there.
+      [ -n "$stand_in" ] && ls -d "${files[@]}" >/dev/null && files=("${files[0]}")
       CONVMAE_TEST_DEVICE=$where signal=INT run training 450 "$python" -m pytest "${options[@]}" "${files[@]}"
       ;;
     sanitizer) run sanitizer 110 "$python" -m pytest -v -rs -m gpu tests/gpu/test_gpu_sanitizer.py ;;

@@ -18,10 +18,12 @@ import numpy as np
 import torch
 
 from convmae.config import MessageError, OptionError, for_option
+from convmae.config.checks import check_size
 from convmae.data import EvalTransform, normalise, open_source
 from convmae.data.named import files_of, named_batches
 from convmae.data.source import PhotoSource
 from convmae.data.stream import ShardSource
+from convmae.models.cnn.names import is_timm_name
 from convmae.records.parts import PartWriter, Rows, WriteError, disk_errors, open_parts
 from convmae.records.row_files import check_format
 from convmae.tasks.accuracy import check_channels
@@ -80,6 +82,8 @@ def load(config: InferenceConfig, device: torch.device) -> Loaded:
         weights = encoder_weights(open_weights(config.checkpoint))
         model: Any = weights.build_model(device)
         statistics = weights.statistics
+    if config.size is not None and not is_timm_name(weights.model):
+        check_size(config.size)
     if config.size is not None and config.size != model.img_size:
         if not hasattr(model, "set_input_size"):
             height, width = model.img_size
@@ -89,8 +93,24 @@ def load(config: InferenceConfig, device: torch.device) -> Loaded:
                 "--input_size makes an encoder of another size"
             )
         model.set_input_size(config.size)
+        _try_out(model, weights.model)
     dtype, _ = pick_dtype(config.amp, device)
     return Loaded(weights, model, statistics, device, dtype)
+
+
+@torch.no_grad()
+def _try_out(model: Any, name: str) -> None:
+    """Raises `OptionError` where a model cannot take a picture of its size."""
+    height, width = model.img_size
+    like = next(model.parameters())
+    try:
+        model(like.new_zeros(1, model.in_chans, height, width))
+    except (ValueError, RuntimeError) as error:
+        words = str(error).strip().splitlines()[0]
+        raise OptionError(
+            f"--input_size {height} x {width}: {name} cannot take such pictures: {words}; give "
+            "another size"
+        ) from error
 
 
 # -- the summary ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from convmae.config import OptionError, WeightsError, for_option
-from convmae.config.checks import as_pair
+from convmae.config.checks import as_pair, check_size
 from convmae.data import Statistics
 from convmae.files import replacing
 from convmae.models import ConvViT
@@ -199,6 +199,8 @@ def _classifier(
             )
         own.pictures = Statistics(config.mean, config.std)
     if config.input_size is not None:
+        if not of_network:
+            check_size(config.input_size)
         model: Any = own.build_model()
         model.set_input_size(as_pair(config.input_size))
         own.config, own.state = model.config, model.state_dict()

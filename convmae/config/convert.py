@@ -77,7 +77,7 @@ class ConvertConfig:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), whole=True, above=0)
         if self.input_size is not None:
-            check_size(self.input_size)
+            check_size(self.input_size, unit=1)  # that of the model is known with the file
         check_statistics(self.mean, self.std)
         if self.key is not None:
             check_text("key", self.key)

@@ -35,7 +35,8 @@ class InferenceConfig(DataConfig):
     """Pictures in a batch of one process."""
     input_size: int | tuple[int, int] | None = None
     """Pixels that the model sees, one number or height and width; those it was trained at if not
-    given. For another size its position embedding is resampled."""
+    given. Multiples of 16 for a ConvViT, whose position embedding is resampled; networks of timm
+    take any size that is not too small."""
     crop_pct: float = 0.875
     """The shorter side is resized to input_size / crop_pct, and the centre cut."""
     amp: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -63,7 +64,7 @@ class InferenceConfig(DataConfig):
         self.check_reading()
         check_number("batch_size", self.batch_size, whole=True, above=0)
         if self.input_size is not None:
-            check_size(self.input_size)
+            check_size(self.input_size, unit=1)  # that of the model is known with the model
         check_number("crop_pct", self.crop_pct, above=0, at_most=1)
         check_number("max_unreadable", self.max_unreadable, at_least=0, at_most=1)
         check_choice("amp", self.amp, AMP)

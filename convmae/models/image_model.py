@@ -207,9 +207,9 @@ class MaskedImageModel(ImageModel):
             images: floating `[N, in_chans, H, W]` of the model's `img_size`, normalised.
             mask_ratio: share of hidden patches, in `[0, 1)`, the model's own if None; with `mask`
                 it is not looked at.
-            noise: floating `[N, L]`: the `int(L * (1 - mask_ratio))` patches of smallest noise
-                stay visible (in `SparK` as many as `round` says). Drawn uniformly if neither
-                `noise` nor `mask` is given.
+            noise: floating `[N, L]`: the `L * (1 - mask_ratio)` patches of smallest noise stay
+                visible, a number that is rounded by the model's `mask_rounding`. Drawn uniformly if
+                neither `noise` nor `mask` is given.
             mask: a mask of one's own, on the grid of patches; the number of visible patches may
                 differ between images, and the loss is the mean over all hidden ones.
             generator: source of the noise that is drawn.

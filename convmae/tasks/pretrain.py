@@ -89,6 +89,7 @@ class Pretraining(Task):
             "img_size": config.size,
             "in_chans": source.channels,
             "mask_ratio": config.share_hidden,
+            "mask_rounding": config.mask_rounding,
             "decoder_width": config.decoder_width,
             "norm_pix_loss": config.norm_pix_loss,
         }
@@ -102,7 +103,6 @@ class Pretraining(Task):
             model: Any = create_model(config.model, **options)
             with torch.device("meta"):
                 twin: Any = create_model(config.model, **options)
-        model.mask_rounding = twin.mask_rounding = config.mask_rounding
         side, rounding = model.patch_size, model.mask_rounding
         check_patches(config.share_hidden, *config.size, side, rounding)
         try_step(model, twin, config)

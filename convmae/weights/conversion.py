@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convmae.config import OptionError, WeightsError
-from convmae.config.checks import as_pair
+from convmae.config.checks import as_pair, check_size
 from convmae.data import IMAGENET, IMAGENET_MEAN, Statistics
 from convmae.models import ConvMAE, ConvViT
 from convmae.models.adapt import POSITIONS, fit_position
@@ -81,6 +81,8 @@ def convert_weights(config: ConvertConfig, found: ForeignWeights) -> Converted:
         raise OptionError(
             f"--format {config.format} is for timm's networks, but {found.path} is of a ConvMAE"
         )
+    if config.input_size is not None:
+        check_size(config.input_size)
     encoder = read_encoder(found)
     kind = _kind(config, found)
     name = _name(config, encoder, kind)

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import OptionError, WeightsError
+from convmae.config import OptionError
 from convmae.config.checks import as_pair
 from convmae.models.cnn.names import PREFIX, is_timm_name, timm_name
 from convmae.models.registry import create_model
 from convmae.weights.architecture import blank, shape_of
 from convmae.weights.configuration import count_blocks
-from convmae.weights.foreign import ENCODER, ForeignWeights
+from convmae.weights.network_name import channels_of, holds_network, network_name, told_name
 from convmae.weights.networks import (
     COUNTER,
     PREFIXES,
@@ -25,26 +25,15 @@ from convmae.weights.networks import (
 from convmae.weights.pretrained import check_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from convmae.config import ConvertConfig
+    from convmae.weights.foreign import ForeignWeights
 
 NETWORK_KINDS = ("spark", "fcmae", "network")
 STRIDE = 32  # of the networks in official files
 LARGEST_SIDE = 4096  # pixels
-LONGEST_NAME = 80
 _DECODERS = {"spark": "dense_decoder.", "fcmae": "mask_token"}
-# Networks that official files are of. Many others of timm have the tensors of a ResNet, too.
-_RESNETS = tuple(f"resnet{depth}" for depth in (18, 26, 34, 50, 101, 152, 200))
-_CONVNEXTS = (
-    *(f"convnext_{size}" for size in ("tiny", "small", "base", "large", "xlarge")),
-    *(
-        f"convnextv2_{size}"
-        for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
-    ),
-)
 
 
 def is_of_network(config: ConvertConfig, found: ForeignWeights) -> bool:
@@ -53,8 +42,7 @@ def is_of_network(config: ConvertConfig, found: ForeignWeights) -> bool:
         return is_timm_name(found.ours.model)
     if is_timm_name(config.model or "") or config.kind in NETWORK_KINDS:
         return True
-    convolutions = any(value.dim() == 4 for value in found.state.values())
-    return convolutions and not any(key.startswith(ENCODER) for key in found.state)
+    return holds_network(found)
 
 
 def network_weights(
@@ -124,8 +112,8 @@ def _kind(config: ConvertConfig, found: ForeignWeights) -> str:
 
 def _name(config: ConvertConfig, found: ForeignWeights) -> str:
     """The network's name: as the file, its shapes or `--model` tell."""
-    told = _told_name(found)
     if config.model is not None:
+        told = told_name(found)
         if not is_timm_name(config.model):
             raise OptionError(
                 f"--model {config.model!r} is of ConvMAE, but --checkpoint {config.checkpoint!r} "
@@ -138,18 +126,7 @@ def _name(config: ConvertConfig, found: ForeignWeights) -> str:
                 f"--model {config.model!r}, but --checkpoint {config.checkpoint!r} is of {told}"
             )
         return config.model
-    if told is not None:
-        return told
-    fitting = _fitting(found)
-    is_resnet = any(name in _RESNETS for name in fitting)
-    if len(fitting) == 1 and (method_in(found) or not is_resnet):
-        return PREFIX + fitting[0]
-    choices = " or ".join(f"--model {PREFIX}{name}" for name in fitting)
-    raise WeightsError(
-        f"--model is needed: nothing in {found.path} tells which network of timm it is of "
-        f"({network_in(found)}); "
-        + (f"its tensors fit {choices}, and others" if choices else f"give --model {PREFIX}NAME")
-    )
+    return network_name(found)
 
 
 def _check_name(name: str) -> None:
@@ -159,62 +136,13 @@ def _check_name(name: str) -> None:
         raise OptionError(f"--model {name!r}: {error}") from error
 
 
-def _told_name(found: ForeignWeights) -> str | None:
-    """The name that a file says; None if it says none that timm has."""
-    if found.ours is not None:
-        return found.ours.model
-    arch = found.options.get("arch")
-    try:
-        known = isinstance(arch, str) and len(arch) <= LONGEST_NAME
-        return PREFIX + timm_name(f"{PREFIX}{arch}") if known else None
-    except ValueError:
-        return None
-
-
-def _fitting(found: ForeignWeights) -> list[str]:
-    """Known networks that have the names and shapes of a file."""
-    prefix = PREFIXES.get(method_in(found), "")
-    sizes = {k.removeprefix(prefix): v.numel() for k, v in found.state.items()}
-    if "stem.0.weight" in sizes:
-        candidates = _CONVNEXTS
-    else:
-        candidates = _RESNETS if "layer1.0.conv1.weight" in sizes else ()
-    fitting = []
-    for name in candidates:
-        if not _may_be(name, sizes):
-            continue
-        model = blank(PREFIX + name, num_classes=0, in_chans=_channels(found, PREFIX + name))
-        try:
-            state = network_state(model, found, "auto").state
-            shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-            own = {key: value for key, value in state.items() if key in shapes}
-            check_shapes(own, shapes, found, name)
-        except WeightsError:
-            continue
-        fitting.append(name)
-    return fitting
-
-
-def _may_be(name: str, sizes: Mapping[str, int]) -> bool:
-    """Whether tensors have as many numbers as those of a network, but for the stem and the end."""
-    import timm
-
-    with torch.device("meta"):
-        own = timm.create_model(name, num_classes=0).state_dict()
-    return all(
-        sizes.get(key, 0) == value.numel()
-        for key, value in own.items()
-        if not key.startswith(("stem.", "conv1.", "head.", "norm")) and not key.endswith(COUNTER)
-    )
-
-
 def _arguments(
     config: ConvertConfig, found: ForeignWeights, kind: str, name: str
 ) -> dict[str, Any]:
     """All arguments of the model to write."""
     arguments = _stored(found, kind)
     if arguments is None:
-        arguments = {"img_size": _side(found), "in_chans": _channels(found, name)}
+        arguments = {"img_size": _side(found), "in_chans": channels_of(found, name)}
         if kind == "network":
             arguments["num_classes"] = _classes(found, name)
         else:
@@ -246,20 +174,6 @@ def _side(found: ForeignWeights) -> int:
     side = found.options.get("input_size")
     fits = isinstance(side, int) and 0 < side <= LARGEST_SIDE and side % STRIDE == 0
     return side if isinstance(side, int) and fits else 224
-
-
-def _channels(found: ForeignWeights, name: str) -> int:
-    """Channels of the pictures, from the first convolution."""
-    import timm
-
-    prefix = PREFIXES.get(method_in(found), "")
-    described: Any = timm.get_pretrained_cfg(name.removeprefix(PREFIX))
-    first = getattr(described, "first_conv", None) or ()
-    for layer in (first,) if isinstance(first, str) else first:
-        weight = found.state.get(f"{prefix}{layer}.weight")
-        if weight is not None and weight.dim() == 4:
-            return weight.shape[1]
-    return 3
 
 
 def _classes(found: ForeignWeights, name: str) -> int:

@@ -16,7 +16,13 @@ from convmae.models.cnn.names import is_timm_name
 from convmae.models.trunk import Trunk
 from convmae.weights.architecture import Encoder, grid_of, read_encoder
 from convmae.weights.foreign import ForeignWeights, few, open_foreign
-from convmae.weights.networks import head_prefixes, network_prefix, network_state
+from convmae.weights.network_name import holds_network, network_name, told_name
+from convmae.weights.networks import (
+    head_prefixes,
+    network_in,
+    network_prefix,
+    network_state,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,6 +124,12 @@ def load_pretrained(
         raise WeightsError(
             f"{found.path} is of {found.ours.model}, but the model is a {type(model).__name__}; "
             f"give weights of such a model, or --model {found.ours.model}"
+        )
+    if found.ours is None and holds_network(found):
+        raise WeightsError(
+            f"{found.path} seems to be of a convolutional network ({network_in(found)}), but the "
+            f"model is a {type(model).__name__}; give weights of such a model, or --model "
+            f"{told_name(found) or 'timm:NAME'}"
         )
     encoder = read_encoder(found)
     own = model.state_dict()
@@ -331,13 +343,16 @@ def _other_target(model: Trunk, found: ForeignWeights) -> list[str]:
 def classifier_for(weights: ForeignWeights) -> str | None:
     """The classifier of the size of an encoder, such as `convvit_base`; None if of no known size.
 
-    Of one of timm's networks it is the name that the file has.
+    Of one of timm's networks it is the name that the file has or its shapes tell.
 
     Raises:
-        WeightsError: the tensors are not those of ConvMAE's encoder.
+        WeightsError: the tensors are those of a network that nothing names, or neither of a
+            network nor of ConvMAE's encoder.
     """
     if weights.ours is not None and is_timm_name(weights.ours.model):
         return weights.ours.model
+    if weights.ours is None and holds_network(weights):
+        return network_name(weights)
     size = read_encoder(weights).size
     return None if size is None else f"convvit_{size}"
 

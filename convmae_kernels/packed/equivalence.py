@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convmae_kernels.ops import gather_visible
 from convmae_kernels.packed.map_like import MapLike, run_named
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 # Two ways of computing round at every layer, while the probe's images differ once.
 AMPLIFIED = 100
-NEVER_ROUNDING = 1e-3  # a larger error is none of rounding, however ill-conditioned the network
+# A larger error is none of rounding, however ill-conditioned the network; in float64, in others.
+NEVER_ROUNDING = 1e-3, 1e-2
 GRADIENTS, BUFFERS = "gradients", "buffers"
 
 
@@ -70,8 +72,10 @@ def check_equivalence(
         dtype: in which both run.
         tolerance: the largest relative error. If None it is 1e-9 in float64 and 1e-3 in other
             dtypes. Where an error is larger than that, the packed model runs once more, on images
-            with other last bits. An error up to 100 times the change that this makes is rounding
-            of an ill-conditioned network, unless it is above 1e-3.
+            with other last bits: those of `dtype`, or of the coarsest dtype in which a part of the
+            model computes, as norms do that are always in float32. An error up to 100 times the
+            change that this makes is rounding, unless it is above 1e-3 in float64, and 1e-2 in
+            other dtypes.
         seed: of the random numbers of both runs.
 
     Returns:
@@ -93,23 +97,22 @@ def check_equivalence(
 
     errors = _errors(packed, packed_images, dense, dense_images)
     least = tolerance if tolerance is not None else 1e-9 if dtype == torch.float64 else 1e-3
+    never = NEVER_ROUNDING[dtype != torch.float64]
     rounding: dict[str, float] = {}
     if tolerance is None and not all(error <= least for _, error in errors.values()):
-        probe = _Run(model, dtype, seed, packed.outputs)
-        probe_images = _with_other_last_bits(images, seed).requires_grad_()
-        probe.run(Packed.gather(probe_images, mask))
-        changes = _errors(packed, packed_images, probe, probe_images)
-        rounding = {what: change for what, (_, change) in changes.items()}
+        rounding, coarsest = _changes(model, images, mask, packed, packed_images, dtype)
+        if coarsest != dtype:  # parts of the model round more than the images do
+            rounding, _ = _changes(model, images, mask, packed, packed_images, coarsest)
     for what, (name, error) in errors.items():
         moved = rounding.get(what, 0.0)
-        limit = max(least, min(AMPLIFIED * moved, NEVER_ROUNDING))
+        limit = max(least, min(AMPLIFIED * moved, never))
         if error <= limit:
             continue
         message = f"packed and dense runs differ: {name}, by a relative error of {error:.2e}; "
         message += f"at most {limit:.0e} was expected"
         if what in (GRADIENTS, BUFFERS):
             message += ". No module's output differs"
-        if moved > NEVER_ROUNDING / AMPLIFIED:
+        if moved > never / AMPLIFIED:
             message += (
                 f". Other last bits of the images change it by {moved:.0e}: on more or larger "
                 "images, or in evaluation mode, rounding may matter less"
@@ -141,11 +144,53 @@ def _errors(
     return errors
 
 
-def _with_other_last_bits(images: Tensor, seed: int) -> Tensor:
-    """The images, every value a little larger or smaller, by chance."""
+class _Coarsest(TorchDispatchMode):
+    """Notes the coarsest floating dtype of all that is computed."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(results):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                self.dtype = max(self.dtype, x.dtype, key=lambda d: torch.finfo(d).eps)
+        return results
+
+
+def _changes(
+    model: nn.Module,
+    images: Tensor,
+    mask: BlockMask,
+    packed: _Run,
+    packed_images: Tensor,
+    last_bits: torch.dtype,
+) -> tuple[dict[str, float], torch.dtype]:
+    """How far the results of a packed run move where the images have other last bits.
+
+    Args:
+        model, images, mask: of the check; the images in the dtype of the runs.
+        packed: the run, which is over.
+        packed_images: its images, with their gradient.
+        last_bits: the dtype whose last bits change.
+
+    Returns:
+        The changes, by what `_errors` compares; and the coarsest dtype in which the model computes.
+    """
+    probe = _Run(model, images.dtype, packed.seed, packed.outputs)
+    probe_images = _with_other_last_bits(images, packed.seed, last_bits).requires_grad_()
+    with _Coarsest(images.dtype) as coarsest:
+        probe.run(Packed.gather(probe_images, mask))
+    changes = _errors(packed, packed_images, probe, probe_images)
+    return {what: change for what, (_, change) in changes.items()}, coarsest.dtype
+
+
+def _with_other_last_bits(images: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
+    """The images, every value larger or smaller by a last bit of `dtype`, by chance."""
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randn(images.shape, generator=generator).sign().to(images)
-    return images * (1 + torch.finfo(images.dtype).eps * signs)
+    return images * (1 + torch.finfo(dtype).eps * signs)
 
 
 def _error(a: Tensor, b: Tensor, scale: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -90,9 +90,11 @@ class FCMAE(MaskedCNN):
             is not copied: training this model trains it.
         img_size: height and width of the images, one number for squares; multiples of `mask_size`.
         in_chans: channels of the images.
-        mask_ratio: share of hidden blocks; `int(L * (1 - mask_ratio))` of `L` stay visible.
+        mask_ratio: share of hidden blocks.
         mask_size: side of a block in pixels, a multiple of the stride of the network, which is the
             default: 32 mostly.
+        mask_rounding: "floor": `int(L * (1 - mask_ratio))` of `L` blocks stay visible, or "round":
+            `round(L * (1 - mask_ratio))`.
         decoder_width: channels of the decoder.
         decoder_depth: blocks of the decoder.
         norm_pix_loss: predict pixels normalised by the mean and deviation of their own block.
@@ -117,12 +119,20 @@ class FCMAE(MaskedCNN):
         in_chans: int = 3,
         mask_ratio: float = 0.6,
         mask_size: int | None = None,
+        mask_rounding: Literal["floor", "round"] = "floor",
         decoder_width: int = 512,
         decoder_depth: int = 1,
         norm_pix_loss: bool = True,
     ) -> None:
         super().__init__(
-            encoder, img_size, in_chans, mask_ratio, mask_size, norm_pix_loss, coarsest_only=True
+            encoder,
+            img_size,
+            in_chans,
+            mask_ratio,
+            mask_size,
+            mask_rounding,
+            norm_pix_loss,
+            coarsest_only=True,
         )
         width = check_positive("decoder_width", decoder_width)
         self.config |= {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
+
+ROUNDINGS = ("floor", "round")
 
 
 class MaskedCNN(MaskedImageModel):
@@ -40,6 +42,7 @@ class MaskedCNN(MaskedImageModel):
         in_chans: int,
         mask_ratio: float,
         mask_size: int | None,
+        mask_rounding: Literal["floor", "round"],
         norm_pix_loss: bool,
         min_stride: int | None = None,
         coarsest_only: bool = False,
@@ -49,7 +52,11 @@ class MaskedCNN(MaskedImageModel):
         self.img_size = _pair(img_size)
         if not 0.0 < mask_ratio < 1.0:
             raise ValueError(f"mask_ratio must be in (0, 1), got {mask_ratio}")
-        self.mask_ratio = mask_ratio
+        if mask_rounding not in ROUNDINGS:
+            raise ValueError(
+                f"mask_rounding must be one of {', '.join(ROUNDINGS)}, got {mask_rounding!r}"
+            )
+        self.mask_ratio, self.mask_rounding = mask_ratio, mask_rounding
         self.norm_pix_loss = norm_pix_loss
         self.maps = find_maps(encoder, self.img_size, in_chans, min_stride)
         if coarsest_only:
@@ -67,6 +74,7 @@ class MaskedCNN(MaskedImageModel):
             "in_chans": in_chans,
             "mask_ratio": mask_ratio,
             "mask_size": self.patch_size,
+            "mask_rounding": mask_rounding,
             "norm_pix_loss": norm_pix_loss,
         }
 

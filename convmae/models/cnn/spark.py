@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +50,11 @@ class SparK(MaskedCNN):
             training this model trains it.
         img_size: height and width of the images, one number for squares; multiples of `mask_size`.
         in_chans: channels of the images.
-        mask_ratio: share of hidden blocks; `round(L * (1 - mask_ratio))` of `L` stay visible.
+        mask_ratio: share of hidden blocks.
         mask_size: side of a block in pixels, a multiple of the stride of the network, which is the
             default: 32 mostly.
+        mask_rounding: "floor": `int(L * (1 - mask_ratio))` of `L` blocks stay visible, or "round":
+            `round(L * (1 - mask_ratio))`.
         decoder_width: channels of the decoder at its coarsest map. The decoder is most of the cost:
             512 halves it, 256 divides it by 9.
         norm_pix_loss: predict pixels normalised by the mean and deviation of their own block.
@@ -73,7 +75,6 @@ class SparK(MaskedCNN):
             says why.
     """
 
-    mask_rounding = "round"
     predicts_every_patch = True  # BatchNorm in the decoder takes all positions
 
     def __init__(
@@ -84,6 +85,7 @@ class SparK(MaskedCNN):
         in_chans: int = 3,
         mask_ratio: float = 0.6,
         mask_size: int | None = None,
+        mask_rounding: Literal["floor", "round"] = "round",
         decoder_width: int = 768,
         norm_pix_loss: bool = True,
         densify_norm: str = "auto",
@@ -92,7 +94,14 @@ class SparK(MaskedCNN):
         if min_stride is not None:
             check_positive("min_stride", min_stride)
         super().__init__(
-            encoder, img_size, in_chans, mask_ratio, mask_size, norm_pix_loss, min_stride
+            encoder,
+            img_size,
+            in_chans,
+            mask_ratio,
+            mask_size,
+            mask_rounding,
+            norm_pix_loss,
+            min_stride,
         )
         stride = self.maps.stride
         self._check_scales(encoder)

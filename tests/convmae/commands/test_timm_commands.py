@@ -19,6 +19,7 @@ from convmae import (
     evaluate,
     predict,
 )
+from convmae.commands.convert import convert
 from convmae.config import ConvertConfig
 from convmae.data import Statistics
 from convmae.data.classes import ClassNames
@@ -141,9 +142,16 @@ def test_features_are_timms(
 
 def test_another_size_of_pictures(tmp_path: Path, files: dict[str, Path], folder: Path) -> None:
     found = embedding(
-        files["spark"], folder, tmp_path / "e.npz", features="map", input_size=(32, 64)
+        files["spark"], folder, tmp_path / "e.npz", features="map", input_size=(40, 70)
     )
-    assert found.shape == (5, 64, 1, 2)
+    assert found.shape == (5, 64, 1, 2)  # no multiples of 16
+    options = shared(files["classifier"], folder, tmp_path / "p.csv")
+    with pytest.raises(OptionError, match="input_size 3 x 3: timm:test_convnext cannot take such"):
+        predict(PredictConfig(**options, input_size=3))
+    assert not (tmp_path / "p.csv").exists()
+    file = str(tmp_path / "of_size.safetensors")
+    convert(ConvertConfig(str(files["classifier"]), file, input_size=50))
+    assert open_weights(file).config["img_size"] == [50, 50]
 
 
 def test_what_is_refused(tmp_path: Path, files: dict[str, Path], folder: Path) -> None:

@@ -63,8 +63,8 @@ def base(request):
     with torch.no_grad():
         mask = model.make_mask(images, mask_ratio, noise)
         latent = model.forward_encoder(images, mask)
-        every = model.forward_loss(images, model.forward_decoder(latent, mask), mask)
         pred = model.forward_decoder(latent, mask)
+        every = model.forward_loss(images, pred, mask)
     output = model(images, mask_ratio, noise)
     output.loss.backward()
     parameters = dict(model.named_parameters())

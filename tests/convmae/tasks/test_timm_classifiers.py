@@ -328,6 +328,24 @@ def test_finetuning_picks_the_network_of_a_run(tmp_path: Path) -> None:
     assert torch.equal(plain(images), model(images))
 
 
+def test_files_of_other_code_without_the_name_of_their_network(tmp_path: Path) -> None:
+    """One that tells its name is taken, as `convmae convert` takes it."""
+    network = timm.create_model("test_resnet", num_classes=0, in_chans=1)
+    bare, told = tmp_path / "bare.pth", tmp_path / "spark.pth"
+    torch.save(network.state_dict(), bare)
+    torch.save({"arch": "test_resnet", "module": network.state_dict()}, told)
+    out = tmp_path / "out"
+    seems = r"bare.pth seems to be of a convolutional network \(.* tensors: conv1"
+    with pytest.raises(OptionError, match=rf"^model is needed: .*{seems}.*give model timm:NAME"):
+        finetune(finetuning(out, finetune=str(bare)))
+    of_convvit = {"finetune": str(bare), "model": "convvit_tiny"}
+    with pytest.raises(OptionError, match=rf"{seems}.* the model is a ConvViT; .*model timm:NAME"):
+        finetune(finetuning(out, **of_convvit))
+    assert not (out / "log.txt").exists()
+    finetune(finetuning(out, finetune=str(told), max_samples=20))
+    assert open_weights(out).model == RESNET
+
+
 def test_it_goes_on_to_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = finetuning(tmp_path / "a", model=RESNET, epochs=2)
     finetune(config)

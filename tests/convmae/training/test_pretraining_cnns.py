@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 timm = pytest.importorskip("timm")
 
 RESNET, CONVNEXT = "timm:test_resnet", "timm:test_convnext"
+# Of 6 blocks 2.7 are visible before they are rounded.
+ONE_EPOCH = {"epochs": 1, "mask_ratio": 0.55, "norm_pix_loss": False}
 SPARK, FCMAE = {"method": "spark", "decoder_width": 32}, {"method": "fcmae", "decoder_width": 16}
 
 
@@ -36,6 +38,14 @@ def cnn(pictures: Path, output: Path, **changes: Any) -> PretrainConfig:
     """A run of 2 epochs of 3 steps on pictures of 2 x 3 blocks."""
     values = {"model": RESNET, "input_size": (64, 96), "amp": "float32", **FCMAE}
     return options(pictures, output, **values | changes)
+
+
+@pytest.fixture(scope="module")
+def fcmae_run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one epoch; tests read it."""
+    run = tmp_path_factory.mktemp("fcmae") / "run"
+    pretrain(cnn(pictures, run, **ONE_EPOCH))
+    return run
 
 
 # -- options --------------------------------------------------------------------------------------
@@ -198,9 +208,12 @@ def test_interrupted_and_resumed_is_the_same_run(
 
 
 @pytest.mark.parametrize("method", [SPARK, FCMAE], ids=["spark", "fcmae"])
-def test_what_a_run_leaves(pictures: Path, tmp_path: Path, method: dict[str, Any]) -> None:
-    run = tmp_path / "run"
-    pretrain(cnn(pictures, run, epochs=1, mask_ratio=0.5, norm_pix_loss=False, **method))
+def test_what_a_run_leaves(
+    pictures: Path, tmp_path: Path, fcmae_run: Path, method: dict[str, Any]
+) -> None:
+    run = fcmae_run if method is FCMAE else tmp_path / "run"
+    if method is SPARK:
+        pretrain(cnn(pictures, run, **ONE_EPOCH | method))
     weights = open_weights(run)
     assert weights.model == RESNET and weights.config["method"] == method["method"]
     model = convmae.load_model(run)
@@ -214,24 +227,25 @@ def test_what_a_run_leaves(pictures: Path, tmp_path: Path, method: dict[str, Any
     assert picture.stat().st_size > 0
 
 
-def test_a_run_of_another_network_is_not_resumed(pictures: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    pretrain(cnn(pictures, run, epochs=1))
-    before = sorted(path.name for path in run.rglob("*"))
-    for changes in ({"model": CONVNEXT}, {"decoder_width": 32}, SPARK):
+def test_another_run_is_not_resumed(pictures: Path, fcmae_run: Path) -> None:
+    before = sorted(path.name for path in fcmae_run.rglob("*"))
+    again = ONE_EPOCH | {"resume": "auto", "epochs": 2}
+    for changes in ({"model": CONVNEXT}, {"decoder_width": 32}, SPARK, {"mask_rounding": "round"}):
         with pytest.raises(OptionError, match=r"^resume: .* is a checkpoint of timm:test_resnet"):
-            pretrain(cnn(pictures, run, resume="auto", epochs=2, **changes))
-    assert sorted(path.name for path in run.rglob("*")) == before
+            pretrain(cnn(pictures, fcmae_run, **again | changes))
+    assert sorted(path.name for path in fcmae_run.rglob("*")) == before
 
 
-def test_a_number_of_visible_blocks_rounded_otherwise(pictures: Path, tmp_path: Path) -> None:
-    """Of 6 blocks 0.6 hidden leaves 2.4 visible; of 0.55, 2.7."""
-    losses = {}
-    for rounding in ("floor", "round"):
-        given = {"mask_ratio": 0.55, "mask_rounding": rounding, "epochs": 1}
-        pretrain(cnn(pictures, tmp_path / rounding, **given))
-        losses[rounding] = [point[2] for point in curve(tmp_path / rounding)]
-    assert losses["floor"] != losses["round"]
+def test_a_number_of_visible_blocks_rounded_otherwise(
+    pictures: Path, tmp_path: Path, fcmae_run: Path
+) -> None:
+    """A model that is made again from the file knows it."""
+    run = tmp_path / "run"
+    pretrain(cnn(pictures, run, mask_rounding="round", **ONE_EPOCH))
+    assert [point[2] for point in curve(run)] != [point[2] for point in curve(fcmae_run)]
+    for folder, visible in ((fcmae_run, 2), (run, 3)):
+        model = convmae.load_model(folder)
+        assert model.make_mask(torch.zeros(1, 3, 64, 96)).num_visible == visible
 
 
 def test_layers_that_no_map_depends_on_are_left_out(pictures: Path, tmp_path: Path) -> None:
@@ -245,16 +259,15 @@ def test_layers_that_no_map_depends_on_are_left_out(pictures: Path, tmp_path: Pa
 
 
 def test_blocks_compile_one_by_one(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pictures: Path, tmp_path: Path, fcmae_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The graphs of PyTorch's compiler, run as they are: code for them takes a minute to make."""
     compile_blocks = MaskedCNN.compile_blocks
     monkeypatch.setattr(
         MaskedCNN, "compile_blocks", lambda model: compile_blocks(model, backend="eager")
     )
-    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
-    pretrain(cnn(pictures, plain, epochs=1))
-    pretrain(cnn(pictures, compiled, epochs=1, torchcompile="blocks"))
-    found, wanted = ([point[2] for point in curve(run)] for run in (compiled, plain))
+    compiled = tmp_path / "compiled"
+    pretrain(cnn(pictures, compiled, torchcompile="blocks", **ONE_EPOCH))
+    found, wanted = ([point[2] for point in curve(run)] for run in (compiled, fcmae_run))
     assert found == pytest.approx(wanted, rel=1e-5)
-    assert tensors(compiled).keys() == tensors(plain).keys()
+    assert tensors(compiled).keys() == tensors(fcmae_run).keys()

@@ -11,8 +11,9 @@ import convmae
 from convmae.config import OptionError, WeightsError
 from convmae.weights.checkpoint import open_weights
 from convmae.weights.cnn_names import official_network, official_to_timm, timm_to_official
+from convmae.weights.foreign import open_foreign
 from convmae.weights.network_files import write_timm_weights
-from convmae.weights.pretrained import load_pretrained
+from convmae.weights.pretrained import classifier_for, load_pretrained
 from tests.support.foreign_files import refused, run, same, save
 from tests.support.network_files import (
     SPARK,
@@ -159,6 +160,8 @@ def test_timms_own_weights_need_the_name(tmp_path: Path, suffix: str) -> None:
         save_file(network.state_dict(), file)
     message = refused(file)
     assert "model is needed" in message and "model timm:resnet18, and others" in message
+    with pytest.raises(WeightsError, match="model is needed: .*model timm:resnet18, and others"):
+        classifier_for(open_foreign(file))
     run(file, tmp_path / "out", model="timm:resnet18", mean=(0.0, 0.0), std=(1.0, 1.0))
     weights = open_weights(tmp_path / "out")
     assert same(weights.state, network.state_dict())

@@ -434,6 +434,7 @@ def pooled(*sizes):
         ),
         (pooled(4, 8), {"img_size": 0}, r"img_size must be a positive whole number"),
         (pooled(4, 8), {"mask_ratio": 1.0}, r"mask_ratio must be in \(0, 1\), got 1.0"),
+        (pooled(4, 8), {"mask_rounding": "up"}, r"mask_rounding must be one of floor, round, got"),
         (pooled(4, 8), {"decoder_width": 12}, r"decoder_width must be a positive multiple .* 8"),
         (pooled(4, 8), {"densify_norm": "gn"}, r"densify_norm must be one of auto, bn, ln, none"),
     ],
