@@ -42,10 +42,13 @@ RESULTS = ROOT / "docs" / "generated" / "survey.json"
 TORCHVISION = "torchvision:"
 BLOCK, GRID, BATCH, VISIBLE = 32, 3, 2, 4  # pixels; blocks a side; pictures; blocks of each
 IN_FLOAT64 = 150e6  # parameters; of larger networks four float64 copies would not fit into memory
+LARGEST = 400e6  # parameters; larger networks are wider or deeper kinds of others, and not run
+TOO_LARGE = f"of more than {LARGEST / 1e6:.0f} million parameters"
 SECONDS = 900  # for one network
 
 CONVOLUTIONAL, ATTENTION, OTHER = "convolutional", "with attention", "without convolutions"
 EXACT, REFUSED, DEVIATES, FAILED = "exact", "refused", "deviates", "failed"
+NOT_RUN = "not run"
 
 
 # -- what a network is ----------------------------------------------------------------------------
@@ -157,8 +160,14 @@ def survey(name: str) -> dict[str, Any]:
 
 def compare(name: str) -> dict[str, Any]:
     """Packed against dense, in training mode."""
+    try:
+        parameters = _parameters(build(name, "meta")[0])
+    except (NotImplementedError, RuntimeError):
+        parameters = 0  # it cannot be built without values
+    if parameters > LARGEST:
+        return {"parameters": parameters, "result": NOT_RUN, "reason": TOO_LARGE}
     model = build_for_grid(name)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = _parameters(model)
     dtype = torch.float64 if parameters <= IN_FLOAT64 else torch.float32
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH, 3, GRID * BLOCK, GRID * BLOCK, generator=generator)
@@ -176,6 +185,10 @@ def compare(name: str) -> dict[str, Any]:
         return facts | {"result": FAILED, "reason": f"{type(error).__name__}: {_first_line(error)}"}
     error = max(found.outputs, found.gradients, found.buffers)
     return facts | {"result": EXACT, "error": error}
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _first_line(error: Exception) -> str:
@@ -267,8 +280,8 @@ def table(results: dict[str, Any]) -> str:
         "buffers of the packed run are those of the dense run, by `check_equivalence`. Made by "
         "`python docs/survey.py`; each network is in `docs/generated/survey.json`.",
         "",
-        "| what it is | number | exact | refused | deviates or failed |",
-        "|---|--:|--:|--:|--:|",
+        "| what it is | number | exact | refused | deviates or failed | not run |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for kind in (CONVOLUTIONAL, ATTENTION):
         counts = Counter(n["result"] for n in networks.values() if n["kind"] == kind)
@@ -276,12 +289,12 @@ def table(results: dict[str, Any]) -> str:
         share = f" ({counts[EXACT] / total:.0%})" if total else ""
         lines.append(
             f"| {kind} | {total} | {counts[EXACT]}{share} | {counts[REFUSED]} | "
-            f"{counts[DEVIATES] + counts[FAILED]} |"
+            f"{counts[DEVIATES] + counts[FAILED]} | {counts[NOT_RUN]} |"
         )
     others = sum(n["kind"] == OTHER for n in networks.values())
-    lines += [f"| {OTHER} that look at neighbours | {others} | | | |", ""]
+    lines += [f"| {OTHER} that look at neighbours | {others} | | | | |", ""]
     for kind in (CONVOLUTIONAL, ATTENTION):
-        for result in (REFUSED, DEVIATES, FAILED):
+        for result in (REFUSED, DEVIATES, FAILED, NOT_RUN):
             lines += _reasons(networks, kind, result)
     return "\n".join(lines) + "\n"
 
