@@ -130,6 +130,10 @@ class RunConfig(DataConfig):
         """`lr`, or `blr * effective_batch / 256`."""
         return self.blr * self.effective_batch(processes) / 256 if self.lr is None else self.lr
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        return self.epochs * steps_per_epoch
+
     @property
     def size_unit(self) -> int:
         """Pixels that must divide `input_size`, as far as the options alone tell."""

@@ -61,7 +61,7 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     learnt = stored_reading(resume) if resume is not None else task.learnt_reading(config)
     reading, reading_notes = config.reading.over(learnt)
     task.reading = reading
-    source = task.open_data(config, reading)
+    source = task.open_data(config, reading, world)
     fingerprint = world.share(source.fingerprint() if world.main else None)
     changes = None if saved is None else _changes(config, fingerprint, saved[1])
     steps_per_epoch = _steps_per_epoch(config, source, world)
@@ -73,7 +73,7 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     statistics, origin = _statistics(config, task, source, world, stored)
     norm_notes = _share_statistics(model, config, world)
     _prepare_model(model, config, world)
-    step_model = spread(model, world)
+    step_model = spread(task.step_module(model), world)
     optimizer = task.optimizer(task.groups(model, config), config)
     run = Run(
         config=config,
