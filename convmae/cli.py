@@ -32,6 +32,9 @@ from convmae.config import (
     PredictConfig,
     PretrainConfig,
     ReconstructConfig,
+    SegmentEvaluateConfig,
+    SegmentPredictConfig,
+    SegmentTrainConfig,
     StatsConfig,
     WeightsWarning,
     config_from_mapping,
@@ -63,6 +66,9 @@ COMMANDS = {
     "linprobe": Command(LinprobeConfig, "convmae.tasks.probe:main"),
     "evaluate": Command(EvaluateConfig, "convmae.commands.evaluate:main"),
     "predict": Command(PredictConfig, "convmae.commands.predict:main"),
+    "segment train": Command(SegmentTrainConfig, "convmae.tasks.segment:main"),
+    "segment evaluate": Command(SegmentEvaluateConfig, "convmae.commands.segment_evaluate:main"),
+    "segment predict": Command(SegmentPredictConfig, "convmae.commands.segment_predict:main"),
     "embed": Command(EmbedConfig, "convmae.commands.embed:main"),
     "reconstruct": Command(ReconstructConfig, "convmae.commands.reconstruct:main"),
     "convert": Command(ConvertConfig, "convmae.commands.convert:main"),
@@ -83,7 +89,9 @@ ALIASES = {
     "--torchcompile_backend": "--torchcompile",
 }
 # There --output is a file.
-OWN_OUTPUT = ("reconstruct", "convert", "evaluate", "predict", "embed", "stats")
+OWN_OUTPUT = (
+    *("reconstruct", "convert", "evaluate", "predict", "embed", "stats", "segment evaluate"),
+)
 _FORMAT = warnings.formatwarning
 FAILED, BAD_OPTION, INTERRUPTED = 1, 2, 130  # exit statuses
 HELP = ("-h", "--help")
