@@ -46,6 +46,8 @@ class Header(NamedTuple):
     """What a file says of its picture before its pixels are decoded."""
 
     kind: Kind
+    size: Size
+    """Height and width in pixels, upright."""
     notes: tuple[str, ...] = ()
     """What is done to it that its owner may not expect, in words that are counted."""
 
@@ -71,17 +73,21 @@ class EncodedPicture:
         if not head:
             raise UnreadableError("the file is empty")
         if head.startswith(MAGIC):
-            return Header(single_picture(read_array(self._content()), self.reading).kind)
+            array = read_array(self._content())
+            layout = single_picture(array, self.reading)
+            return Header(layout.kind, stored_array(array, layout.layout).values.shape[1:])
         tiff, deep = self._tiff(head), deep_header(head)
         if tiff is not None and not tiff.plain:
             photo = tiff.dtype in (np.uint8, np.bool_) and tiff.channels == 1
             kind = picture_kind(tiff.channels, tiff.dtype, self.reading, photo, tiff.alpha)
-            return Header(kind, _notes(photo, tiff.alpha, False, tiff.nodata, self.reading))
+            notes = _notes(photo, tiff.alpha, False, tiff.nodata, self.reading)
+            return Header(kind, (tiff.height, tiff.width), notes)
         if deep is not None:
             check_pixels(deep.height, deep.width, self.reading)
             dtype = np.dtype(np.uint16)
             kind = picture_kind(deep.channels, dtype, self.reading, alpha=deep.alpha)
-            return Header(kind, _notes(False, deep.alpha, False, None, self.reading))
+            notes = _notes(False, deep.alpha, False, None, self.reading)
+            return Header(kind, self._deep_size(deep), notes)
         return self._pillow_header(None if tiff is None else tiff.nodata)
 
     def load(self) -> Tensor:
@@ -173,13 +179,21 @@ class EncodedPicture:
                 channels = pillow_channels(image, every_band)
                 photo = dtype == np.uint8 and not every_band
                 kind = picture_kind(channels, dtype, self.reading, photo)
-                grey = is_grey(image)
+                grey, size = is_grey(image), upright_size(image)
                 moving = getattr(image, "is_animated", False) and image.format != "MPO"
                 notes = _notes(grey, is_transparent(image), moving, nodata, self.reading)
                 image.verify()
         except decoding_errors() as error:
             raise self._unreadable(error) from error
-        return Header(kind, notes)
+        return Header(kind, size, notes)
+
+    def _deep_size(self, header: DeepHeader) -> Size:
+        """Height and width of a deep picture, upright."""
+        if header.format == "png" and any(mark in self._content() for mark in EXIF_MARKS):
+            with self._open() as image:
+                image.load()  # what stands after the pixels counts as well
+                return upright_size(image)
+        return header.height, header.width
 
     # -- the file ---------------------------------------------------------------------------------
 
