@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convmae.config import OptionError, config_to_mapping, for_option
-from convmae.data import IMAGENET, IMAGENET_MEAN, DataError, Statistics, open_source
+from convmae.data import IMAGENET, IMAGENET_MEAN, DataError, Statistics
 from convmae.data.apart import check_apart
 from convmae.data.fingerprint import Fingerprint
 from convmae.data.statistics import check_deviations, far_apart, in_words, measure
@@ -61,13 +61,7 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     learnt = stored_reading(resume) if resume is not None else task.learnt_reading(config)
     reading, reading_notes = config.reading.over(learnt)
     task.reading = reading
-    source = open_source(
-        config.data_path,
-        max_unreadable=config.max_unreadable,
-        max_samples=config.max_samples,
-        seed=config.seed,
-        reading=reading,
-    )
+    source = task.open_data(config, reading)
     fingerprint = world.share(source.fingerprint() if world.main else None)
     changes = None if saved is None else _changes(config, fingerprint, saved[1])
     steps_per_epoch = _steps_per_epoch(config, source, world)

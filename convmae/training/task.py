@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from convmae.config import ReadOptions
+from convmae.data import open_source
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +29,16 @@ class Task(ABC):
     reading = ReadOptions()  # how pictures are read; set before `build`
     classes: ClassNames | None = None  # names of what the model tells apart, in their order
     resumed: Path | None = None  # the checkpoint folder that the run goes on from
+
+    def open_data(self, config: Any, reading: ReadOptions) -> Source:
+        """The pictures to train on; `build` opens those to evaluate on."""
+        return open_source(
+            config.data_path,
+            max_unreadable=config.max_unreadable,
+            max_samples=config.max_samples,
+            seed=config.seed,
+            reading=reading,
+        )
 
     @abstractmethod
     def transform(self, config: Any) -> Any:
