@@ -141,7 +141,8 @@ def make_scheduler(
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = peak
     warmup = config.warmup_epochs * steps_per_epoch
-    length: Any = max(config.epochs * steps_per_epoch - warmup, 1)  # a fraction, where warmup is
+    steps = config.total_steps(steps_per_epoch)
+    length: Any = max(steps - warmup, 1)  # a fraction, where warmup is
     common: dict[str, Any] = {
         "warmup_t": warmup,
         "warmup_lr_init": config.warmup_lr,
@@ -150,7 +151,6 @@ def make_scheduler(
     }
     with _without_remarks():
         rates = _scheduler(optimizer, config, length, common)
-    steps = config.epochs * steps_per_epoch
     return Schedule(rates, optimizer, config.weight_decay_end, steps)
 
 

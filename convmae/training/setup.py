@@ -61,7 +61,7 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     learnt = stored_reading(resume) if resume is not None else task.learnt_reading(config)
     reading, reading_notes = config.reading.over(learnt)
     task.reading = reading
-    source = task.open_data(config, reading)
+    source = task.open_data(config, reading, world)
     fingerprint = world.share(source.fingerprint() if world.main else None)
     changes = None if saved is None else _changes(config, fingerprint, saved[1])
     steps_per_epoch = _steps_per_epoch(config, source, world)
@@ -73,7 +73,7 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     statistics, origin = _statistics(config, task, source, world, stored)
     norm_notes = _share_statistics(model, config, world)
     _prepare_model(model, config, world)
-    step_model = spread(model, world)
+    step_model = spread(task.step_module(model), world)
     optimizer = task.optimizer(task.groups(model, config), config)
     run = Run(
         config=config,
@@ -297,18 +297,19 @@ def _notes(run: Run, why: str) -> list[str]:
         if config.lr is not None
         else f"blr {config.blr:g} x effective batch {effective} / 256"
     )
+    epochs = run.total_steps / run.steps_per_epoch
     notes = [
         f"{run.model_name}: {sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M "
         f"parameters, {config.size[0]} x {config.size[1]} pixels, {world.device}, "
         f"{str(run.dtype).removeprefix('torch.')} ({why}), {torch.get_num_threads()} threads",
         f"effective batch {effective} = {config.batch_size} x {config.accum_iter}{processes}, "
         f"blr {config.blr:g}, lr {peak:.3e} ({rule})",
-        f"{config.epochs} epochs of {run.steps_per_epoch} steps, into {run.folder}",
+        f"{epochs:g} epochs of {run.steps_per_epoch} steps, into {run.folder}",
     ]
-    if config.warmup_epochs >= config.epochs:
+    if config.warmup_epochs >= epochs:
         notes.append(
-            f"warning: --warmup_epochs {config.warmup_epochs:g} is not shorter than --epochs "
-            f"{config.epochs}: the learning rate only rises, to {_highest_rate(run):.3e} in the "
+            f"warning: --warmup_epochs {config.warmup_epochs:g} is not shorter than "
+            f"{config.length}: the learning rate only rises, to {_highest_rate(run):.3e} in the "
             f"last step, and never reaches its peak {peak:.3e}; give fewer --warmup_epochs, or 0"
         )
     return notes
@@ -372,7 +373,7 @@ def _resume(
     run.step = run.saved_step = round(done * run.steps_per_epoch)
     if run.step >= run.total_steps and config.resume != "auto":
         raise OptionError(
-            f"--epochs {config.epochs}: {folder} has been trained for {done:g} epochs already; "
+            f"{config.length}: {folder} has been trained for {done:g} epochs already; "
             "give more to go on"
         )
     notes.insert(0, f"going on from {folder}, epoch {done:.2f} (step {run.step})")

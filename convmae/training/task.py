@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from convmae.data import Batch, Source, Statistics
     from convmae.data.classes import ClassNames
     from convmae.records.log import RunLog
+    from convmae.training.distributed import World
     from convmae.training.state import Run
     from convmae.weights.checkpoint import Weights
 
@@ -30,8 +31,8 @@ class Task(ABC):
     classes: ClassNames | None = None  # names of what the model tells apart, in their order
     resumed: Path | None = None  # the checkpoint folder that the run goes on from
 
-    def open_data(self, config: Any, reading: ReadOptions) -> Source:
-        """The pictures to train on; `build` opens those to evaluate on."""
+    def open_data(self, config: Any, reading: ReadOptions, world: World) -> Source:
+        """The pictures to train on; what takes long to check, the main process alone checks."""
         return open_source(
             config.data_path,
             max_unreadable=config.max_unreadable,
@@ -47,6 +48,13 @@ class Task(ABC):
     @abstractmethod
     def build(self, config: Any, source: Source) -> tuple[nn.Module, str, list[str]]:
         """The model, its name for `convmae.create_model`, and what to tell about it."""
+
+    def step_module(self, model: nn.Module) -> nn.Module:
+        """What a training step calls: the model, or a module that computes its losses.
+
+        A data-parallel wrapper has no other method of the model than `forward`.
+        """
+        return model
 
     @abstractmethod
     def groups(self, model: nn.Module, config: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""Models for dense tasks: backbones of several scales, a segmenter, a detector."""
