@@ -46,8 +46,6 @@ class Header(NamedTuple):
     """What a file says of its picture before its pixels are decoded."""
 
     kind: Kind
-    size: Size
-    """Height and width in pixels, upright."""
     notes: tuple[str, ...] = ()
     """What is done to it that its owner may not expect, in words that are counted."""
 
@@ -73,22 +71,37 @@ class EncodedPicture:
         if not head:
             raise UnreadableError("the file is empty")
         if head.startswith(MAGIC):
-            array = read_array(self._content())
-            layout = single_picture(array, self.reading)
-            return Header(layout.kind, stored_array(array, layout.layout).values.shape[1:])
+            return Header(single_picture(read_array(self._content()), self.reading).kind)
         tiff, deep = self._tiff(head), deep_header(head)
         if tiff is not None and not tiff.plain:
             photo = tiff.dtype in (np.uint8, np.bool_) and tiff.channels == 1
             kind = picture_kind(tiff.channels, tiff.dtype, self.reading, photo, tiff.alpha)
-            notes = _notes(photo, tiff.alpha, False, tiff.nodata, self.reading)
-            return Header(kind, (tiff.height, tiff.width), notes)
+            return Header(kind, _notes(photo, tiff.alpha, False, tiff.nodata, self.reading))
         if deep is not None:
             check_pixels(deep.height, deep.width, self.reading)
             dtype = np.dtype(np.uint16)
             kind = picture_kind(deep.channels, dtype, self.reading, alpha=deep.alpha)
-            notes = _notes(False, deep.alpha, False, None, self.reading)
-            return Header(kind, self._deep_size(deep), notes)
+            return Header(kind, _notes(False, deep.alpha, False, None, self.reading))
         return self._pillow_header(None if tiff is None else tiff.nodata)
+
+    def size(self) -> Size:
+        """`(height, width)`, upright, without decoding its pixels where the format allows that.
+
+        Raises:
+            UnreadableError: the file is broken, or not as it is asked for.
+        """
+        head = self._head()
+        if head.startswith(MAGIC):
+            layout = single_picture(read_array(self._content()), self.reading)
+            return layout.height, layout.width
+        tiff = self._tiff(head)
+        if tiff is not None and not tiff.plain:
+            return tiff.height, tiff.width
+        try:
+            with self.opened() as image:
+                return upright_size(image)
+        except decoding_errors() as error:
+            raise self.unreadable(error) from error
 
     def load(self) -> Tensor:
         """The whole picture, `[C, h, w]`.
@@ -141,7 +154,7 @@ class EncodedPicture:
         content = self._content()
         stored = read_deep(content, header)
         if header.format == "png" and any(mark in content for mark in EXIF_MARKS):
-            with self._open() as image:
+            with self.opened() as image:
                 image.load()  # what stands after the pixels counts as well
                 stored.values = upright(stored.values, image.getexif().get(ORIENTATION_TAG, 1))
         return stored
@@ -149,10 +162,10 @@ class EncodedPicture:
     def _from_pillow(self, shrink: float) -> Stored:
         every_band = self.reading.bands is not None
         try:
-            with self._open() as image:
+            with self.opened() as image:
                 values = pillow_values(decoded(image, shrink), every_band)
         except decoding_errors() as error:
-            raise self._unreadable(error) from error
+            raise self.unreadable(error) from error
         return Stored(values, photo=values.dtype == np.uint8 and not every_band)
 
     def _small_jpeg(self, pick: PickBox, size: Size) -> tuple[Box, Tensor] | None:
@@ -160,12 +173,12 @@ class EncodedPicture:
         if not self._head().startswith(b"\xff\xd8"):
             return None
         try:
-            with self._open() as header:
+            with self.opened() as header:
                 if header.format not in SHRINKING:
                     return None
                 full = upright_size(header)
         except decoding_errors() as error:
-            raise self._unreadable(error) from error
+            raise self.unreadable(error) from error
         box = pick(*full)
         shrink = min(box[2] / size[0], box[3] / size[1])
         image = finish(self._from_pillow(shrink), self.reading)
@@ -174,26 +187,18 @@ class EncodedPicture:
     def _pillow_header(self, nodata: float | None) -> Header:
         every_band = self.reading.bands is not None
         try:
-            with self._open() as image:
+            with self.opened() as image:
                 dtype = image_dtype(image.mode)
                 channels = pillow_channels(image, every_band)
                 photo = dtype == np.uint8 and not every_band
                 kind = picture_kind(channels, dtype, self.reading, photo)
-                grey, size = is_grey(image), upright_size(image)
+                grey = is_grey(image)
                 moving = getattr(image, "is_animated", False) and image.format != "MPO"
                 notes = _notes(grey, is_transparent(image), moving, nodata, self.reading)
                 image.verify()
         except decoding_errors() as error:
-            raise self._unreadable(error) from error
-        return Header(kind, size, notes)
-
-    def _deep_size(self, header: DeepHeader) -> Size:
-        """Height and width of a deep picture, upright."""
-        if header.format == "png" and any(mark in self._content() for mark in EXIF_MARKS):
-            with self._open() as image:
-                image.load()  # what stands after the pixels counts as well
-                return upright_size(image)
-        return header.height, header.width
+            raise self.unreadable(error) from error
+        return Header(kind, notes)
 
     # -- the file ---------------------------------------------------------------------------------
 
@@ -204,7 +209,7 @@ class EncodedPicture:
             with open(self.file, "rb") as opened:
                 return opened.read(HEADER_BYTES)
         except OSError as error:
-            raise self._unreadable(error) from error
+            raise self.unreadable(error) from error
 
     def _content(self) -> bytes:
         if isinstance(self.file, bytes):
@@ -212,12 +217,12 @@ class EncodedPicture:
         try:
             return self.file.read_bytes()
         except OSError as error:
-            raise self._unreadable(error) from error
+            raise self.unreadable(error) from error
 
     def _tiff(self, head: bytes) -> TiffHeader | None:
         return read_tiff_header(self.file, self.reading) if head.startswith(MAGICS) else None
 
-    def _open(self) -> PILImage.Image:
+    def opened(self) -> PILImage.Image:
         """Opened by Pillow, not decoded.
 
         Raises:
@@ -234,7 +239,8 @@ class EncodedPicture:
         check_pixels(image.height, image.width, self.reading)
         return image
 
-    def _unreadable(self, error: Exception) -> UnreadableError:
+    def unreadable(self, error: Exception) -> UnreadableError:
+        """What Pillow says of a broken file, in one line."""
         return UnreadableError(
             pillow_reason(error, None if isinstance(self.file, bytes) else self.file)
         )

@@ -128,8 +128,8 @@ class Annotations:
         lines = [str(count) for count in (self.dropped, self.clipped) if count.total]
         if self.crowds:
             lines.append(
-                f"{self.crowds:,} objects of {self.where} are crowds or difficult: not learned, and "
-                "not counted as missed"
+                f"{self.crowds:,} objects of {self.where} are crowds or difficult: not learned, "
+                "and not counted as missed"
             )
         return [*lines, *self.notes]
 

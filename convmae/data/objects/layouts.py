@@ -33,14 +33,14 @@ class Layout:
     Attributes:
         label_format: `coco`, `voc` or `yolo`.
         annotations: a JSON file, or a folder of XML or text files.
-        images: folders of pictures, with the channels that are asked for of each, or None.
+        images: folders of pictures, one or two, whose channels are stacked.
         stems: names of the pictures of the split without ending; None for all.
         classes: their names, where the layout or an option tells them.
     """
 
     label_format: str
     annotations: Path
-    images: tuple[tuple[Path, int | None], ...]
+    images: tuple[Path, ...]
     stems: tuple[str, ...] | None = None
     classes: tuple[str, ...] | None = None
 
@@ -71,7 +71,7 @@ def find_layout(data_path: str, split: str, options: ObjectOptions) -> Layout:
     if found is None and options.annotations is None:
         raise DataError(
             f"--data_path {data_path!r} has no {split} annotations in a layout that is known: "
-            f"{KNOWN}; or say by --annotations and --images where they are"
+            f"{KNOWN}; or say by --annotations and --image_folder where they are"
         )
     annotations = (
         found.annotations
@@ -88,15 +88,15 @@ def find_layout(data_path: str, split: str, options: ObjectOptions) -> Layout:
             f"--label_format {label_format}: {annotations} is {what}; expected {kinds[label_format]}"
         )
     images = found.images if found is not None else ()
-    if options.images:
-        images = tuple(
-            (_below(root, name, split, "images"), channels) for name, channels in options.images
-        )
+    if options.image_folder is not None:
+        images = (_below(root, options.image_folder, split, "image_folder"),)
     if not images:
-        images = ((annotations.parent if annotations.is_file() else root, None),)
+        images = (annotations.parent if annotations.is_file() else root,)
+    if options.second_images is not None:
+        images = (images[0], _below(root, options.second_images, split, "second_images"))
     stems = found.stems if found is not None else None
     if options.list_file is not None:
-        stems = read_stems(_below(root, options.list_file, split, "list_file"))
+        stems = read_stems(_below(root, options.list_file, split, f"{split}_list"))
     if classes is None and found is not None:
         classes = found.classes
     return Layout(label_format, annotations, images, stems, classes)
@@ -157,7 +157,7 @@ def _coco(root: Path, split: str) -> Layout | None:
             set_name = file.stem.removeprefix("instances_")
             for folder in (root / set_name, root / "images" / set_name, root / "images", root):
                 if folder.is_dir():
-                    return Layout("coco", file, ((folder, None),))
+                    return Layout("coco", file, (folder,))
     return None
 
 
@@ -165,7 +165,7 @@ def _roboflow(root: Path, split: str) -> Layout | None:
     """`train/_annotations.coco.json` beside its pictures."""
     for name in SPLIT_NAMES[split]:
         if (root / name / ROBOFLOW).is_file():
-            return Layout("coco", root / name / ROBOFLOW, ((root / name, None),))
+            return Layout("coco", root / name / ROBOFLOW, (root / name,))
     return None
 
 
@@ -176,11 +176,11 @@ def _voc(root: Path, split: str) -> Layout | None:
     for name in SPLIT_NAMES[split]:
         file = root / "ImageSets" / "Main" / f"{name}.txt"
         if file.is_file():
-            images = ((root / "JPEGImages", None),)
+            images = (root / "JPEGImages",)
             return Layout("voc", root / "Annotations", images, read_stems(file))
     raise DataError(
         f"{root / 'ImageSets' / 'Main'} has no list of the {split} pictures (looked for "
-        f"{', '.join(f'{name}.txt' for name in SPLIT_NAMES[split])}); name one by --list_file"
+        f"{', '.join(f'{name}.txt' for name in SPLIT_NAMES[split])}); name one by --{split}_list"
     )
 
 
@@ -192,7 +192,7 @@ def _m3fd(root: Path, split: str) -> Layout | None:
     if not folders:
         return None
     stems = _listed_beside(root, split)
-    return Layout("voc", root / "Annotation", ((folders[0], None),), stems)
+    return Layout("voc", root / "Annotation", (folders[0],), stems)
 
 
 def _tardal(root: Path, split: str) -> Layout | None:
@@ -201,11 +201,11 @@ def _tardal(root: Path, split: str) -> Layout | None:
     if not (root / "labels").is_dir() or not folders:
         return None
     stems = _listed_beside(root, split)
-    return Layout("yolo", root / "labels", ((folders[0], None),), stems)
+    return Layout("yolo", root / "labels", (folders[0],), stems)
 
 
 def _listed_beside(root: Path, split: str) -> tuple[str, ...] | None:
-    """The list of a split in `meta` or beside it; None leaves it to `--list_file`."""
+    """The list of a split in `meta` or beside it; None leaves it to `--train_list` and `--val_list`."""
     for name in SPLIT_NAMES[split]:
         for file in (root / "meta" / f"{name}.txt", root / f"{name}.txt"):
             if file.is_file():
@@ -221,7 +221,7 @@ def _yolo_folders(root: Path, split: str) -> Layout | None:
             (root / name / "images", root / name / "labels"),
         ):
             if images.is_dir() and labels.is_dir():
-                return Layout("yolo", labels, ((images, None),))
+                return Layout("yolo", labels, (images,))
     return None
 
 
@@ -259,7 +259,9 @@ def _of_yaml(file: Path, split: str) -> Layout:
         listed = [Path(line) for line in _lines(target)]
         parts = listed[0].parts if listed else ()
         if "images" not in parts:
-            raise DataError(f"{target}: expected paths with a folder images in them, got {listed[:1]}")
+            raise DataError(
+                f"{target}: expected paths with a folder images in them, got {listed[:1]}"
+            )
         depth = parts.index("images") + 1
         folder = target.parent.joinpath(*parts[:depth])
         if any(path.parts[:depth] != parts[:depth] for path in listed):
@@ -275,7 +277,7 @@ def _of_yaml(file: Path, split: str) -> Layout:
     labels = Path(*parts[:place_of], "labels", *parts[place_of + 1 :])
     if not labels.is_dir():
         raise DataError(f"{file}: there is no folder {labels} with the boxes of {folder}")
-    return Layout("yolo", labels, ((folder, None),), stems, classes)
+    return Layout("yolo", labels, (folder,), stems, classes)
 
 
 # -- small files ----------------------------------------------------------------------------------

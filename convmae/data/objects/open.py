@@ -128,7 +128,7 @@ def open_objects(
         DataError: something lacks or is wrong; the message says what, where and how often.
     """
     layout = find_layout(data_path, split, options)
-    folders = [_folder_reading(channels, reading, layout) for _, channels in layout.images]
+    folders = _readings(layout, options, reading)
     annotations, missing = read_annotations(layout, folders[0])
     total = len(annotations.pictures) + len(missing)
     paths = _paths(layout, annotations, missing)
@@ -152,8 +152,8 @@ def open_objects(
     photos, failures, description, notes = _photos(paths, layout, folders, max_unreadable)
     if reading.in_chans not in (None, photos.channels):
         raise DataError(
-            f"--in_chans {reading.in_chans}: the pictures of {', '.join(_names(layout))} have "
-            f"{photos.channels} channels together"
+            f"--in_chans {reading.in_chans}: the pictures of "
+            f"{' and '.join(map(str, layout.images))} have {photos.channels} channels"
         )
     objects = ObjectPhotos(photos, annotations.pictures)
     description += f", {annotations.objects:,} objects of {len(annotations.classes)} classes"
@@ -169,7 +169,7 @@ def open_objects(
         workers=default_workers(),
         failures=list(failures) if max_samples is None else [],
         max_unreadable=max_unreadable,
-        root=os.path.join(layout.images[0][0], ""),
+        root=os.path.join(layout.images[0], ""),
     )
     source.notes = [
         *annotations.told(),
@@ -181,15 +181,18 @@ def open_objects(
     return source
 
 
-def _folder_reading(channels: int | None, reading: ReadOptions, layout: Layout) -> ReadOptions:
-    """How the pictures of one of the folders are read."""
-    if len(layout.images) == 1 and channels is None:
-        return reading
-    return dataclasses.replace(reading, in_chans=channels)
-
-
-def _names(layout: Layout) -> list[str]:
-    return [str(folder) for folder, _ in layout.images]
+def _readings(layout: Layout, options: ObjectOptions, reading: ReadOptions) -> list[ReadOptions]:
+    """How the pictures of each folder are read; with two `in_chans` is of both together."""
+    if len(layout.images) == 1:
+        return [reading]
+    first = None if reading.in_chans is None else reading.in_chans - options.second_chans
+    if first is not None and first < 1:
+        raise DataError(
+            f"--in_chans {reading.in_chans} must be more than --second_chans "
+            f"{options.second_chans}: it is of both pictures together"
+        )
+    channels = (first, options.second_chans)
+    return [dataclasses.replace(reading, in_chans=count) for count in channels]
 
 
 # -- annotations ----------------------------------------------------------------------------------
@@ -215,7 +218,7 @@ def read_annotations(
         if layout.stems is not None:
             _choose(annotations, layout.stems)
         return annotations, []
-    folder = layout.images[0][0]
+    folder = layout.images[0]
     pictures = picture_names(folder)
     stems = layout.stems
     if layout.label_format == "voc":
@@ -256,7 +259,7 @@ def _choose(annotations: Annotations, stems: tuple[str, ...]) -> None:
     if unknown:
         raise DataError(
             f"{annotations.where} has no image of {len(unknown):,} of {len(stems):,} names of "
-            f"--list_file: {', '.join(unknown[:NAMED_AT_MOST])}"
+            f"--train_list or --val_list: {', '.join(unknown[:NAMED_AT_MOST])}"
         )
     annotations.pictures = [by_stem[stem] for stem in stems]
 
@@ -284,7 +287,7 @@ class _Sizes:
     def _found(self, name: str) -> Size | str:
         """The size, or why there is none."""
         try:
-            return EncodedPicture(self.folder / name, self.reading).header().size
+            return EncodedPicture(self.folder / name, self.reading).size()
         except UnreadableError as error:
             return str(error)
 
@@ -292,14 +295,12 @@ class _Sizes:
 # -- pictures -------------------------------------------------------------------------------------
 
 
-def _paths(
-    layout: Layout, annotations: Annotations, missing: list[Failure]
-) -> list[list[Path]]:
+def _paths(layout: Layout, annotations: Annotations, missing: list[Failure]) -> list[list[Path]]:
     """The files of the pictures, a list for each folder; those that lack go into `missing`.
 
     Pictures of which a file lacks are taken out of the annotations.
     """
-    first, *others = [folder for folder, _ in layout.images]
+    first, *others = layout.images
     indices = [picture_names(folder) for folder in others]
     kept, paths = [], []
     for picture in annotations.pictures:
@@ -311,7 +312,7 @@ def _paths(
         ]
         lacking = [
             f"there is no picture {stem} in {folder}"
-            for file, (folder, _) in zip(files, layout.images)
+            for file, folder in zip(files, layout.images)
             if file is None or not file.is_file()
         ]
         if lacking:
@@ -358,7 +359,7 @@ def _photos(
     """The pictures, failures, a description, and what is done to them."""
     opened = [
         open_files(files, None, str(folder), max_unreadable, reading)
-        for files, (folder, _), reading in zip(paths, layout.images, readings)
+        for files, folder, reading in zip(paths, layout.images, readings)
     ]
     photos: Photos = opened[0][0]
     if len(opened) > 1:
@@ -374,7 +375,7 @@ def _entries(
     """Names and sizes of all files, and what is annotated, for a fingerprint."""
     entries = [
         entry
-        for files, (folder, _) in zip(paths, layout.images)
+        for files, folder in zip(paths, layout.images)
         for entry in file_entries(files, folder)
     ]
     return [*entries, (layout.annotations.name, _digest(annotations))]
