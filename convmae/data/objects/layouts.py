@@ -36,6 +36,7 @@ class Layout:
         images: folders of pictures, one or two, whose channels are stacked.
         stems: names of the pictures of the split without ending; None for all.
         classes: their names, where the layout or an option tells them.
+        undivided: the layout itself knows no splits.
     """
 
     label_format: str
@@ -43,6 +44,7 @@ class Layout:
     images: tuple[Path, ...]
     stems: tuple[str, ...] | None = None
     classes: tuple[str, ...] | None = None
+    undivided: bool = False
 
 
 def find_layout(data_path: str, split: str, options: ObjectOptions) -> Layout:
@@ -85,7 +87,8 @@ def find_layout(data_path: str, split: str, options: ObjectOptions) -> Layout:
         kinds = {"coco": "a JSON file", "voc": "a folder of XML files", "yolo": "of text files"}
         what = "a folder" if annotations.is_dir() else "a file"
         raise DataError(
-            f"--label_format {label_format}: {annotations} is {what}; expected {kinds[label_format]}"
+            f"--label_format {label_format}: {annotations} is {what}; expected "
+            f"{kinds[label_format]}"
         )
     images = found.images if found is not None else ()
     if options.image_folder is not None:
@@ -97,6 +100,11 @@ def find_layout(data_path: str, split: str, options: ObjectOptions) -> Layout:
     stems = found.stems if found is not None else None
     if options.list_file is not None:
         stems = read_stems(_below(root, options.list_file, split, f"{split}_list"))
+    if found is not None and found.undivided and stems is None:
+        raise DataError(
+            f"--data_path {data_path!r} has no list of the {split} pictures (looked for "
+            f"meta/{split}.txt and {split}.txt); give a file of their names by --{split}_list"
+        )
     if classes is None and found is not None:
         classes = found.classes
     return Layout(label_format, annotations, images, stems, classes)
@@ -126,8 +134,8 @@ def _format_of(annotations: Path) -> str:
         if entry.suffix.lower() in kinds:
             return kinds[entry.suffix.lower()]
     raise DataError(
-        f"--annotations: {annotations} has neither .xml files (VOC) nor .txt files (YOLO); expected "
-        "one of them, or a JSON file (COCO)"
+        f"--annotations: {annotations} has neither .xml files (VOC) nor .txt files (YOLO); "
+        "expected one of them, or a JSON file (COCO)"
     )
 
 
@@ -192,7 +200,7 @@ def _m3fd(root: Path, split: str) -> Layout | None:
     if not folders:
         return None
     stems = _listed_beside(root, split)
-    return Layout("voc", root / "Annotation", (folders[0],), stems)
+    return Layout("voc", root / "Annotation", (folders[0],), stems, undivided=True)
 
 
 def _tardal(root: Path, split: str) -> Layout | None:
@@ -201,11 +209,11 @@ def _tardal(root: Path, split: str) -> Layout | None:
     if not (root / "labels").is_dir() or not folders:
         return None
     stems = _listed_beside(root, split)
-    return Layout("yolo", root / "labels", (folders[0],), stems)
+    return Layout("yolo", root / "labels", (folders[0],), stems, undivided=True)
 
 
 def _listed_beside(root: Path, split: str) -> tuple[str, ...] | None:
-    """The list of a split in `meta` or beside it; None leaves it to `--train_list` and `--val_list`."""
+    """The list of a split in `meta` or in the folder itself; None where there is none."""
     for name in SPLIT_NAMES[split]:
         for file in (root / "meta" / f"{name}.txt", root / f"{name}.txt"):
             if file.is_file():
@@ -330,8 +338,8 @@ def read_stems(file: Path) -> tuple[str, ...]:
     twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
         raise DataError(
-            f"{file} names {len(twice):,} pictures more than once ({', '.join(twice[:5])}); expected "
-            "each once"
+            f"{file} names {len(twice):,} pictures more than once ({', '.join(twice[:5])}); "
+            "expected each once"
         )
     return stems
 

@@ -233,7 +233,7 @@ def read_annotations(
         )
     alone = _stems_of(layout.annotations, ".txt")
     if stems is None:
-        stems = sorted({*pictures, *(stem for stem in alone if stem != "classes")})
+        stems = tuple(sorted({*pictures, *(stem for stem in alone if stem != "classes")}))
     sizes = _Sizes(folder, reading)
     sizes.read([pictures[stem] for stem in stems if stem in pictures])
     return read_yolo(layout.annotations, stems, pictures, sizes, layout.classes)
@@ -340,8 +340,8 @@ def _check_sizes(annotations: Annotations, paths: list[Path], reading: ReadOptio
             wrong.append(f"{path}: {_other_size(found, told[path])}")
     if wrong:
         raise DataError(
-            f"{len(wrong):,} of {len(chosen):,} pictures have another size than {annotations.where} "
-            f"says: {'; '.join(wrong[:NAMED_AT_MOST])}. Expected boxes in pixels of the pictures "
+            f"{len(wrong):,} of {len(chosen):,} pictures have another size than "
+            f"{annotations.where} says: {'; '.join(wrong[:NAMED_AT_MOST])}. Expected boxes in pixels of the pictures "
             "that are there, upright"
         )
 

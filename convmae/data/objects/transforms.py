@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from convmae.data.crops import Size
     from convmae.data.objects.annotations import ObjectPicture
-    from convmae.data.picture import ChosenPicture
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Placement:
         return self._laid(_resized(image, self.resized, nearest=False))
 
     def mask(self, shape: Any) -> Tensor:
-        """A shape on the canvas, bool `[H, W]`; polygons are moved before pixels are made of them."""
+        """A shape on the canvas, bool `[H, W]`; polygons are moved, then pixels made of them."""
         if isinstance(shape, list):
             moved = [self.points(np.reshape(part, (-1, 2))).ravel().tolist() for part in shape]
             whole = torch.from_numpy(shape_mask(moved, self.canvas)).bool()
@@ -120,8 +119,8 @@ class ObjectTransform(Transform):
     """A picture and its objects on a canvas.
 
     The target is a dict: `boxes` float32 `[n, 4]`, `labels` int64 `[n]`, with masks `masks` bool
-    `[n, H, W]`, and for all `region` int64 `[4]`, the part of the canvas that has the picture (left,
-    top, right, bottom), and `size` int64 `[2]`, height and width of the picture as stored.
+    `[n, H, W]`, and for all `region` int64 `[4]`, the part of the canvas that has the picture
+    (left, top, right, bottom), and `size` int64 `[2]`, height and width of the picture as stored.
     """
 
     def target_of_filler(self, size: Size) -> dict[str, Tensor]:
@@ -157,7 +156,7 @@ class JitterTransform(ObjectTransform):
         self.size, self.scale, self.hflip = size, (scale_min, scale_max), hflip
         self.flip_first, self.masks = flip_first, masks
 
-    def __call__(self, picture: ChosenPicture) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, picture: Any) -> tuple[Tensor, dict[str, Tensor]]:
         image, objects = picture.load(), picture.target()
         placement = self.draw((image.shape[-2], image.shape[-1]))
         return placement.image(image), placed(objects, placement, self.masks)
