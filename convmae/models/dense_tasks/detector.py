@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convmae.models.cnn.names import check_arguments
+from convmae.models.cnn.names import check_arguments, is_timm_name
 from convmae.models.dense_tasks.targets import clip_targets
 
 if TYPE_CHECKING:
@@ -117,8 +117,7 @@ class Detector(nn.Module):
         self.config: dict[str, Any] = {key: _plain(value) for key, value in given.items()}
         self.num_classes, self.masks, self.square_pad = num_classes, masks, square_pad
         self.in_chans: int = backbone.in_chans  # type: ignore[assignment]
-        self.backbone = backbone
-        self.pyramid, self.strides = _pyramid(backbone, pyramid, width, norm)
+        self.backbone, self.pyramid, self.strides = _with_pyramid(backbone, pyramid, width, norm)
         if len(anchor_sizes) != len(self.strides):
             raise ValueError(
                 f"anchor_sizes must be {len(self.strides)} numbers, one for each map of the "
@@ -217,6 +216,11 @@ class Detector(nn.Module):
         named = {str(level): x for level, x in enumerate(maps)}
         return self.rpn(ImageList(images, sizes), named, targets)
 
+    @property
+    def trunk(self) -> nn.Module:
+        """The backbone that was given, without a simple pyramid around it."""
+        return self.backbone.net if self.config["pyramid"] == "simple" else self.backbone  # type: ignore[return-value]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether blocks of the backbone forget what is inside them and compute it again."""
         self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
@@ -313,45 +317,51 @@ def create_detector(name: str, num_classes: int, **options: Any) -> Detector:
         ValueError: there is no such network, or an option does not fit.
         TypeError: there is no such option.
     """
-    from convmae.models.dense_tasks.backbones import create_backbone
+    from convmae.models.dense_tasks.creation import SIZE_OPTIONS, create_backbone
 
-    name = name.removeprefix(PREFIX)
-    of_backbone = [p for p in inspect.signature(create_backbone).parameters if p != "name"]
-    check_arguments(PREFIX + name, options, [*of_backbone, *_ARGUMENTS])
-    defaults: dict[str, Any] = {"kind": "detection", "img_size": 1024}
+    bare = name.removeprefix(PREFIX)
+    of_backbone = [
+        parameter.name
+        for parameter in inspect.signature(create_backbone).parameters.values()
+        if parameter.name != "name" and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    of_backbone += SIZE_OPTIONS
+    check_arguments(PREFIX + bare, options, [*of_backbone, *_ARGUMENTS])
+    defaults: dict[str, Any] = {"kind": "detection", "img_size": 1024, "in_chans": 3}
     trunk = defaults | {key: options[key] for key in of_backbone if key in options}
     heads = {key: value for key, value in options.items() if key in _ARGUMENTS}
-    if trunk["kind"] == "vitdet" and not name.startswith("timm:"):
+    if trunk["kind"] == "vitdet" and not is_timm_name(bare):
         size = trunk["img_size"]
         side = size if isinstance(size, int) else max(size)
         heads = {"pyramid": "simple", "norm": "layer", "square_pad": side} | heads
-    model = Detector(create_backbone(name, **trunk), num_classes, **heads)
+    model = Detector(create_backbone(bare, **trunk), num_classes, **heads)
     model.config = {key: _plain(value) for key, value in trunk.items()} | model.config
     return model
 
 
-def _pyramid(
+def _with_pyramid(
     backbone: nn.Module, pyramid: str, width: int, norm: str
-) -> tuple[nn.Module, tuple[int, ...]]:
-    """The pyramid of a backbone, and the strides of its maps."""
+) -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
+    """The backbone, the pyramid behind it, and the strides of all maps.
+
+    A simple pyramid is around its backbone, as in the published code, and nothing is behind it.
+    """
+    if pyramid == "simple":
+        from convmae.models.dense_tasks.simple_pyramid import SimpleFeaturePyramid
+
+        net: Any = backbone
+        around = SimpleFeaturePyramid(net, width)
+        return around, nn.Identity(), tuple(around.strides)
     from convmae.models.dense_tasks.rcnn.layers import FeaturePyramid, norm_layer
 
     channels: tuple[int, ...] = tuple(backbone.channels)  # type: ignore[arg-type]
     strides: tuple[int, ...] = tuple(backbone.strides)  # type: ignore[arg-type]
-    if pyramid == "fpn":
-        if len(channels) < 2:
-            raise ValueError(
-                'pyramid must be "simple" for a backbone with one map (kind "vitdet"), got "fpn"'
-            )
-        return FeaturePyramid(channels, width, norm_layer(norm)), (*strides, 2 * strides[-1])
-    from convmae.models.dense_tasks.simple_pyramid import SimpleFeaturePyramid
-
-    if strides != (16,):
+    if len(channels) < 2:
         raise ValueError(
-            f'pyramid must be "fpn" for a backbone with maps of strides {strides}, got "simple", '
-            'which takes one map of stride 16 (kind "vitdet")'
+            'pyramid must be "simple" for a backbone of one map (kind "vitdet"), got "fpn"'
         )
-    return SimpleFeaturePyramid(channels[0], width), (4, 8, 16, 32, 64)
+    behind = FeaturePyramid(channels, width, norm_layer(norm))
+    return backbone, behind, (*strides, 2 * strides[-1])
 
 
 def _proposal_network(config: dict[str, Any], strides: tuple[int, ...]) -> nn.Module:

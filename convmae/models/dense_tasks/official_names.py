@@ -4,9 +4,9 @@ Values need no change, only names do: shapes and the order of classes, with the 
 the same. Two published configurations differ in the trunk and the pyramid:
 
     `detection`: `backbone.bottom_up.*`, and `backbone.fpn_*` with BatchNorms
-    `vitdet`: `backbone.net.*`, and `backbone.simfp_*`
+    `vitdet`: `backbone.net.*`, and `backbone.simfp_*`, which have these names here as well
 
-Below these prefixes the names of a trunk are those of the backbone here.
+Below `backbone.bottom_up.` the names are those of the backbone here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 KINDS = ("detection", "vitdet")
-TRUNKS = {"detection": "backbone.bottom_up.", "vitdet": "backbone.net."}
+BACKBONES = {"detection": "backbone.bottom_up.", "vitdet": "backbone."}  # "backbone." here
 FINEST = 2  # level of the finest map of the pyramid, of stride 2**2
 # Tensors of official files that follow from the configuration: they are left out.
 COMPUTED = (
@@ -101,9 +101,7 @@ def _check_kind(kind: str) -> None:
 
 def _official_name(name: str, kind: str) -> str | None:
     if name.startswith("backbone."):
-        return TRUNKS[kind] + name.removeprefix("backbone.")
-    if name.startswith("pyramid.simfp_"):
-        return "backbone." + name.removeprefix("pyramid.")
+        return BACKBONES[kind] + name.removeprefix("backbone.")
     if OWN_LINEAR.fullmatch(name):
         return OFFICIAL_LINEAR + name.rpartition(".")[2]
     for own, official in PREFIXES:
@@ -120,10 +118,8 @@ def _official_name(name: str, kind: str) -> str | None:
 def _own_name(name: str, kind: str, linear: int) -> str | None:
     if is_computed(name):
         return None
-    if name.startswith(TRUNKS[kind]):
-        return "backbone." + name.removeprefix(TRUNKS[kind])
-    if name.startswith("backbone.simfp_"):
-        return "pyramid." + name.removeprefix("backbone.")
+    if name.startswith(BACKBONES[kind]):
+        return "backbone." + name.removeprefix(BACKBONES[kind])
     if name.startswith(OFFICIAL_LINEAR):
         return f"roi_heads.box_head.{linear}.{name.removeprefix(OFFICIAL_LINEAR)}"
     for own, official in PREFIXES:
