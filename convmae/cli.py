@@ -22,6 +22,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from convmae.config import (
     ConvertConfig,
+    DetectConvertConfig,
+    DetectEvaluateConfig,
+    DetectPredictConfig,
+    DetectTrainConfig,
     EmbedConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -64,6 +68,10 @@ COMMANDS = {
     "evaluate": Command(EvaluateConfig, "convmae.commands.evaluate:main"),
     "predict": Command(PredictConfig, "convmae.commands.predict:main"),
     "embed": Command(EmbedConfig, "convmae.commands.embed:main"),
+    "detect train": Command(DetectTrainConfig, "convmae.tasks.detect:main"),
+    "detect evaluate": Command(DetectEvaluateConfig, "convmae.commands.detect_evaluate:main"),
+    "detect predict": Command(DetectPredictConfig, "convmae.commands.detect_predict:main"),
+    "detect convert": Command(DetectConvertConfig, "convmae.commands.detect_convert:main"),
     "reconstruct": Command(ReconstructConfig, "convmae.commands.reconstruct:main"),
     "convert": Command(ConvertConfig, "convmae.commands.convert:main"),
     "stats": Command(StatsConfig, "convmae.commands.stats:main"),

@@ -135,6 +135,8 @@ def make_scheduler(
 ) -> Schedule:
     """Linear warm-up from `warmup_lr` to `peak`, then a half-cosine (or line) down to `min_lr`.
 
+    With `sched` multistep it is divided by 10 at each share of the run in `decay_at` instead.
+
     The optimizer's own learning rate must be `peak`. `scheduler.step_update(step)` sets the rates
     of optimizer step `step`, counted from 0.
     """
@@ -157,8 +159,18 @@ def make_scheduler(
 def _scheduler(
     optimizer: torch.optim.Optimizer, config: RunConfig, length: Any, common: dict[str, Any]
 ) -> Any:
-    from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+    from timm.scheduler import (
+        CosineLRScheduler,
+        MultiStepLRScheduler,
+        PolyLRScheduler,
+        StepLRScheduler,
+    )
 
+    if config.sched == "multistep":
+        warmup = common["warmup_t"]
+        shares: tuple[float, ...] = config.decay_at  # type: ignore[attr-defined]
+        milestones = [share * (warmup + length) - warmup for share in shares]
+        return MultiStepLRScheduler(optimizer, milestones, decay_rate=0.1, **common)
     if config.sched == "constant":
         return StepLRScheduler(optimizer, decay_t=length, decay_rate=1.0, **common)
     if config.sched == "linear":

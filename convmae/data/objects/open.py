@@ -15,6 +15,7 @@ from convmae.data.errors import DataError, Failure, UnreadableError, check_share
 from convmae.data.fingerprint import file_entries
 from convmae.data.folder import even_sample
 from convmae.data.formats.decode import EncodedPicture
+from convmae.data.label_maps.pairs import StackedPhotos
 from convmae.data.objects.coco import read_coco
 from convmae.data.objects.layouts import find_layout, picture_names
 from convmae.data.objects.voc import read_voc
@@ -22,7 +23,6 @@ from convmae.data.objects.yolo import read_yolo
 from convmae.data.open import default_workers, open_files
 from convmae.data.picture import NO_LABEL
 from convmae.data.source import PhotoSource, choose_balanced
-from convmae.data.stacked import StackedPhotos
 
 if TYPE_CHECKING:
     import torch
@@ -341,8 +341,8 @@ def _check_sizes(annotations: Annotations, paths: list[Path], reading: ReadOptio
     if wrong:
         raise DataError(
             f"{len(wrong):,} of {len(chosen):,} pictures have another size than "
-            f"{annotations.where} says: {'; '.join(wrong[:NAMED_AT_MOST])}. Expected boxes in pixels of the pictures "
-            "that are there, upright"
+            f"{annotations.where} says: {'; '.join(wrong[:NAMED_AT_MOST])}. Expected boxes in "
+            "pixels of the pictures that are there, upright"
         )
 
 
@@ -363,7 +363,7 @@ def _photos(
     ]
     photos: Photos = opened[0][0]
     if len(opened) > 1:
-        photos = StackedPhotos([part[0] for part in opened])
+        photos = StackedPhotos(opened[0][0], opened[1][0])
     failures = [failure for part in opened for failure in part[1]]
     description = " stacked with ".join(part[2] for part in opened)
     return photos, failures, description, [note for part in opened for note in part[3]]
