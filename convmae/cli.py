@@ -36,6 +36,9 @@ from convmae.config import (
     PredictConfig,
     PretrainConfig,
     ReconstructConfig,
+    SegmentEvaluateConfig,
+    SegmentPredictConfig,
+    SegmentTrainConfig,
     StatsConfig,
     WeightsWarning,
     config_from_mapping,
@@ -67,6 +70,9 @@ COMMANDS = {
     "linprobe": Command(LinprobeConfig, "convmae.tasks.probe:main"),
     "evaluate": Command(EvaluateConfig, "convmae.commands.evaluate:main"),
     "predict": Command(PredictConfig, "convmae.commands.predict:main"),
+    "segment train": Command(SegmentTrainConfig, "convmae.tasks.segment:main"),
+    "segment evaluate": Command(SegmentEvaluateConfig, "convmae.commands.segment_evaluate:main"),
+    "segment predict": Command(SegmentPredictConfig, "convmae.commands.segment_predict:main"),
     "embed": Command(EmbedConfig, "convmae.commands.embed:main"),
     "detect train": Command(DetectTrainConfig, "convmae.tasks.detect:main"),
     "detect evaluate": Command(DetectEvaluateConfig, "convmae.commands.detect_evaluate:main"),
@@ -91,7 +97,9 @@ ALIASES = {
     "--torchcompile_backend": "--torchcompile",
 }
 # There --output is a file.
-OWN_OUTPUT = ("reconstruct", "convert", "evaluate", "predict", "embed", "stats")
+OWN_OUTPUT = (
+    *("reconstruct", "convert", "evaluate", "predict", "embed", "stats", "segment evaluate"),
+)
 _FORMAT = warnings.formatwarning
 FAILED, BAD_OPTION, INTERRUPTED = 1, 2, 130  # exit statuses
 HELP = ("-h", "--help")

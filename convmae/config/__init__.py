@@ -27,6 +27,11 @@ from convmae.config.errors import (
 from convmae.config.inference import EmbedConfig, InferenceConfig, PredictConfig, RowsConfig
 from convmae.config.pretrain import PretrainConfig
 from convmae.config.run import RunConfig
+from convmae.config.segment import (
+    SegmentEvaluateConfig,
+    SegmentPredictConfig,
+    SegmentTrainConfig,
+)
 from convmae.config.tools import InfoConfig, ReconstructConfig, StatsConfig
 from convmae.config.yaml_file import read_yaml
 
@@ -36,6 +41,7 @@ TRAINING_OPTIONS: dict[str, type[RunConfig]] = {
     "finetune": FinetuneConfig,
     "linprobe": LinprobeConfig,
     "detect train": DetectTrainConfig,
+    "segment train": SegmentTrainConfig,
 }
 
 __all__ = [
@@ -60,6 +66,9 @@ __all__ = [
     "ReconstructConfig",
     "RowsConfig",
     "RunConfig",
+    "SegmentEvaluateConfig",
+    "SegmentPredictConfig",
+    "SegmentTrainConfig",
     "StatsConfig",
     "WeightsError",
     "WeightsWarning",

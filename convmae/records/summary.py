@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from convmae.records.scores import SCORES, main_score
 from convmae.records.wording import clock, is_number, mebibytes, number
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ class RunRecord:
 def status_of(run: RunRecord) -> tuple[str, float]:
     """`finished`, `running` or `interrupted at step ...`, and the share that is done.
 
-    Finished: the last line is of the last epoch, or step. Otherwise an event `interrupted` or `failed` after
-    the last line tells; without one, a run is running if its log is young, else it stopped.
+    Finished: the last line is of the last epoch, or step. Otherwise an event `interrupted` or
+    `failed` after the last line tells; without one, a run is running if its log is young, else it
+    stopped.
     """
     history = run.history
     unit = "epoch" if run.options.get("steps") is None else "step"
@@ -122,10 +124,12 @@ def _accuracy_card(history: History) -> str:
     best = history.best
     if not best:
         return ""
+    main = main_score(best)
+    assert main is not None
     five = f"top 5: {best['acc5']:.1f} %" if is_number(best.get("acc5")) else ""
     epoch = f"epoch {best['epoch']:.4g}" if is_number(best.get("epoch")) else ""
     note = ", ".join(fact for fact in (five, epoch) if fact)
-    return card("Best accuracy", f"{best['acc1']:.2f} %", note)
+    return card(f"Best {SCORES[main].label}", f"{best[main]:.2f} {SCORES[main].unit}", note)
 
 
 def _speed_card(history: History) -> str:

@@ -48,7 +48,7 @@ COMPARED = 64  # pictures that tell whether a given mean is of such pictures at 
 
 def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]]:
     """Checks everything and builds the run; writes nothing. Also what to tell about it."""
-    folder = RunFolder.of(config.output_dir)
+    folder = RunFolder.of(config.output_dir, task.drawn)
     check_apart(folder.path, config.data_path)
     with for_option("resume"):
         resume = what_to_resume(config, folder)
@@ -73,7 +73,7 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     statistics, origin = _statistics(config, task, source, world, stored)
     norm_notes = _share_statistics(model, config, world)
     _prepare_model(model, config, world)
-    step_model = spread(task.step_module(model), world)
+    step_model = spread(model, world)
     optimizer = task.optimizer(task.groups(model, config), config)
     run = Run(
         config=config,

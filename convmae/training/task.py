@@ -27,6 +27,7 @@ class Task(ABC):
     """One kind of training: what it trains, on what, and what is to be seen of it."""
 
     command: str
+    drawn = "reconstruction"  # what `draw` draws
     reading = ReadOptions()  # how pictures are read; set before `build`
     classes: ClassNames | None = None  # names of what the model tells apart, in their order
     resumed: Path | None = None  # the checkpoint folder that the run goes on from
@@ -48,13 +49,6 @@ class Task(ABC):
     @abstractmethod
     def build(self, config: Any, source: Source) -> tuple[nn.Module, str, list[str]]:
         """The model, its name for `convmae.create_model`, and what to tell about it."""
-
-    def step_module(self, model: nn.Module) -> nn.Module:
-        """What a training step calls: the model, or a module that computes its losses.
-
-        A data-parallel wrapper has no other method of the model than `forward`.
-        """
-        return model
 
     @abstractmethod
     def groups(self, model: nn.Module, config: Any) -> list[dict[str, Any]]:

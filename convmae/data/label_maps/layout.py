@@ -60,7 +60,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a split: picture, label map and second picture of the same place belong together.
+    """The files of a split; what is at the same place in the lists belongs together.
 
     Attributes:
         images, labels: one label map for each picture.
@@ -131,7 +131,7 @@ def find_places(
 
 
 def _folder_of(parent: Path, names: Iterable[str]) -> Path | None:
-    """The first folder in `parent` that has one of the names, in any case; a path is taken as is."""
+    """The first folder in `parent` that has one of the names, in any case."""
     there = {path.name.casefold(): path for path in sorted(parent.iterdir()) if path.is_dir()}
     for name in names:
         exact = parent / Path(name).expanduser()

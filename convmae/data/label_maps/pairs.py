@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from convmae.config.data import ReadOptions
 from convmae.config.label_maps import IGNORED
 from convmae.data.crops import resized_crop
 from convmae.data.errors import DataError, Failure, UnreadableError, check_share
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from convmae.config.data import ReadOptions
     from convmae.config.label_maps import LabelMapConfig
     from convmae.data.crops import PickBox, Size
     from convmae.data.label_maps.layout import Files
