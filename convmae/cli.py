@@ -99,6 +99,7 @@ ALIASES = {
 # There --output is a file.
 OWN_OUTPUT = (
     *("reconstruct", "convert", "evaluate", "predict", "embed", "stats", "segment evaluate"),
+    *("detect evaluate", "detect predict", "detect convert"),
 )
 _FORMAT = warnings.formatwarning
 FAILED, BAD_OPTION, INTERRUPTED = 1, 2, 130  # exit statuses

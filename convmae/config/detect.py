@@ -19,7 +19,6 @@ from convmae.config.run import RunConfig
 
 PYRAMIDS = ("fpn", "simple")
 NORMS = ("batch", "group", "layer")
-PADDINGS = ("grey", "mean")
 DETECT_SCHEDULES = ("cosine", "linear", "constant", "multistep")
 MOST_CLASSES = 100_000
 SIZE_UNIT = 32
@@ -110,10 +109,6 @@ class DetectTrainConfig(ObjectConfig, RunConfig):
     """Large-scale jitter: least factor on the size that fits into the canvas."""
     scale_max: float = 2.0
     """Largest factor."""
-    padding: Literal["grey", "mean"] = "grey"
-    """What fills the canvas around a picture: grey of half full scale, and the canvas is flipped
-    (the published recipe with fpn); or the mean, 0 after normalising, and the picture is flipped
-    before it is cut (that with simple)."""
     keep_empty: bool = False
     """Train on pictures without an object as well."""
     batch_size: int = 4
@@ -177,7 +172,6 @@ class DetectTrainConfig(ObjectConfig, RunConfig):
             check_text("init", self.init)
         self.check_adapting("init")
         check_choice("pyramid", self.pyramid, PYRAMIDS)
-        check_choice("padding", self.padding, PADDINGS)
         for name in (*WHOLE, "window_size", "eval_batch_size"):
             if getattr(self, name) is not None:
                 at_least = 0 if name.endswith("_convs") else 1
@@ -217,7 +211,7 @@ class DetectTrainConfig(ObjectConfig, RunConfig):
 
 
 @dataclass
-class _DetectInference(ObjectConfig, InferenceConfig):
+class DetectInferenceConfig(InferenceConfig):
     """What evaluating and predicting have in common."""
 
     batch_size: int = 4
@@ -240,7 +234,6 @@ class _DetectInference(ObjectConfig, InferenceConfig):
             OptionError: naming the option, what was found and what was expected.
         """
         super().validate()
-        self.check_objects(both=False)
         if self.crop_pct != InferenceConfig.crop_pct:
             raise OptionError(
                 f"--crop_pct {self.crop_pct:g} has no effect: pictures are not cropped to detect "
@@ -252,9 +245,7 @@ class _DetectInference(ObjectConfig, InferenceConfig):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), at_least=0, at_most=1)
         if self.box_detections_per_img is not None:
-            check_number(
-                "box_detections_per_img", self.box_detections_per_img, whole=True, above=0
-            )
+            check_number("box_detections_per_img", self.box_detections_per_img, whole=True, above=0)
 
     def thresholds(self) -> dict[str, float]:
         """What of the detector's thresholds is given, by the names of its arguments."""
@@ -263,7 +254,7 @@ class _DetectInference(ObjectConfig, InferenceConfig):
 
 
 @dataclass
-class DetectEvaluateConfig(_DetectInference):
+class DetectEvaluateConfig(ObjectConfig, DetectInferenceConfig):
     """Measure a detector: average precision of boxes and masks, as COCO does."""
 
     checkpoint: str
@@ -275,15 +266,35 @@ class DetectEvaluateConfig(_DetectInference):
     output: str | None = None
     """A JSON file to write the figures to."""
 
+    def validate(self) -> None:
+        """Checks every option that can be checked without the data or the model.
+
+        Raises:
+            OptionError: naming the option, what was found and what was expected.
+        """
+        super().validate()
+        check_text("data_path", self.data_path)
+        self.check_objects(both=False)
+
 
 @dataclass
-class DetectPredictConfig(_DetectInference):
+class DetectPredictConfig(DetectInferenceConfig):
     """Find objects in pictures: results as COCO's JSON, and pictures with boxes and masks."""
 
     checkpoint: str
     """A run's folder, a checkpoint folder or a .safetensors file of a detector."""
     data_path: str | tuple[str, ...]
     """Pictures: folders, files, or a .txt file with a path in each line."""
+    image_folder: str | None = None
+    """Below --data_path the folder of the pictures; that itself if not given."""
+    second_images: str | None = None
+    """Below --data_path the folder of a second picture for each, with the same names: its channels
+    are stacked after those of the first."""
+    second_chans: int | None = None
+    """Channels of a second picture; by default 1."""
+    coco_ids: str | None = None
+    """A COCO JSON file: results get the ids of its images and categories, by their names, as its
+    evaluation needs. By default pictures and classes count from 1."""
     output: str | None = None
     """The JSON file of results to write; needed."""
     pictures: str | None = None
@@ -303,6 +314,18 @@ class DetectPredictConfig(_DetectInference):
         check_number("draw_score", self.draw_score, at_least=0, at_most=1)
         if self.output is None or not self.output.lower().endswith(".json"):
             raise OptionError(f"--output must be a .json file to write, got {self.output!r}")
+        for name in ("image_folder", "second_images", "coco_ids", "pictures"):
+            if getattr(self, name) is not None:
+                check_text(name, getattr(self, name))
+        folders = self.image_folder is not None or self.second_images is not None
+        if folders and len(self.paths) > 1:
+            name = "second_images" if self.second_images is not None else "image_folder"
+            raise OptionError(
+                f"--{name} names a folder below --data_path, which must be one folder, got "
+                f"{len(self.paths)} places"
+            )
+        if self.second_chans is not None:
+            check_number("second_chans", self.second_chans, whole=True, above=0)
 
 
 @dataclass

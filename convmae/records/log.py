@@ -228,18 +228,14 @@ class RunLog:
         self._track("train", entry, step)
         return entry
 
-    def evaluation(
-        self, step: int, epoch: float, values: dict[str, float], **details: Any
-    ) -> dict[str, Any]:
+    def evaluation(self, step: int, epoch: float, values: dict[str, float]) -> dict[str, Any]:
         """Logs an evaluation everywhere; returns the line.
 
         Args:
             step, epoch: when.
             values: such as `acc1`, `acc5` (percent) and `loss`.
-            details: for `log.txt` alone, such as figures of each class.
         """
-        when = {"event": "evaluation", "step": step, "epoch": round(epoch, 4)}
-        entry = when | values | details
+        entry = {"event": "evaluation", "step": step, "epoch": round(epoch, 4), **values}
         self.write(entry)
         figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.say(f"evaluation after step {step}, epoch {epoch:.2f}:  {figures}")

@@ -72,8 +72,8 @@ def read_coco(file: Path) -> Annotations:
     return collector.finish()
 
 
-def _content(file: Path) -> dict[str, Any]:
-    """The three lists of the file.
+def _content(file: Path, names: tuple[str, ...] = LISTS) -> dict[str, Any]:
+    """What the file holds, with lists of these names.
 
     Raises:
         DataError: it is no JSON, or has not these lists.
@@ -87,7 +87,7 @@ def _content(file: Path) -> dict[str, Any]:
     lists = content if isinstance(content, dict) else {}
     missing = [
         name
-        for name in LISTS
+        for name in names
         if not isinstance(lists.get(name), list)
         or not all(isinstance(entry, dict) for entry in lists[name])
     ]
@@ -96,7 +96,7 @@ def _content(file: Path) -> dict[str, Any]:
         what = "holds results of a detector" if results else f"has no list {missing[0]!r}"
         raise DataError(
             f"{file} {what}; expected COCO's annotations: a JSON object with the lists "
-            f"{', '.join(LISTS)}"
+            f"{', '.join(names)}"
         )
     return lists
 
@@ -142,6 +142,18 @@ def _object(
         float(area) if known else None,  # type: ignore[arg-type]
         name,
     )
+
+
+def read_ids(file: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """The ids of the images of a COCO JSON file by their file names, and those of categories.
+
+    Raises:
+        DataError: it is no such file.
+    """
+    content = _content(file, ("images", "categories"))
+    where = str(file)
+    images = {str(e.get("file_name")): _whole(e, "id", where) for e in content["images"]}
+    return images, {str(e.get("name")): _whole(e, "id", where) for e in content["categories"]}
 
 
 def as_coco(annotations: Annotations, chosen: Iterable[int] | None = None) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convmae.config.data import ReadOptions
+from convmae.config.objects import ObjectOptions
 from convmae.data.errors import DataError, Failure, UnreadableError, check_share
 from convmae.data.fingerprint import file_entries
 from convmae.data.folder import even_sample
 from convmae.data.formats.decode import EncodedPicture
 from convmae.data.label_maps.pairs import StackedPhotos
 from convmae.data.objects.coco import read_coco
-from convmae.data.objects.layouts import find_layout, picture_names
+from convmae.data.objects.layouts import Layout, find_layout, picture_names
 from convmae.data.objects.voc import read_voc
 from convmae.data.objects.yolo import read_yolo
 from convmae.data.open import default_workers, open_files
@@ -28,10 +29,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from convmae.config.objects import ObjectOptions
     from convmae.data.crops import PickBox, Size
     from convmae.data.objects.annotations import Annotations, ObjectPicture
-    from convmae.data.objects.layouts import Layout
     from convmae.data.picture import Photos
 
 AS_USUAL = ReadOptions()
@@ -178,6 +177,54 @@ def open_objects(
     if len(missing) > NAMED_AT_MOST:
         source.notes.append(f"left out: {len(missing) - NAMED_AT_MOST:,} more annotated pictures")
     source.entries = lambda: _entries(layout, annotations, paths)
+    return source
+
+
+def open_pairs(
+    data_path: str,
+    image_folder: str | None,
+    second_images: str | None,
+    second_chans: int,
+    reading: ReadOptions = AS_USUAL,
+    max_unreadable: float = 0.1,
+) -> PhotoSource:
+    """Pictures below a folder, with those of a second folder stacked; nothing annotated.
+
+    Args:
+        data_path: the folder that has both.
+        image_folder, second_images: below it; itself, and none, if not given.
+        second_chans: channels of a second picture.
+        reading: how pictures are read; with two folders `in_chans` is of both together.
+        max_unreadable: share of pictures that may be missing or unreadable.
+
+    Raises:
+        DataError: no pictures, or too many that have no partner.
+    """
+    options = ObjectOptions("auto", None, image_folder, second_images, second_chans)
+    root = Path(data_path).expanduser()
+    folders = [root / (image_folder or ".")]
+    folders += [root / second_images] if second_images is not None else []
+    layout = Layout("auto", root, tuple(folders))
+    names = [picture_names(folder) for folder in folders]
+    missing = [
+        Failure(name, f"there is no picture {stem} in {folders[-1]}")
+        for stem, name in names[0].items()
+        if stem not in names[-1]
+    ]
+    check_share(missing, len(names[0]), max_unreadable)
+    stems = [stem for stem in names[0] if stem in names[-1]]
+    paths = [[folder / each[s] for s in stems] for folder, each in zip(folders, names)]
+    readings = _readings(layout, options, reading)
+    photos, failures, description, notes = _photos(paths, layout, readings, max_unreadable)
+    source = PhotoSource(
+        photos,
+        description="; ".join([description, *notes]),
+        workers=default_workers(),
+        failures=failures,
+        max_unreadable=max_unreadable,
+        root=os.path.join(folders[0], ""),
+    )
+    source.notes = [f"left out: {name}: {why}" for name, why in missing[:NAMED_AT_MOST]]
     return source
 
 
