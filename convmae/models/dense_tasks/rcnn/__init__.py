@@ -2,5 +2,5 @@
 
 What differs from torchvision is what differs in the published detectors: anchors that are not
 rounded, aligned pooling, L1 losses and their divisors, the background as the last class, masks
-that are pasted without enlarging them.
+that are pasted without enlarging their boxes.
 """
