@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from convmae.config import OptionError, WeightsError, for_option
-from convmae.models.dense_tasks.detector import PREFIX, Detector
+from convmae.models.dense_tasks.detector import Detector
+from convmae.models.task_names import DETECT
 from convmae.tasks.detection_steps import padding_of
 from convmae.training.machine import pick_dtype
 from convmae.weights.checkpoint import open_weights
@@ -49,7 +50,7 @@ def load_detector(config: DetectInferenceConfig, device: torch.device) -> Loaded
     """
     with for_option("checkpoint"):
         weights = open_weights(config.checkpoint)
-        if not weights.model.startswith(PREFIX):
+        if not weights.model.startswith(DETECT):
             raise WeightsError(
                 f"{weights.path} is a {weights.model}, which does not detect objects; expected "
                 "what `convmae detect train` wrote"
