@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from convmae.config import OptionError, WeightsError, for_option
-from convmae.data.classes import ClassNames
-from convmae.models.dense_tasks.detector import PREFIX, Detector
+from convmae.models.dense_tasks.detector import Detector
+from convmae.models.task_names import DETECT
 from convmae.tasks.detection_steps import padding_of
 from convmae.training.machine import pick_dtype
 from convmae.weights.checkpoint import open_weights
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from convmae.config.detect import DetectInferenceConfig
     from convmae.data import Statistics
+    from convmae.data.classes import ClassNames
     from convmae.weights.checkpoint import Weights
 
 
@@ -49,10 +50,10 @@ def load_detector(config: DetectInferenceConfig, device: torch.device) -> Loaded
     """
     with for_option("checkpoint"):
         weights = open_weights(config.checkpoint)
-        if not weights.model.startswith(PREFIX):
+        if not weights.model.startswith(DETECT):
             raise WeightsError(
-                f"{weights.path} is a {weights.model}, which does not detect objects; expected what "
-                "`convmae detect train` wrote"
+                f"{weights.path} is a {weights.model}, which does not detect objects; expected "
+                "what `convmae detect train` wrote"
             )
         model: Any = weights.build_model(device)
         statistics = weights.statistics

@@ -16,6 +16,7 @@ from convmae.data.objects.transforms import FitTransform, JitterTransform
 from convmae.data.picture import ChosenPicture
 from convmae.data.source import evenly_spaced
 from convmae.models import create_model
+from convmae.models.task_names import DETECT
 from convmae.records.evaluation import EvaluationDetails
 from convmae.records.folder import RunFolder
 from convmae.records.object_pictures import DrawnObjects, object_sheet
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from convmae.weights.checkpoint import Weights
 
 BETAS = (0.9, 0.999)
-PREFIX = "detect:"
 PREVIEWS = 6  # pictures of the val split that are drawn with each checkpoint
 DRAWN_SCORE = 0.5  # the least score of what is drawn
 # Arguments of a model whose option has another name.
@@ -140,7 +140,7 @@ class Detection(Task):
 
     def build(self, config: Any, source: Source) -> tuple[nn.Module, str, list[str]]:
         assert self.classes is not None
-        name = PREFIX + config.model.removeprefix(PREFIX)
+        name = DETECT + config.model.removeprefix(DETECT)
         model = self._create(name, config, source.channels)
         check_channels(self.val, model, config.data_path)
         if self.val.dtype != source.dtype:
