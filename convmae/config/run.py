@@ -16,7 +16,7 @@ from convmae.config.checks import (
     check_statistics,
     check_text,
 )
-from convmae.config.data import DataConfig
+from convmae.config.data import DataConfig, PictureChoice, listed_choice
 
 AMP = ("auto", "bfloat16", "float16", "float32")
 STRATEGIES = ("auto", "single", "ddp", "fsdp2")
@@ -31,6 +31,10 @@ class RunConfig(DataConfig):
     data_path: str = "demo"
     """Pictures: a folder, nested or flat, or class folders; .npy arrays; WebDataset shards; IDX
     files (MNIST's format); or demo, the photographs inside scikit-image."""
+    train_list: str | None = None
+    """A text file that names the pictures to train on, one in each line, where the pictures of all
+    splits lie in one tree of folders: paths in --data_path, or names of files alone, with or
+    without their endings."""
     output_dir: str = "output_dir"
     """Where everything is written: args.yaml, log.txt, checkpoint/, tensorboard/, report.html."""
     resume: str | None = None
@@ -122,6 +126,11 @@ class RunConfig(DataConfig):
         """`input_size` as `(H, W)`."""
         return as_pair(self.input_size)
 
+    @property
+    def train_choice(self) -> PictureChoice | None:
+        """Which pictures are trained on; None for all of the train split."""
+        return listed_choice("train_list", self.train_list)
+
     def effective_batch(self, processes: int = 1) -> int:
         """Pictures that one optimizer step sees: `batch_size * accum_iter * processes`."""
         return self.batch_size * self.accum_iter * processes
@@ -148,6 +157,8 @@ class RunConfig(DataConfig):
         for name in ("data_path", "output_dir", "wandb_project", "device"):
             check_text(name, getattr(self, name))
         self.check_reading()
+        if self.train_list is not None:
+            check_text("train_list", self.train_list)
         check_size(self.input_size, self.size_unit)
         for name in ("batch_size", "epochs", "accum_iter", "log_every", "max_nonfinite"):
             check_number(name, getattr(self, name), whole=True, above=0)

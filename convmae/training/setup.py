@@ -67,6 +67,7 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
         max_samples=config.max_samples,
         seed=config.seed,
         reading=reading,
+        choice=config.train_choice,
     )
     fingerprint = world.share(source.fingerprint() if world.main else None)
     changes = None if saved is None else _changes(config, fingerprint, saved[1])

@@ -68,6 +68,10 @@ class Task(ABC):
         """How the pictures of the weights to start from were read, if they say."""
         return None
 
+    def held_out(self, run: Run) -> list[str]:
+        """Names of the pictures that `--val_share` kept out of training; the run's folder lists."""
+        return []
+
     def begin(self, run: Run) -> None:
         """Called once before the first step, when a resumed state has been loaded."""
         return
