@@ -21,6 +21,11 @@ from convmae.config.errors import (
 from convmae.config.inference import EmbedConfig, InferenceConfig, PredictConfig, RowsConfig
 from convmae.config.pretrain import PretrainConfig
 from convmae.config.run import RunConfig
+from convmae.config.segment import (
+    SegmentEvaluateConfig,
+    SegmentPredictConfig,
+    SegmentTrainConfig,
+)
 from convmae.config.tools import InfoConfig, ReconstructConfig, StatsConfig
 from convmae.config.yaml_file import read_yaml
 
@@ -29,6 +34,7 @@ TRAINING_OPTIONS: dict[str, type[RunConfig]] = {
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
     "linprobe": LinprobeConfig,
+    "segment train": SegmentTrainConfig,
 }
 
 __all__ = [
@@ -49,6 +55,9 @@ __all__ = [
     "ReconstructConfig",
     "RowsConfig",
     "RunConfig",
+    "SegmentEvaluateConfig",
+    "SegmentPredictConfig",
+    "SegmentTrainConfig",
     "StatsConfig",
     "WeightsError",
     "WeightsWarning",

@@ -14,7 +14,7 @@ from convmae.config.checks import (
 )
 from convmae.config.data import PictureChoice, listed_choice
 from convmae.config.inference import InferenceConfig
-from convmae.config.run import RunConfig
+from convmae.config.run import ListedRunConfig, RunConfig
 
 MIX_MODES = ("batch", "pair", "elem")
 MOST_CLASSES = 1_000_000  # a head of ConvViT-Base has then 768 M weights
@@ -24,7 +24,7 @@ ERASE_MODES = ("const", "rand", "pixel")
 
 
 @dataclass
-class ClassifyConfig(RunConfig):
+class ClassifyConfig(ListedRunConfig):
     """What finetuning and probing have in common."""
 
     finetune: str | None = None

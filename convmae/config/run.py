@@ -31,10 +31,6 @@ class RunConfig(DataConfig):
     data_path: str = "demo"
     """Pictures: a folder, nested or flat, or class folders; .npy arrays; WebDataset shards; IDX
     files (MNIST's format); or demo, the photographs inside scikit-image."""
-    train_list: str | None = None
-    """A text file that names the pictures to train on, one in each line, where the pictures of all
-    splits lie in one tree of folders: paths in --data_path, or names of files alone, with or
-    without their endings."""
     output_dir: str = "output_dir"
     """Where everything is written: args.yaml, log.txt, checkpoint/, tensorboard/, report.html."""
     resume: str | None = None
@@ -45,6 +41,8 @@ class RunConfig(DataConfig):
     """Pictures in a batch of one process."""
     epochs: int = 100
     """Passes over the pictures; an epoch of the demo is 64 crops of each of its 8 photographs."""
+    steps: int | None = None
+    """Optimizer steps of the whole run, in place of --epochs."""
     accum_iter: int = 1
     """Batches whose gradients are added up for one step: the effective batch is larger."""
     input_size: int | tuple[int, int] = 224
@@ -129,7 +127,7 @@ class RunConfig(DataConfig):
     @property
     def train_choice(self) -> PictureChoice | None:
         """Which pictures are trained on; None for all of the train split."""
-        return listed_choice("train_list", self.train_list)
+        return None
 
     def effective_batch(self, processes: int = 1) -> int:
         """Pictures that one optimizer step sees: `batch_size * accum_iter * processes`."""
@@ -138,6 +136,15 @@ class RunConfig(DataConfig):
     def peak_lr(self, processes: int = 1) -> float:
         """`lr`, or `blr * effective_batch / 256`."""
         return self.blr * self.effective_batch(processes) / 256 if self.lr is None else self.lr
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        return self.epochs * steps_per_epoch if self.steps is None else self.steps
+
+    @property
+    def length(self) -> str:
+        """The option that says how long the run is, and its value."""
+        return f"--epochs {self.epochs}" if self.steps is None else f"--steps {self.steps}"
 
     @property
     def size_unit(self) -> int:
@@ -157,8 +164,6 @@ class RunConfig(DataConfig):
         for name in ("data_path", "output_dir", "wandb_project", "device"):
             check_text(name, getattr(self, name))
         self.check_reading()
-        if self.train_list is not None:
-            check_text("train_list", self.train_list)
         check_size(self.input_size, self.size_unit)
         for name in ("batch_size", "epochs", "accum_iter", "log_every", "max_nonfinite"):
             check_number(name, getattr(self, name), whole=True, above=0)
@@ -171,8 +176,9 @@ class RunConfig(DataConfig):
         check_number("seed", self.seed, whole=True, at_least=0)
         if self.num_workers is not None:
             check_number("num_workers", self.num_workers, whole=True, at_least=0)
-        if self.max_samples is not None:
-            check_number("max_samples", self.max_samples, whole=True, above=0)
+        for name in ("max_samples", "steps"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), whole=True, above=0)
         check_number("min_crop", self.min_crop, above=0, at_most=1)
         check_number("hflip", self.hflip, at_least=0, at_most=1)
         check_number("max_unreadable", self.max_unreadable, at_least=0, at_most=1)
@@ -207,3 +213,28 @@ class RunConfig(DataConfig):
                 raise OptionError(
                     f"--{name} must not be above the peak learning rate {peak:g}, got {rate:g}"
                 )
+
+
+@dataclass
+class ListedRunConfig(RunConfig):
+    """A run on pictures of which a list can choose some."""
+
+    train_list: str | None = None
+    """A text file that names the pictures to train on, one in each line, where the pictures of all
+    splits lie in one tree of folders: paths in --data_path, or names of files alone, with or
+    without their endings."""
+
+    @property
+    def train_choice(self) -> PictureChoice | None:
+        """Which pictures are trained on; None for all of the train split."""
+        return listed_choice("train_list", self.train_list)
+
+    def validate(self) -> None:
+        """Checks every option that can be checked without the data or the model.
+
+        Raises:
+            OptionError: naming the option, what was found and what was expected.
+        """
+        super().validate()
+        if self.train_list is not None:
+            check_text("train_list", self.train_list)

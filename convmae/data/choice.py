@@ -70,6 +70,8 @@ def _listed(
     """The pictures that a list names, and names that are of none or there twice."""
     assert choice.file is not None
     file = Path(choice.file).expanduser()
+    if not file.exists() and (here / file).exists():
+        file = here / file
     said = f"--{choice.option} {choice.file!r}"
     lines = _lines(file, said)
     known: dict[str, set[Path]] = {}

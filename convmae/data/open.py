@@ -149,9 +149,7 @@ def open_source(
         return shards
     if split is None:
         _check_no_split_shards(folder)
-    source = _folder_source(
-        here, max_unreadable, max_samples, seed, reading, _root(folder), choice
-    )
+    source = _folder_source(here, max_unreadable, max_samples, seed, reading, _root(folder), choice)
     source.left_out = [*beside, *source.left_out]
     return source
 

@@ -52,6 +52,31 @@ def layer_decay_groups(model: Any, weight_decay: float, layer_decay: float) -> G
     )
 
 
+def layered_groups(model: Any, weight_decay: float, layer_decay: float) -> Groups:
+    """Parameters of a model for dense tasks by decay and by layer, with `lr_scale` of each.
+
+    A parameter of layer `i` of `model.layer_ids()` learns at
+    `layer_decay ** (model.num_layers - 1 - i)` of the rate. Vectors, biases and what
+    `model.no_weight_decay()` names have no decay; frozen parameters are left out.
+
+    Args:
+        model: a segmenter, or another model with these three.
+        weight_decay: of those that are decayed.
+        layer_decay: in `(0, 1]`.
+    """
+    layers, undecayed = model.layer_ids(), model.no_weight_decay()
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decayed = parameter.ndim > 1 and not name.endswith(".bias") and name not in undecayed
+        scale = layer_decay ** (model.num_layers - 1 - layers[name])
+        settings = {"weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale}
+        group = groups.setdefault((layers[name], decayed), settings | {"params": []})
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
 def adamw(groups: Groups, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW over the groups, fused where their device has that; a scheduler sets the rates."""
     parameters = [p for group in groups for p in group["params"]]
@@ -141,7 +166,8 @@ def make_scheduler(
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = peak
     warmup = config.warmup_epochs * steps_per_epoch
-    length: Any = max(config.epochs * steps_per_epoch - warmup, 1)  # a fraction, where warmup is
+    steps = config.total_steps(steps_per_epoch)
+    length: Any = max(steps - warmup, 1)  # a fraction, where warmup is
     common: dict[str, Any] = {
         "warmup_t": warmup,
         "warmup_lr_init": config.warmup_lr,
@@ -150,7 +176,6 @@ def make_scheduler(
     }
     with _without_remarks():
         rates = _scheduler(optimizer, config, length, common)
-    steps = config.epochs * steps_per_epoch
     return Schedule(rates, optimizer, config.weight_decay_end, steps)
 
 
