@@ -99,9 +99,11 @@ class LabelMapConfig:
         """These options, and for those not given what the run of a checkpoint was told.
 
         Args:
-            learnt: options of that run; others than those of label maps are passed over.
+            learnt: options of that run. Those of other things than label maps are passed over, and
+                those of its own data: lists, and classes, which the checkpoint has itself.
         """
-        names = {field.name for field in dataclasses.fields(LabelMapConfig)} - {"nb_classes"}
+        own_data = {"nb_classes", "class_names", "train_list", "val_list"}
+        names = {field.name for field in dataclasses.fields(LabelMapConfig)} - own_data
         before = {name: value for name, value in learnt.items() if name in names}
         own = self.label_options()
         if {"palette", "binary_masks", "reduce_zero_label", "ignore_label"} & set(own):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from convmae.data.crops import Box, Size
-    from convmae.data.picture import ChosenPicture
+    from convmae.data.picture import ChosenPicture, Picture
 
 LONGEST = (
     4  # times the short side that a picture is resized to: its long side at most (2048 of 512)
@@ -36,6 +36,20 @@ def fitted_size(size: Size, short: float) -> Size:
     factor = min(short / min(size), LONGEST * short / max(size))
     height, width = (max(1, int(side * factor + 0.5)) for side in size)
     return height, width
+
+
+class WholeTransform(Transform):
+    """A picture as it is stored.
+
+    Args:
+        size: `(H, W)` of what stands for a picture that cannot be read.
+    """
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+
+    def __call__(self, picture: Picture) -> Tensor:
+        return picture.load()
 
 
 class _Labelled(Transform):
@@ -67,7 +81,7 @@ class SegmentEvalTransform(_Labelled):
     def __init__(self, size: Size) -> None:
         self.size = size
 
-    def __call__(self, picture: ChosenPicture) -> tuple[Tensor, Tensor]:
+    def __call__(self, picture: Any) -> tuple[Tensor, Tensor]:
         image, labels = self.read(picture)
         return image, labels.long()
 
@@ -107,7 +121,7 @@ class SegmentTransform(_Labelled):
         self.size, self.short, self.scale, self.hflip = size, short, scale, hflip
         self.distort, self.most, self.fill = distort, most, fill
 
-    def __call__(self, picture: ChosenPicture) -> tuple[Tensor, Tensor]:
+    def __call__(self, picture: Any) -> tuple[Tensor, Tensor]:
         image, labels = self.read(picture)
         image, labels = self._rescaled(image, labels)
         top, left, height, width = self._box(labels)

@@ -198,8 +198,8 @@ class _Worst:
 def _smaller(image: Tensor, truth: Tensor, prediction: Tensor, caption: str) -> ComparedPicture:
     """A picture and its classes, every n-th pixel of them: what is shown needs no more."""
     step = -(-max(truth.shape) // SHOWN_SIDE)
-    maps = (part[::step, ::step].byte() for part in (truth, prediction))
-    return ComparedPicture(image[:, ::step, ::step].clone(), *maps, caption)
+    true, predicted = (part[::step, ::step].byte() for part in (truth, prediction))
+    return ComparedPicture(image[:, ::step, ::step].clone(), true, predicted, caption)
 
 
 def details(

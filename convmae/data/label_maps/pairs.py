@@ -175,30 +175,57 @@ def open_label_maps(
     files = find_files(places, options)
     if max_samples is not None:
         files = _chosen(files, max_samples, seed)
+    channels = options.second_chans or SECOND_CHANNELS
     where = str(places.images)
-    photos, failures, description, notes = _photos(files.images, where, max_unreadable, reading)
-    if files.second:
-        channels = options.second_chans or SECOND_CHANNELS
-        second_reading = dataclasses.replace(reading, in_chans=channels, bands=None)
-        where = str(places.second)
-        second, broken, other, more = _photos(files.second, where, max_unreadable, second_reading)
-        photos = StackedPhotos(photos, second)
-        failures, notes = [*failures, *broken], [*notes, *more]
-        description += f" with {other}"
+    source = open_pairs(files.images, files.second, where, reading, channels, max_unreadable)
+    source.photos = LabelMapPhotos(source.photos, files.labels, LabelReading.of(options, reading))
+    source.left_out = files.left_out
+    source.root = os.path.join(Path(data_path).expanduser(), "")
     names = "" if places.names is None else f", named in {places.names}"
-    description = f"{description}, label maps in {places.labels}{names}"
-    source = PhotoSource(
-        LabelMapPhotos(photos, files.labels, LabelReading.of(options, reading)),
+    source.description += f"; label maps in {places.labels}{names}"
+    every = [*files.images, *files.second, *files.labels]
+    source.entries = lambda: file_entries(every, Path(data_path).expanduser())
+    return source
+
+
+def open_pairs(
+    paths: list[Path],
+    second: list[Path],
+    where: str,
+    reading: ReadOptions,
+    second_channels: int = SECOND_CHANNELS,
+    max_unreadable: float = 0.1,
+) -> PhotoSource:
+    """Pictures without labels, with the channels of a second picture each if there are any.
+
+    Args:
+        paths: the pictures.
+        second: one for each, or none.
+        where: the pictures lie, for messages.
+        reading: how they are read; its `in_chans` and `bands` are of the first of two.
+        second_channels: of each second picture.
+        max_unreadable: share of unreadable pictures above which they are refused.
+
+    Raises:
+        DataError: too many are unreadable, or values of the two are of different types.
+    """
+    photos, failures, description, notes = _photos(paths, where, max_unreadable, reading)
+    if second:
+        there = str(second[0].parent)
+        others = dataclasses.replace(reading, in_chans=second_channels, bands=None)
+        more, broken, other, more_notes = _photos(second, there, max_unreadable, others)
+        photos = StackedPhotos(photos, more)
+        partner = {str(two): str(one) for one, two in zip(paths, second, strict=True)}
+        failures = [*failures, *(Failure(partner[name], f"{name}: {why}") for name, why in broken)]
+        description, notes = f"{description} with {other}", [*notes, *more_notes]
+    return PhotoSource(
+        photos,
         description="; ".join([description, *notes]),
         workers=default_workers(),
         failures=failures,
         max_unreadable=max_unreadable,
-        left_out=files.left_out,
-        root=os.path.join(Path(data_path).expanduser(), ""),
+        root=os.path.join(where, ""),
     )
-    every = [*files.images, *files.second, *files.labels]
-    source.entries = lambda: file_entries(every, Path(data_path).expanduser())
-    return source
 
 
 def _photos(
