@@ -171,7 +171,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     named = [blocks for name, blocks in model.named_children() if "blocks" in name]
     if named:
         return [block for blocks in named for block in blocks.children()]
-    from convmae.models.cnn.classifier import blocks_of
+    from convmae.models.cnn.timm_network import blocks_of
 
     network: Any = getattr(model, "network", model)  # of a model that pretrains one
     return list(blocks_of(network))
