@@ -22,6 +22,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from convmae.config import (
     ConvertConfig,
+    DetectConvertConfig,
+    DetectEvaluateConfig,
+    DetectPredictConfig,
+    DetectTrainConfig,
     EmbedConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -70,6 +74,10 @@ COMMANDS = {
     "segment evaluate": Command(SegmentEvaluateConfig, "convmae.commands.segment_evaluate:main"),
     "segment predict": Command(SegmentPredictConfig, "convmae.commands.segment_predict:main"),
     "embed": Command(EmbedConfig, "convmae.commands.embed:main"),
+    "detect train": Command(DetectTrainConfig, "convmae.tasks.detect:main"),
+    "detect evaluate": Command(DetectEvaluateConfig, "convmae.commands.detect_evaluate:main"),
+    "detect predict": Command(DetectPredictConfig, "convmae.commands.detect_predict:main"),
+    "detect convert": Command(DetectConvertConfig, "convmae.commands.detect_convert:main"),
     "reconstruct": Command(ReconstructConfig, "convmae.commands.reconstruct:main"),
     "convert": Command(ConvertConfig, "convmae.commands.convert:main"),
     "stats": Command(StatsConfig, "convmae.commands.stats:main"),
@@ -91,6 +99,7 @@ ALIASES = {
 # There --output is a file.
 OWN_OUTPUT = (
     *("reconstruct", "convert", "evaluate", "predict", "embed", "stats", "segment evaluate"),
+    *("detect evaluate", "detect predict", "detect convert"),
 )
 _FORMAT = warnings.formatwarning
 FAILED, BAD_OPTION, INTERRUPTED = 1, 2, 130  # exit statuses

@@ -8,7 +8,7 @@ from convmae.commands.inference import Loaded
 from convmae.config import OptionError, for_option
 from convmae.config.checks import as_pair
 from convmae.data.classes import ClassNumbers
-from convmae.models.dense_tasks.names import SEGMENT
+from convmae.models.task_names import SEGMENT
 from convmae.records.folder import RunFolder
 from convmae.tasks.segment_evaluation import Windows
 from convmae.training.machine import pick_dtype

@@ -11,6 +11,12 @@ from convmae.config.checks import (
 from convmae.config.classify import EvaluateConfig, FinetuneConfig, LinprobeConfig
 from convmae.config.convert import ConvertConfig
 from convmae.config.data import DataConfig, ReadOptions
+from convmae.config.detect import (
+    DetectConvertConfig,
+    DetectEvaluateConfig,
+    DetectPredictConfig,
+    DetectTrainConfig,
+)
 from convmae.config.errors import (
     MessageError,
     OptionError,
@@ -34,6 +40,7 @@ TRAINING_OPTIONS: dict[str, type[RunConfig]] = {
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
     "linprobe": LinprobeConfig,
+    "detect train": DetectTrainConfig,
     "segment train": SegmentTrainConfig,
 }
 
@@ -41,6 +48,10 @@ __all__ = [
     "TRAINING_OPTIONS",
     "ConvertConfig",
     "DataConfig",
+    "DetectConvertConfig",
+    "DetectEvaluateConfig",
+    "DetectPredictConfig",
+    "DetectTrainConfig",
     "EmbedConfig",
     "EvaluateConfig",
     "FinetuneConfig",

@@ -146,6 +146,11 @@ class RunConfig(DataConfig):
         """Pixels that must divide `input_size`, as far as the options alone tell."""
         return PATCH
 
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """What `sched` may be."""
+        return SCHEDULES
+
     def filled(self: AnyRun) -> AnyRun:
         """The options with those that depend on others given values; what a run notes down."""
         return self
@@ -179,7 +184,7 @@ class RunConfig(DataConfig):
         check_number("max_unreadable", self.max_unreadable, at_least=0, at_most=1)
         check_choice("amp", self.amp, AMP)
         check_choice("strategy", self.strategy, STRATEGIES)
-        check_choice("sched", self.sched, SCHEDULES)
+        check_choice("sched", self.sched, self.schedules)
         check_choice("adapt_input", self.adapt_input, ADAPT_INPUT)
         check_statistics(self.mean, self.std)
         if self.warmup_lr > 0 and self.warmup_epochs == 0:

@@ -30,6 +30,12 @@ SCORES: dict[str, Score] = {
     "niou": Score("nIoU", chart="Intersection over union"),
     "macc": Score("mean accuracy of classes", chart="Accuracy of pixels"),
     "aacc": Score("accuracy of pixels", chart="Accuracy of pixels"),
+    "box_ap": Score("box AP", chart="Average precision of boxes"),
+    "box_ap50": Score("box AP50", chart="Average precision of boxes"),
+    "box_ap75": Score("box AP75", chart="Average precision of boxes"),
+    "mask_ap": Score("mask AP", chart="Average precision of masks"),
+    "mask_ap50": Score("mask AP50", chart="Average precision of masks"),
+    "mask_ap75": Score("mask AP75", chart="Average precision of masks"),
     "pd": Score("Pd, targets found", chart="Targets found"),
     "fa": Score("Fa, false alarms", FALSE_ALARMS, chart="False alarms"),
 }

@@ -17,7 +17,7 @@ from convmae.data.picture import ChosenPicture
 from convmae.data.segment_transforms import SegmentEvalTransform, SegmentTransform
 from convmae.data.source import evenly_spaced
 from convmae.models import create_model
-from convmae.models.dense_tasks.names import SEGMENT
+from convmae.models.task_names import SEGMENT
 from convmae.records.folder import RunFolder
 from convmae.records.label_pictures import ComparedPicture, comparison_sheet, legend
 from convmae.records.scores import main_score

@@ -52,7 +52,9 @@ def layer_decay_groups(model: Any, weight_decay: float, layer_decay: float) -> G
     )
 
 
-def layered_groups(model: Any, weight_decay: float, layer_decay: float) -> Groups:
+def layered_groups(
+    model: Any, weight_decay: float, layer_decay: float, decay_all: bool = False
+) -> Groups:
     """Parameters of a model for dense tasks by decay and by layer, with `lr_scale` of each.
 
     A parameter of layer `i` of `model.layer_ids()` learns at
@@ -63,13 +65,15 @@ def layered_groups(model: Any, weight_decay: float, layer_decay: float) -> Group
         model: a segmenter, or another model with these three.
         weight_decay: of those that are decayed.
         layer_decay: in `(0, 1]`.
+        decay_all: only what `model.no_weight_decay()` names has no decay; vectors and biases have.
     """
     layers, undecayed = model.layer_ids(), model.no_weight_decay()
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decayed = parameter.ndim > 1 and not name.endswith(".bias") and name not in undecayed
+        matrix = parameter.ndim > 1 and not name.endswith(".bias")
+        decayed = (decay_all or matrix) and name not in undecayed
         scale = layer_decay ** (model.num_layers - 1 - layers[name])
         settings = {"weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale}
         group = groups.setdefault((layers[name], decayed), settings | {"params": []})
@@ -160,6 +164,8 @@ def make_scheduler(
 ) -> Schedule:
     """Linear warm-up from `warmup_lr` to `peak`, then a half-cosine (or line) down to `min_lr`.
 
+    With `sched` multistep it is divided by 10 at each share of the run in `decay_at` instead.
+
     The optimizer's own learning rate must be `peak`. `scheduler.step_update(step)` sets the rates
     of optimizer step `step`, counted from 0.
     """
@@ -182,8 +188,18 @@ def make_scheduler(
 def _scheduler(
     optimizer: torch.optim.Optimizer, config: RunConfig, length: Any, common: dict[str, Any]
 ) -> Any:
-    from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+    from timm.scheduler import (
+        CosineLRScheduler,
+        MultiStepLRScheduler,
+        PolyLRScheduler,
+        StepLRScheduler,
+    )
 
+    if config.sched == "multistep":
+        warmup = common["warmup_t"]
+        shares: tuple[float, ...] = config.decay_at  # type: ignore[attr-defined]
+        milestones = [share * (warmup + length) - warmup for share in shares]
+        return MultiStepLRScheduler(optimizer, milestones, decay_rate=0.1, **common)
     if config.sched == "constant":
         return StepLRScheduler(optimizer, decay_t=length, decay_rate=1.0, **common)
     if config.sched == "linear":
