@@ -353,7 +353,12 @@ def _open(config: RowsConfig, reading: ReadOptions) -> Source:
     """The pictures; those that cannot be read are counted at the end."""
     place: Any = config.paths if len(config.paths) > 1 else config.paths[0]
     return open_source(
-        place, split=config.split, max_unreadable=1.0, labelled=False, reading=reading
+        place,
+        split=config.split,
+        max_unreadable=1.0,
+        labelled=False,
+        reading=reading,
+        choice=config.picture_choice,
     )
 
 

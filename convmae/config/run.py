@@ -16,7 +16,7 @@ from convmae.config.checks import (
     check_statistics,
     check_text,
 )
-from convmae.config.data import DataConfig
+from convmae.config.data import DataConfig, PictureChoice, listed_choice
 
 AMP = ("auto", "bfloat16", "float16", "float32")
 STRATEGIES = ("auto", "single", "ddp", "fsdp2")
@@ -124,6 +124,11 @@ class RunConfig(DataConfig):
         """`input_size` as `(H, W)`."""
         return as_pair(self.input_size)
 
+    @property
+    def train_choice(self) -> PictureChoice | None:
+        """Which pictures are trained on; None for all of the train split."""
+        return None
+
     def effective_batch(self, processes: int = 1) -> int:
         """Pictures that one optimizer step sees: `batch_size * accum_iter * processes`."""
         return self.batch_size * self.accum_iter * processes
@@ -213,3 +218,28 @@ class RunConfig(DataConfig):
                 raise OptionError(
                     f"--{name} must not be above the peak learning rate {peak:g}, got {rate:g}"
                 )
+
+
+@dataclass
+class ListedRunConfig(RunConfig):
+    """A run on pictures of which a list can choose some."""
+
+    train_list: str | None = None
+    """A text file that names the pictures to train on, one in each line, where the pictures of all
+    splits lie in one tree of folders: paths in --data_path, or names of files alone, with or
+    without their endings."""
+
+    @property
+    def train_choice(self) -> PictureChoice | None:
+        """Which pictures are trained on; None for all of the train split."""
+        return listed_choice("train_list", self.train_list)
+
+    def validate(self) -> None:
+        """Checks every option that can be checked without the data or the model.
+
+        Raises:
+            OptionError: naming the option, what was found and what was expected.
+        """
+        super().validate()
+        if self.train_list is not None:
+            check_text("train_list", self.train_list)

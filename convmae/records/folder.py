@@ -18,7 +18,7 @@ from convmae.files import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 DRAWN = ("reconstruction", "prediction")
 STEP_PICTURE = re.compile(r"step-(\d+)\.png")
@@ -69,6 +69,11 @@ class RunFolder:
     def environment(self) -> Path:
         """Command, versions, devices and processes, as JSON."""
         return self.path / "environment.json"
+
+    @property
+    def val_list(self) -> Path:
+        """Names of the pictures that were kept out of training, as `--val_list` takes them."""
+        return self.path / "val_list.txt"
 
     @property
     def checkpoint(self) -> Path:
@@ -159,6 +164,12 @@ class RunFolder:
         """Writes where and how the run was made."""
         with replacing(self.environment) as new:
             new.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+    def write_val_list(self, names: Iterable[str]) -> None:
+        """Writes which pictures were kept out of training."""
+        with replacing(self.val_list) as new:
+            text = "".join(f"{name}\n" for name in names)
+            new.write_text(text, encoding="utf-8", errors="surrogateescape")
 
     def read_options(self) -> dict[str, Any]:
         """The options of the run; empty where they cannot be read."""

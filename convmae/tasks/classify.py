@@ -9,6 +9,8 @@ import torch
 
 from convmae.config import OptionError, for_option, suggest
 from convmae.data import DataError, EvalTransform, open_source
+from convmae.data.choice import in_both
+from convmae.data.source import PhotoSource
 from convmae.models import ConvViT, create_model, full_name, list_models
 from convmae.models.cnn.classifier import TimmClassifier, has_drop_path
 from convmae.models.cnn.names import is_timm_name
@@ -60,7 +62,9 @@ class Classification(Task):
             max_unreadable=config.max_unreadable,
             seed=config.seed,
             reading=self.reading,
+            choice=config.val_choice,
         )
+        class_notes += _shared_pictures(source, self.val, config)
         class_notes += self._match(self.val, config, "val", "its train split")
         initial = self._initial(config)
         with for_option("finetune"):
@@ -83,6 +87,10 @@ class Classification(Task):
             self.keeps_head = report.keeps_head
             self.initial_statistics = report.statistics
         return model, full_name(name), notes
+
+    def held_out(self, run: Run) -> list[str]:
+        entries = self.val.entries if self.val is not None and run.config.val_share else None
+        return [] if entries is None else [name for name, _ in entries()]
 
     def _match(
         self, source: Source, config: Any, split: str, model: str, all_of_them: bool = False
@@ -224,6 +232,21 @@ class Classification(Task):
     def load_state(self, run: Run, state: dict[str, Any]) -> None:
         self.best = state["best"]
         self.saved_ema = state["ema"]
+
+
+def _shared_pictures(train: Source, val: Source, config: ClassifyConfig) -> list[str]:
+    """What to tell where lists name the same pictures for training and for evaluation."""
+    if config.val_list is None or not isinstance(train, PhotoSource):
+        return []
+    assert isinstance(val, PhotoSource)
+    both = in_both(train, val)
+    if not both:
+        return []
+    return [
+        f"warning: {len(both)} of the {val.pictures} pictures of --val_list "
+        f"{config.val_list!r} are trained on too, the first {both[0]}: their accuracy is that of "
+        "known pictures"
+    ]
 
 
 def fresh_head(model: Any, std: float) -> None:

@@ -154,7 +154,7 @@ def _go(run: Run, task: Task, notes: list[str], interrupts: Interrupts) -> RunSu
     """Begins the log, trains, and finishes."""
     config = run.config
     if run.world.main:
-        write_description(run, task.command)
+        write_description(run, task)
     log = RunLog(
         run.folder,
         run.step,

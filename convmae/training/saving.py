@@ -75,11 +75,11 @@ def save_best(run: Run, weights: dict[str, Tensor], classes: ClassNames | None =
         raise TrainingError(problem)
 
 
-def write_description(run: Run, command: str) -> None:
-    """Writes `args.yaml` and `environment.json`: versions, devices and processes, as text."""
+def write_description(run: Run, task: Task) -> None:
+    """Writes options, versions, devices and processes, and what was kept out of training."""
     world = run.world
     entries = (
-        {"command": command}
+        {"command": task.command}
         | machine_info()
         | {
             "device": str(world.device),
@@ -89,6 +89,9 @@ def write_description(run: Run, command: str) -> None:
     )
     run.folder.write_options(config_to_mapping(run.config))
     run.folder.write_environment(entries)
+    held_out = task.held_out(run)
+    if held_out:
+        run.folder.write_val_list(held_out)
 
 
 def restore_folder(run: Run, task: Task, log: RunLog) -> None:
@@ -108,7 +111,7 @@ def _remake(run: Run, task: Task, log: RunLog) -> str | None:
     assert run.lock is not None
     try:
         run.lock.renew()
-        write_description(run, task.command)
+        write_description(run, task)
         log.reopen()
     except (OptionError, OSError) as error:
         text = error.with_flags if isinstance(error, OptionError) else str(error)

@@ -40,6 +40,7 @@ class Task(ABC):
             max_samples=config.max_samples,
             seed=config.seed,
             reading=reading,
+            choice=config.train_choice,
         )
 
     @abstractmethod
@@ -80,6 +81,10 @@ class Task(ABC):
     def learnt_reading(self, config: Any) -> ReadOptions | None:
         """How the pictures of the weights to start from were read, if they say."""
         return None
+
+    def held_out(self, run: Run) -> list[str]:
+        """Names of the pictures that `--val_share` kept out of training; the run's folder lists."""
+        return []
 
     def begin(self, run: Run) -> None:
         """Called once before the first step, when a resumed state has been loaded."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from convmae.config import WeightsError
 from convmae.models.adapt import DECODER
+from convmae.models.dense_tasks.backbone import INDEX_BUFFER
 from convmae.weights.checkpoint import (
     WEIGHTS,
     Weights,
@@ -198,6 +199,9 @@ def _sort_out(state: Mapping[Any, Any], path: Path) -> tuple[dict[str, Tensor], 
     is_network = not any(_unwrapped(str(given)).startswith(ENCODER) for given in state)
     for given, value in state.items():
         name = _unwrapped(str(given))
+        if name.endswith(INDEX_BUFFER):  # of relative positions: it follows from the shapes
+            unexpected.append(name)
+            continue
         if is_network and (name in UNUSED or not isinstance(value, Tensor)):
             unexpected.append(name)
             continue
