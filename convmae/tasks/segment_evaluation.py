@@ -79,7 +79,7 @@ class SegmentFigures:
         matrix: int64 `[K, K]`, pixels by true (rows) and predicted class.
         by_class: `iou` and `acc` of each class, per cent; NaN where there is no such pixel.
         targets: true targets, where small targets are measured.
-        worst: the worst pictures that this process saw, with their scores, the worst first.
+        worst: the worst pictures, with their scores, the worst first.
     """
 
     scores: dict[str, float]
@@ -148,7 +148,9 @@ def evaluate_segments(
     scores["loss"] = loss / max(pixels, 1e-12)
     if unreadable:
         scores["unreadable"] = round(unreadable * world.size)
-    return SegmentFigures(scores, measures_matrix(measures, world), by_class, count, worst.kept)
+    kept = [entry for part in world.gather(worst.kept) for entry in part]
+    kept = sorted(kept, key=lambda entry: entry[0])[:WORST]
+    return SegmentFigures(scores, measures_matrix(measures, world), by_class, count, kept)
 
 
 def measures_matrix(measures: LabelMeasures, world: World) -> Tensor:
@@ -202,9 +204,7 @@ def _smaller(image: Tensor, truth: Tensor, prediction: Tensor, caption: str) -> 
     return ComparedPicture(image[:, ::step, ::step].clone(), true, predicted, caption)
 
 
-def details(
-    found: SegmentFigures, classes: Sequence[str], step: int, processes: int = 1
-) -> EvaluationDetails:
+def details(found: SegmentFigures, classes: Sequence[str], step: int) -> EvaluationDetails:
     """Tables and pictures of an evaluation, for the page of a run."""
     pixels = found.matrix.sum(1).tolist()
     rows = [
@@ -216,13 +216,12 @@ def details(
         ]
         for n, name in enumerate(classes)
     ]
-    seen = "" if processes == 1 else f", of those that process 1 of {processes} saw"
     pictures = {}
     if int(found.matrix.sum()):
         pictures["Confusion matrix"] = confusion_picture(found.matrix, classes)
     if found.worst:
         sheet = comparison_sheet([compared for _, compared in found.worst], [legend(classes)])
-        pictures[f"The worst pictures{seen}"] = sheet
+        pictures["The worst pictures"] = sheet
     columns = ["class", "IoU, %", "accuracy, %", "pixels"]
     return EvaluationDetails(
         step,
