@@ -19,7 +19,7 @@ from convmae.data.source import evenly_spaced
 from convmae.models import create_model
 from convmae.models.task_names import SEGMENT
 from convmae.records.folder import RunFolder
-from convmae.records.label_pictures import ComparedPicture, comparison_sheet, legend
+from convmae.records.label_pictures import ComparedPicture, comparison_sheet
 from convmae.records.scores import main_score
 from convmae.records.unreadable import UnreadableTally
 from convmae.tasks.accuracy import check_channels
@@ -263,7 +263,7 @@ class Segmentation(Task):
             name = photos.name(index).removeprefix(self.val.root)
             rows.append(ComparedPicture(image, truth, logits.argmax(1)[0].cpu(), name))
         run.model.train(was_training)
-        return comparison_sheet(rows, [legend(self.classes)]) if rows else None
+        return comparison_sheet(rows, self.classes) if rows else None
 
     # -- checkpoints ------------------------------------------------------------------------------
 

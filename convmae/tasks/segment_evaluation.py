@@ -16,7 +16,6 @@ from convmae.records.label_pictures import (
     ComparedPicture,
     comparison_sheet,
     confusion_picture,
-    legend,
 )
 from convmae.tasks.measures.label_measures import LabelMeasures, confusion_matrix, figures
 from convmae.tasks.measures.small_targets import SmallTargets
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from convmae.data import Batch, Failure, Source, Statistics
+    from convmae.data import Batch, Failure, PhotoSource, Statistics
     from convmae.training.distributed import World
 
 WORST = 6  # pictures that are kept to be shown
@@ -98,7 +97,7 @@ def evaluate_segments(
     statistics: Statistics,
     world: World,
     autocast: torch.autocast,
-    source: Source,
+    source: PhotoSource,
     small_targets: bool = False,
     failures: list[Failure] | None = None,
 ) -> SegmentFigures:
@@ -177,8 +176,8 @@ def _scores(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, list[flo
 class _Worst:
     """Keeps the pictures with the lowest mean IoU of the classes in them."""
 
-    def __init__(self, source: Source) -> None:
-        self.photos = getattr(source, "photos", None)
+    def __init__(self, source: PhotoSource) -> None:
+        self.photos, self.root = source.photos, source.root
         self.kept: list[tuple[float, ComparedPicture]] = []
 
     def look(self, batch: Batch, prediction: Tensor, truth: Tensor, num_classes: int) -> None:
@@ -190,7 +189,7 @@ class _Worst:
             if len(self.kept) == WORST and score >= self.kept[-1][0]:
                 continue
             index = int(batch.keys[place, 1])
-            name = "" if self.photos is None else self.photos.name(index)
+            name = self.photos.name(index).removeprefix(self.root)
             caption = f"{name}: mIoU {score:.1f} %"
             compared = _smaller(batch.images[place], real.cpu(), found.cpu(), caption)
             self.kept.append((score, compared))
@@ -220,7 +219,7 @@ def details(found: SegmentFigures, classes: Sequence[str], step: int) -> Evaluat
     if int(found.matrix.sum()):
         pictures["Confusion matrix"] = confusion_picture(found.matrix, classes)
     if found.worst:
-        sheet = comparison_sheet([compared for _, compared in found.worst], [legend(classes)])
+        sheet = comparison_sheet([compared for _, compared in found.worst], classes)
         pictures["The worst pictures"] = sheet
     columns = ["class", "IoU, %", "accuracy, %", "pixels"]
     return EvaluationDetails(
