@@ -30,6 +30,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from convmae.records.log import read_log
+
 # words of the command, and the option that takes weights to start from
 TASKS = {
     "finetune": (["finetune"], "--finetune"),
@@ -38,7 +40,7 @@ TASKS = {
     "detect": (["detect", "train"], "--init"),
 }
 RANDOM = "random"
-NOT_METRICS = ("event", "step", "epoch")
+NOT_METRICS = ("event", "step", "epoch", "seconds")
 SET_HERE = ("--config", "--data_path", "--seed", "--output_dir", "--resume", "--init", "--finetune")
 INTERRUPTED = "interrupted; go on with"  # what a run prints that a signal has ended early
 
@@ -139,11 +141,14 @@ def execute(arguments: list[str], output: Path) -> tuple[int, str]:
             text=True,
         )
         assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            print(line, end="", flush=True)
-            lines.append(line)
+        try:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                print(line, end="", flush=True)
+                lines.append(line)
+        except KeyboardInterrupt:  # the run got it too, and saves
+            raise SystemExit(process.wait()) from None
     return process.wait(), "".join(lines)
 
 
@@ -153,9 +158,7 @@ def result_of(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: there is none.
     """
-    entries = []
-    for line in (folder / "log.txt").read_text().splitlines():
-        entries.append(json.loads(line))
+    entries = read_log(folder)
     evaluations = [entry for entry in entries if entry.get("event") == "evaluation"]
     if not evaluations:
         raise ValueError(f"{folder / 'log.txt'} has no evaluation")
