@@ -153,7 +153,7 @@ def execute(arguments: list[str], output: Path) -> tuple[int, str]:
 
 
 def result_of(folder: Path) -> dict[str, Any]:
-    """The evaluations in a run's log, and the seconds of its last process.
+    """The evaluations in a run's log, and the seconds that its last process trained.
 
     Raises:
         ValueError: there is none.
@@ -162,7 +162,7 @@ def result_of(folder: Path) -> dict[str, Any]:
     evaluations = [entry for entry in entries if entry.get("event") == "evaluation"]
     if not evaluations:
         raise ValueError(f"{folder / 'log.txt'} has no evaluation")
-    seconds = [entry["seconds"] for entry in entries if "loss" in entry and "seconds" in entry]
+    seconds = [e["seconds"] for e in entries if "event" not in e and "seconds" in e]
     return {
         "evaluations": evaluations,
         "seconds": seconds[-1] if seconds else None,

@@ -32,6 +32,7 @@ class Runs:
             {"step": 8, "epoch": 1.0, "loss": 1.0, "seconds": 60.0},
             {"event": "evaluation", "step": 8, "epoch": 1.0, "acc1": 50.0 + seed + better},
         ]
+        lines[-1] |= {"loss": 0.5, "seconds": 7.0}  # of the evaluation itself
         (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return 0, self.printed
 
@@ -66,6 +67,7 @@ def test_commands_and_table(arguments, tmp_path, task, words, option):
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "| | random | mae |" in text
     assert "| acc1 | **51** ± 1.4 (50, 52) | **61** ± 1.4 (60, 62) |" in text
+    assert "| loss | **0.5** ± 0 (0.5, 0.5)" in text and "| seconds" not in text
     assert "| minutes of training | **1** ± 0 (1, 1) | **1** ± 0 (1, 1) |" in text
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [len(run["evaluations"]) for run in content["runs"]] == [2] * 4
