@@ -123,8 +123,8 @@ class Detector(nn.Module):
                 f"anchor_sizes must be {len(self.strides)} numbers, one for each map of the "
                 f"pyramid (strides {self.strides}), got {list(anchor_sizes)}"
             )
-        self.rpn = _proposal_network(self.config, self.strides)
-        self.roi_heads = _region_heads(self.config, self.strides)
+        self.rpn: Any = _proposal_network(self.config, self.strides)
+        self.roi_heads: Any = _region_heads(self.config, self.strides)
 
     def forward(
         self,
