@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         full_name,
         list_models,
     )
+    from convmae.models.dense_tasks.detector import Detector, create_detector
     from convmae.records.parts import WriteError
     from convmae.records.report import write_report
     from convmae.tasks.finetune import finetune
@@ -85,6 +86,7 @@ _MODULES = {
         *("ConvMAE", "ConvMAEOutput", "ConvViT", "FCMAE", "FastConvMAE", "Reconstruction"),
         *("SparK", "create_model", "full_name", "list_models"),
     ),
+    "models.dense_tasks.detector": ("Detector", "create_detector"),
     "records.parts": ("WriteError",),
     "records.report": ("write_report",),
     "tasks.finetune": ("finetune",),
@@ -104,6 +106,7 @@ __all__ = [
     "ConvViT",
     "ConvertConfig",
     "DataError",
+    "Detector",
     "EmbedConfig",
     "EvaluateConfig",
     "FCMAE",
@@ -129,6 +132,7 @@ __all__ = [
     "WriteError",
     "__version__",
     "convert",
+    "create_detector",
     "create_model",
     "embed",
     "evaluate",

@@ -45,8 +45,8 @@ def list_models(pattern: str = "*") -> list[str]:
 
     Args:
         pattern: for example `"convmae_*"`; `"timm:*"` are the networks of timm, transformers among
-            them, which `create_model` refuses; `"segment:*"` and
-            `"detect:*"` those that can segment and detect.
+            them, which `create_model` refuses; `"segment:*"` and `"detect:*"` those that can
+            segment and detect.
     """
     task, bare = split_task(pattern)
     if task:
@@ -117,3 +117,9 @@ def _create_segmenter(name: str, **options: Any) -> Any:
     from convmae.models.dense_tasks.segmenter import create_segmenter
 
     return create_segmenter(name, **options)
+
+
+def _create_detector(name: str, **options: Any) -> Any:
+    from convmae.models.dense_tasks.detector import create_detector
+
+    return create_detector(name, **options)
