@@ -10,7 +10,7 @@ from typing import Any
 from convmae.models.cnn import names
 from convmae.models.convmae import ConvMAE
 from convmae.models.convvit import ConvViT
-from convmae.models.task_names import SEGMENT, split_task
+from convmae.models.task_names import DETECT, SEGMENT, split_task
 from convmae.models.fastconvmae import FastConvMAE
 from convmae.models.sizes import SIZES
 
@@ -45,7 +45,8 @@ def list_models(pattern: str = "*") -> list[str]:
 
     Args:
         pattern: for example `"convmae_*"`; `"timm:*"` are the networks of timm, transformers among
-            them, which `create_model` refuses; `"segment:*"` those that can segment.
+            them, which `create_model` refuses; `"segment:*"` and
+            `"detect:*"` those that can segment and detect.
     """
     task, bare = split_task(pattern)
     if task:
@@ -67,13 +68,13 @@ def create_model(name: str, **overrides: Any) -> Any:
 
     Args:
         name: `convmae_{tiny,small,base,large,huge}` and `fastconvmae_{...}` to pretrain,
-            `convvit_{...}` to classify, `segment:convvit_{...}` to segment; or the official
-            `convmae_convvit_base_patch16`, `fastconvmae_convvit_base_patch16`, either of them with
-            `_dec512d8b`, or `convvit_base_patch16`. Base is the official size, tiny is ours; small,
-            large and huge are sizes of third-party code, as there are no official ones. Or `timm:`
-            and the name of a convolutional network of timm: with `method="spark"` or `"fcmae"` to
-            pretrain it, with `num_classes=...` to classify, and with `segment:` before it to
-            segment.
+            `convvit_{...}` to classify, `segment:convvit_{...}` to segment and
+            `detect:convvit_{...}` to detect; or the official `convmae_convvit_base_patch16`,
+            `fastconvmae_convvit_base_patch16`, either of them with `_dec512d8b`, or
+            `convvit_base_patch16`. Base is the official size, tiny is ours; small, large and huge
+            are sizes of third-party code, as there are no official ones. Or `timm:` and the name
+            of a convolutional network of timm: with `method="spark"` or `"fcmae"` to pretrain it,
+            with `num_classes=...` to classify, and with `segment:` or `detect:` before it.
         **overrides: any argument of the model's class, such as `img_size=(128, 256)`.
 
     Raises:
@@ -85,6 +86,8 @@ def create_model(name: str, **overrides: Any) -> Any:
     known_name = full_name(str(name))
     if known_name.startswith(SEGMENT):
         return _create_segmenter(known_name, **overrides)
+    if known_name.startswith(DETECT):
+        return _create_detector(known_name, **overrides)
     if known_name not in MODELS:
         close = difflib.get_close_matches(str(name), [*MODELS, *ALIASES])
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(MODELS)}"
@@ -102,6 +105,12 @@ def _create_timm_model(name: str, method: str | None = None, **options: Any) -> 
     from convmae.models.cnn.classifier import create_classifier
 
     return create_classifier(name, **options)
+
+
+def _create_detector(name: str, **options: Any) -> Any:
+    from convmae.models.dense_tasks.detector import create_detector
+
+    return create_detector(name, **options)
 
 
 def _create_segmenter(name: str, **options: Any) -> Any:

@@ -69,6 +69,14 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every process, in every process, by their ranks."""
+        if not self.parallel:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def together(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches; an error in one process is raised in all, so that none waits for it.
 
@@ -94,9 +102,7 @@ class World:
             assert error is not None
             return error
         mine = None if error is None else (type(error), self.rank, error.with_flags)
-        all_errors: list[Any] = [None] * self.size
-        dist.all_gather_object(all_errors, mine)
-        kind, rank, text = next(entry for entry in all_errors if entry is not None)
+        kind, rank, text = next(entry for entry in self.gather(mine) if entry is not None)
         return error if error is not None else kind(f"in process {rank}: {text}")
 
 
