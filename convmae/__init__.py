@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         full_name,
         list_models,
     )
+    from convmae.models.dense_tasks.segmenter import Segmenter, create_segmenter
     from convmae.records.parts import WriteError
     from convmae.records.report import write_report
     from convmae.tasks.finetune import finetune
@@ -76,6 +77,7 @@ _MODULES = {
         *("ConvMAE", "ConvMAEOutput", "ConvViT", "FCMAE", "FastConvMAE", "Reconstruction"),
         *("SparK", "create_model", "full_name", "list_models"),
     ),
+    "models.dense_tasks.segmenter": ("Segmenter", "create_segmenter"),
     "records.parts": ("WriteError",),
     "records.report": ("write_report",),
     "tasks.finetune": ("finetune",),
@@ -108,6 +110,7 @@ __all__ = [
     "ReconstructConfig",
     "RowsSummary",
     "RunSummary",
+    "Segmenter",
     "SparK",
     "StatsConfig",
     "TrainingError",
@@ -117,6 +120,7 @@ __all__ = [
     "__version__",
     "convert",
     "create_model",
+    "create_segmenter",
     "embed",
     "evaluate",
     "finetune",
