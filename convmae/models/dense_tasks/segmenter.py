@@ -38,7 +38,7 @@ class Segmenter(nn.Module):
 
     The names of parameters are mmseg's: `backbone.*`, `decode_head.*`, `auxiliary_head.*`.
     It trains with batches of one picture too: a BatchNorm that gets a single value for each channel
-    then, behind the pooling of the whole map to 1 x 1, takes its running statistics.
+    then, behind the pooling of the whole map to 1 x 1, takes its running statistics, which stay.
 
     Args:
         backbone: a module, from images `[N, C, H, W]` to a list of maps, finest first; it tells

@@ -249,16 +249,3 @@ def test_layers_and_decay() -> None:
     assert {n for n in undecayed if n.startswith("backbone.")} == {"backbone.stages.0.bias"}
     assert {"decode_head.conv_seg.bias", "auxiliary_head.convs.0.bn.weight"} <= undecayed
     assert "decode_head.conv_seg.weight" not in undecayed
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_compiled_blocks_train_as_uncompiled_ones(batch: int) -> None:
-    images, labels = torch.randn(batch, 3, 64, 64), labels_of(batch, 64, 64)
-    losses = []
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        model = small(dropout=0.0).train()
-        if compiled:
-            model.compile_blocks(backend="eager")
-        losses.append(model(images, labels))
-    torch.testing.assert_close(losses[0], losses[1])

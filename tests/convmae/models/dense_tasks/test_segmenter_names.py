@@ -79,6 +79,16 @@ def test_a_checkpoint_gives_the_model_again(
     torch.testing.assert_close(loaded(images, labels), model(images, labels), rtol=0, atol=0)
 
 
+def test_other_commands_and_other_pictures_are_refused(tmp_path: Path) -> None:
+    save_weights(tmp_path, small(), "segment:convvit_tiny", pictures=convmae.data.IMAGENET)
+    for options in ({"img_size": 64}, {"in_chans": 1}):
+        with pytest.raises(ValueError, match="segment:convvit_tiny: it takes pictures of any size"):
+            convmae.load_model(tmp_path, **options)
+    config = convmae.PredictConfig(str(tmp_path), str(tmp_path))
+    with pytest.raises(convmae.OptionError, match="`convmae segment predict` and"):
+        convmae.predict(config)
+
+
 # -- training -------------------------------------------------------------------------------------
 
 
@@ -114,6 +124,23 @@ def test_layers_of_the_official_recipe() -> None:
     assert last == {"backbone", "decode_head", "auxiliary_head"}  # of the backbone its `fpn`
     undecayed = model.no_weight_decay()
     assert undecayed == {name for name, p in model.named_parameters() if p.dim() <= 1}
+
+
+def test_compiled_blocks_train_as_uncompiled_ones() -> None:
+    """One picture, whose coarsest map is of 1 x 1: a BatchNorm has a single value for a channel."""
+    images = torch.randn(1, 3, 64, 64)
+    labels = labels_like(images)
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = small(dropout=0.0).train()
+        if compiled:
+            model.compile_blocks(backend="eager")
+            parts = [m for m in model.modules() if m._compiled_call_impl is not None]
+            kinds = {type(part).__name__ for part in parts}
+            assert kinds == {"PatchEmbed", "ConvBlock", "MapBlock", "ConvNorm"}
+        losses.append(model(images, labels))
+    torch.testing.assert_close(losses[0], losses[1])
 
 
 # -- exported programs ----------------------------------------------------------------------------
