@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         list_models,
     )
     from convmae.models.dense_tasks.detector import Detector, create_detector
+    from convmae.models.dense_tasks.segmenter import Segmenter, create_segmenter
     from convmae.records.parts import WriteError
     from convmae.records.report import write_report
     from convmae.tasks.finetune import finetune
@@ -87,6 +88,7 @@ _MODULES = {
         *("SparK", "create_model", "full_name", "list_models"),
     ),
     "models.dense_tasks.detector": ("Detector", "create_detector"),
+    "models.dense_tasks.segmenter": ("Segmenter", "create_segmenter"),
     "records.parts": ("WriteError",),
     "records.report": ("write_report",),
     "tasks.finetune": ("finetune",),
@@ -124,6 +126,7 @@ __all__ = [
     "SegmentEvaluateConfig",
     "SegmentPredictConfig",
     "SegmentTrainConfig",
+    "Segmenter",
     "SparK",
     "StatsConfig",
     "TrainingError",
@@ -134,6 +137,7 @@ __all__ = [
     "convert",
     "create_detector",
     "create_model",
+    "create_segmenter",
     "embed",
     "evaluate",
     "finetune",
