@@ -10,9 +10,9 @@ from typing import Any
 from convmae.models.cnn import names
 from convmae.models.convmae import ConvMAE
 from convmae.models.convvit import ConvViT
-from convmae.models.task_names import DETECT, SEGMENT, split_task
 from convmae.models.fastconvmae import FastConvMAE
 from convmae.models.sizes import SIZES
+from convmae.models.task_names import DETECT, SEGMENT, split_task
 
 DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 TINY_DECODER = {"decoder_embed_dim": 192, "decoder_depth": 2, "decoder_num_heads": 6}
@@ -45,8 +45,8 @@ def list_models(pattern: str = "*") -> list[str]:
 
     Args:
         pattern: for example `"convmae_*"`; `"timm:*"` are the networks of timm, transformers among
-            them, which `create_model` refuses; `"segment:*"` and
-            `"detect:*"` those that can segment and detect.
+            them, which `create_model` refuses; `"segment:*"` and `"detect:*"` those that can
+            segment and detect.
     """
     task, bare = split_task(pattern)
     if task:
@@ -117,3 +117,9 @@ def _create_segmenter(name: str, **options: Any) -> Any:
     from convmae.models.dense_tasks.segmenter import create_segmenter
 
     return create_segmenter(name, **options)
+
+
+def _create_detector(name: str, **options: Any) -> Any:
+    from convmae.models.dense_tasks.detector import create_detector
+
+    return create_detector(name, **options)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from convmae.models.cnn.names import check_arguments, is_timm_name
 from convmae.models.dense_tasks.targets import clip_targets
+from convmae.models.task_names import DETECT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     Target = dict[str, Tensor]
     Sizes = list[tuple[int, int]]
 
-PREFIX = "detect:"
 PYRAMIDS = ("fpn", "simple")
 PAD_MULTIPLE = 32  # heights and widths of batches are padded to multiples of it
 LEVELS_WITHOUT_REGIONS = 1  # the coarsest map of the pyramid only proposes
@@ -123,8 +123,8 @@ class Detector(nn.Module):
                 f"anchor_sizes must be {len(self.strides)} numbers, one for each map of the "
                 f"pyramid (strides {self.strides}), got {list(anchor_sizes)}"
             )
-        self.rpn = _proposal_network(self.config, self.strides)
-        self.roi_heads = _region_heads(self.config, self.strides)
+        self.rpn: Any = _proposal_network(self.config, self.strides)
+        self.roi_heads: Any = _region_heads(self.config, self.strides)
 
     def forward(
         self,
@@ -305,6 +305,8 @@ def place_detections(
 def create_detector(name: str, num_classes: int, **options: Any) -> Detector:
     """`Detector(create_backbone(name, kind, ...), num_classes, ...)`, with fresh parameters.
 
+    `convmae.create_model("detect:" + name, num_classes=...)` is the same.
+
     Args:
         name: `convvit_{tiny,small,base,large,huge}` or `timm:` and the name of a network of timm;
             with or without `detect:` before it.
@@ -319,14 +321,14 @@ def create_detector(name: str, num_classes: int, **options: Any) -> Detector:
     """
     from convmae.models.dense_tasks.creation import SIZE_OPTIONS, create_backbone
 
-    bare = name.removeprefix(PREFIX)
+    bare = name.removeprefix(DETECT)
     of_backbone = [
         parameter.name
         for parameter in inspect.signature(create_backbone).parameters.values()
         if parameter.name != "name" and parameter.kind is not parameter.VAR_KEYWORD
     ]
     of_backbone += SIZE_OPTIONS
-    check_arguments(PREFIX + bare, options, [*of_backbone, *_ARGUMENTS])
+    check_arguments(DETECT + bare, options, [*of_backbone, *_ARGUMENTS])
     defaults: dict[str, Any] = {"kind": "detection", "img_size": 1024, "in_chans": 3}
     trunk = defaults | {key: options[key] for key in of_backbone if key in options}
     heads = {key: value for key, value in options.items() if key in _ARGUMENTS}

@@ -173,6 +173,8 @@ def test_a_second_picture_becomes_channels(tmp_path: Path) -> None:
     write(tmp_path / "train" / "ir" / "n1.png", classes[:-2] * 100)
     with pytest.raises(UnreadableError, match="40 x 56 pixels, but .*ir/n1.png has 38 x 56"):
         source.photos.load(1)
+    with pytest.raises(DataError, match="n1.png: it has 40 x 56 pixels, but .*ir/n1.png has 38 x"):
+        survey_label_maps(source, "the data")
     (tmp_path / "train" / "ir" / "n0.png").unlink()
     with pytest.raises(DataError, match="1 of 2 second pictures are missing .*: n0;"):
         opened(tmp_path, second_images="ir")
