@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from convmae.commands.inference import RowsSummary
     from convmae.commands.predict import predict
     from convmae.commands.reconstruct import reconstruct
+    from convmae.commands.segment_evaluate import segment_evaluate
+    from convmae.commands.segment_predict import segment_predict
     from convmae.commands.stats import stats
     from convmae.config import (
         ConvertConfig,
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
         PredictConfig,
         PretrainConfig,
         ReconstructConfig,
+        SegmentEvaluateConfig,
+        SegmentPredictConfig,
+        SegmentTrainConfig,
         StatsConfig,
         WeightsError,
         WeightsWarning,
@@ -51,6 +56,7 @@ if TYPE_CHECKING:
     from convmae.tasks.finetune import finetune
     from convmae.tasks.pretrain import pretrain
     from convmae.tasks.probe import linprobe
+    from convmae.tasks.segment import segment_train
     from convmae.training.run import RunSummary
     from convmae.training.state import TrainingError
     from convmae.weights.checkpoint import load_model, open_weights
@@ -65,10 +71,13 @@ _MODULES = {
     "commands.inference": ("RowsSummary",),
     "commands.predict": ("predict",),
     "commands.reconstruct": ("reconstruct",),
+    "commands.segment_evaluate": ("segment_evaluate",),
+    "commands.segment_predict": ("segment_predict",),
     "commands.stats": ("stats",),
     "config": (
         *("ConvertConfig", "EmbedConfig", "EvaluateConfig", "FinetuneConfig", "LinprobeConfig"),
         *("OptionError", "PredictConfig", "PretrainConfig", "ReconstructConfig", "StatsConfig"),
+        *("SegmentEvaluateConfig", "SegmentPredictConfig", "SegmentTrainConfig"),
         *("WeightsError", "WeightsWarning"),
     ),
     "data": ("DataError", "LoadingError", "normalise"),
@@ -81,6 +90,7 @@ _MODULES = {
     "tasks.finetune": ("finetune",),
     "tasks.pretrain": ("pretrain",),
     "tasks.probe": ("linprobe",),
+    "tasks.segment": ("segment_train",),
     "training.run": ("RunSummary",),
     "training.state": ("TrainingError",),
     "weights.checkpoint": ("load_model", "open_weights"),
@@ -108,6 +118,9 @@ __all__ = [
     "ReconstructConfig",
     "RowsSummary",
     "RunSummary",
+    "SegmentEvaluateConfig",
+    "SegmentPredictConfig",
+    "SegmentTrainConfig",
     "SparK",
     "StatsConfig",
     "TrainingError",
@@ -131,6 +144,9 @@ __all__ = [
     "pretrain",
     "reconstruct",
     "register_timm",
+    "segment_evaluate",
+    "segment_predict",
+    "segment_train",
     "stats",
     "write_report",
 ]

@@ -90,14 +90,15 @@ class SegmentTransform(_Labelled):
     """A random scale, a crop, a flip, colours distorted, and padding: the published pipeline.
 
     The picture is resized (bilinear, antialiased; the label map by the nearest pixel) so that its
-    short side is `short * r`, `r` uniform in `scale`, and its long side at most four times that. Of
+    short side is `short * r`, `r` uniform in `scale`, and its long side at most four times that; or
+    by the factor `r`, where `short` is None. Of
     up to ten random crops the first is taken in which no class has more than 75 % of the labelled
     pixels; the tenth, if none is such. What a crop lacks is padded at the right and at the bottom,
     the label map with 255.
 
     Args:
         size: `(H, W)` of the crops in pixels.
-        short: pixels of the short side at `r = 1`; None keeps the picture's own.
+        short: pixels of the short side at `r = 1`; None keeps the picture's own size there.
         scale: range of `r`.
         hflip: share of the crops that is flipped left to right.
         distort: change brightness, contrast, saturation and hue of 8-bit pictures of 3 channels, by
@@ -137,8 +138,10 @@ class SegmentTransform(_Labelled):
         low, high = self.scale
         ratio = float(torch.empty(()).uniform_(low, high)) if high > low else low
         before = (image.shape[1], image.shape[2])
-        short = min(before) if self.short is None else self.short
-        size = fitted_size(before, short * ratio)
+        if self.short is None:
+            size = (max(1, round(before[0] * ratio)), max(1, round(before[1] * ratio)))
+        else:
+            size = fitted_size(before, self.short * ratio)
         if size == before:
             return image, labels
         near = F.interpolate(labels[None, None], size=size, mode="nearest-exact")

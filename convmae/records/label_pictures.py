@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CELL = 220  # pixels of the longer side of a picture on a sheet
-GAP, LINE = 6, 18
+GAP, LINE, SQUARE = 6, 18, 11
 STRENGTH = 0.55  # of the colours in an overlay
-MOST_NAMED = 40  # classes that a confusion matrix has names for
+MOST_NAMED = 40  # classes that a sheet or a confusion matrix has names for
 HEADINGS = ("picture", "truth", "prediction")
 
 
@@ -63,35 +63,61 @@ def to_show(image: Tensor) -> np.ndarray:
 
 
 def overlay(picture: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The colours of classes over a picture, uint8 `[h, w, 3]`; not of class 0 and 255."""
+    """The picture in grey with classes in colours over it, uint8 `[h, w, 3]`; not 0 and 255."""
+    picture = np.repeat(picture.mean(-1, keepdims=True), 3, -1)
     covered = ((classes != 0) & (classes != IGNORED))[..., None]
     mixed = (1 - STRENGTH) * picture + STRENGTH * COLOURS[classes]
     return np.where(covered, mixed, picture).astype(np.uint8)
 
 
-def comparison_sheet(rows: Sequence[ComparedPicture], notes: Sequence[str] = ()) -> PILImage.Image:
-    """One row a picture: the picture, the truth over it, the prediction over it; captions below."""
+def comparison_sheet(rows: Sequence[ComparedPicture], classes: Sequence[str]) -> PILImage.Image:
+    """One row a picture: the picture, its true and its predicted classes; then what colours mean.
+
+    Args:
+        rows: at least one.
+        classes: names, from class 0 on.
+    """
     from PIL import Image, ImageDraw
 
     cells = [_row(row) for row in rows]
     pitch = max(cell.width for row in cells for cell in row) + GAP
+    width = GAP + len(HEADINGS) * pitch
+    key = _colour_key(classes, width)
     heights = [row[0].height + LINE + GAP for row in cells]
-    size = (GAP + 3 * pitch, LINE + GAP + sum(heights) + LINE * len(notes))
-    sheet = Image.new("RGB", size, (255, 255, 255))
+    top = LINE + GAP
+    sheet = Image.new("RGB", (width, top + sum(heights) + key.height), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     for column, heading in enumerate(HEADINGS):
         draw.text((GAP + column * pitch, 3), heading, fill=(0, 0, 0))
-    top = LINE + GAP
     for row, compared, height in zip(cells, rows, heights, strict=True):
         for column, cell in enumerate(row):
             sheet.paste(cell, (GAP + column * pitch, top))
-        caption = _fitting(draw, compared.caption, size[0] - 2 * GAP)
+        caption = _fitting(draw, compared.caption, width - 2 * GAP)
         draw.text((GAP, top + row[0].height + 3), caption, fill=(90, 90, 90))
         top += height
-    for note in notes:
-        draw.text((GAP, top), _fitting(draw, note, size[0] - 2 * GAP), fill=(160, 0, 0))
-        top += LINE
+    sheet.paste(key, (0, top))
     return sheet
+
+
+def _colour_key(classes: Sequence[str], width: int) -> PILImage.Image:
+    """A square in the colour of each of the first `MOST_NAMED` classes, and its name beside it."""
+    from PIL import Image, ImageDraw
+
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    names = [f"{number} {name}" for number, name in enumerate(classes[:MOST_NAMED])]
+    places, left, line = [], GAP, 0
+    for name in names:
+        room = SQUARE + 4 + int(draw.textlength(name)) + 2 * GAP
+        if left > GAP and left + room > width:
+            left, line = GAP, line + 1
+        places.append((left, line * LINE))
+        left += room
+    key = Image.new("RGB", (width, (line + 1) * LINE + GAP), (255, 255, 255))
+    draw = ImageDraw.Draw(key)
+    for number, (name, (x, y)) in enumerate(zip(names, places, strict=True)):
+        draw.rectangle((x, y + 2, x + SQUARE, y + 2 + SQUARE), fill=tuple(COLOURS[number].tolist()))
+        draw.text((x + SQUARE + 4, y + 2), name, fill=(0, 0, 0))
+    return key
 
 
 def _row(row: ComparedPicture) -> list[PILImage.Image]:
@@ -114,11 +140,6 @@ def _fitting(draw: object, text: str, room: int) -> str:
     while text and length(text) > room:
         text = "..." + text.removeprefix("...")[1:]
     return text
-
-
-def legend(names: Sequence[str]) -> str:
-    """The numbers and names of classes in a line."""
-    return ", ".join(f"{number} {name}" for number, name in enumerate(names))
 
 
 def confusion_picture(matrix: Tensor, names: Sequence[str]) -> PILImage.Image:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import OptionError
+from convmae.config import OptionError, for_option
 from convmae.data import DataError, full_scale, normalise
 from convmae.data.classes import listed
 from convmae.data.label_maps import LabelMapPhotos, open_label_maps
@@ -19,7 +19,7 @@ from convmae.data.source import evenly_spaced
 from convmae.models import create_model
 from convmae.models.task_names import SEGMENT
 from convmae.records.folder import RunFolder
-from convmae.records.label_pictures import ComparedPicture, comparison_sheet, legend
+from convmae.records.label_pictures import ComparedPicture, comparison_sheet
 from convmae.records.scores import main_score
 from convmae.records.unreadable import UnreadableTally
 from convmae.tasks.accuracy import check_channels
@@ -30,6 +30,8 @@ from convmae.training.run import RunSummary, run_task
 from convmae.training.saving import save_best
 from convmae.training.task import Task
 from convmae.weights.checkpoint import WEIGHTS
+from convmae.weights.dense_names import backbone_of, load_trunk
+from convmae.weights.foreign import open_foreign
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from convmae.training.distributed import World
     from convmae.training.state import Run
     from convmae.weights.checkpoint import Weights
+    from convmae.weights.foreign import ForeignWeights
 
 BETAS = (0.9, 0.999)
 PREVIEWS = 6  # pictures of the val split that are drawn with each checkpoint
@@ -77,8 +80,9 @@ class Segmentation(Task):
 
     def __init__(self) -> None:
         self.best: float | None = None
-        self.statistics_learnt: Statistics | None = None
-        self.statistics_used: Statistics | None = None
+        self.initial: ForeignWeights | None = None
+        self.initial_statistics: Statistics | None = None
+        self.used_statistics: Statistics | None = None  # known when the run begins
         self.notes: list[str] = []
 
     # -- data -------------------------------------------------------------------------------------
@@ -107,9 +111,9 @@ class Segmentation(Task):
 
     def transform(self, config: SegmentTrainConfig) -> Any:
         fill = None
-        if self.statistics_used is not None:  # known when the run begins
+        if self.used_statistics is not None:
             scale = full_scale(self.train.dtype)
-            fill = [scale * mean for mean in self.statistics_used.mean]
+            fill = [scale * mean for mean in self.used_statistics.mean]
         return SegmentTransform(
             config.size,
             config.short,
@@ -124,7 +128,12 @@ class Segmentation(Task):
 
     def build(self, config: Any, source: Source) -> tuple[nn.Module, str, list[str]]:
         assert self.classes is not None
-        name = SEGMENT + (config.model or self._model_of_init(config) or "convvit_base")
+        initial = self._initial(config)
+        known = config.model
+        if known is None and initial is not None:
+            with for_option("init"):
+                known = backbone_of(initial)
+        name = SEGMENT + (known or "convvit_base")
         model = self._create(name, config, source.channels)
         check_channels(self.val, model, config.data_path)
         self.val_tally = UnreadableTally(self.val, config.max_unreadable)
@@ -132,16 +141,27 @@ class Segmentation(Task):
         notes += [f"note: {left_out} (val)" for left_out in self.val.left_out]
         if config.distort and (source.channels, source.dtype) != (3, torch.uint8):
             notes.append("note: --distort has no effect: it is for 8-bit pictures of 3 channels")
-        notes += self._start(config, model)
-        return model, name, notes
+        if initial is None:
+            return model, name, [*notes, "starting from random weights (no --init)"]
+        with for_option("init"):
+            report = load_trunk(model.backbone, initial, config.adapt_input)
+        learnt = report.statistics
+        if learnt is not None and len(learnt.mean) == source.channels:
+            self.initial_statistics = learnt
+        return model, name, [*notes, *report.lines()]
 
-    def _model_of_init(self, config: SegmentTrainConfig) -> str | None:
-        """The backbone that the weights to start from are of."""
-        return None
+    def learnt_reading(self, config: SegmentTrainConfig) -> ReadOptions | None:
+        self.initial = self._initial(config)
+        ours = None if self.initial is None else self.initial.ours
+        return None if ours is None else ours.reading
 
-    def _start(self, config: SegmentTrainConfig, model: Any) -> list[str]:
-        """Gives the model the weights to start from; what to tell about it."""
-        return ["starting from random weights (no --init)"]
+    def _initial(self, config: SegmentTrainConfig) -> ForeignWeights | None:
+        """The weights to start from, opened once; `build` lets go of them."""
+        initial, self.initial = self.initial, None
+        if initial is None and config.init is not None:
+            with for_option("init"):
+                initial = open_foreign(config.init)
+        return initial
 
     def _create(self, name: str, config: SegmentTrainConfig, channels: int) -> Any:
         assert self.classes is not None
@@ -162,7 +182,7 @@ class Segmentation(Task):
             raise OptionError(f"--{flag}{error}") from error
 
     def statistics(self, config: SegmentTrainConfig) -> Statistics | None:
-        return self.statistics_learnt
+        return self.initial_statistics
 
     def groups(self, model: nn.Module, config: SegmentTrainConfig) -> Groups:
         return layered_groups(model, config.weight_decay, config.layer_decay)
@@ -173,7 +193,7 @@ class Segmentation(Task):
     # -- training ---------------------------------------------------------------------------------
 
     def begin(self, run: Run) -> None:
-        self.statistics_used = run.statistics
+        self.used_statistics = run.statistics
 
     def loss(self, run: Run, batch: Batch, images: Tensor) -> Tensor:
         labels = batch.targets.to(images.device, non_blocking=True)
@@ -217,7 +237,7 @@ class Segmentation(Task):
         log.evaluation(run.step, run.epoch, scores)
         if run.world.main:
             try:
-                details(found, self.classes, run.step, run.world.size).write(run.folder.evaluation)
+                details(found, self.classes, run.step).write(run.folder.evaluation)
             except OSError as error:
                 log.say(f"warning: the details of this evaluation were not written: {error}")
         main = "iou" if config.metrics == "small-targets" else main_score(scores)
@@ -243,7 +263,7 @@ class Segmentation(Task):
             name = photos.name(index).removeprefix(self.val.root)
             rows.append(ComparedPicture(image, truth, logits.argmax(1)[0].cpu(), name))
         run.model.train(was_training)
-        return comparison_sheet(rows, [legend(self.classes)]) if rows else None
+        return comparison_sheet(rows, self.classes) if rows else None
 
     # -- checkpoints ------------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ from convmae.records.label_pictures import (
     ComparedPicture,
     comparison_sheet,
     confusion_picture,
-    legend,
 )
 from convmae.tasks.measures.label_measures import LabelMeasures, confusion_matrix, figures
 from convmae.tasks.measures.small_targets import SmallTargets
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from convmae.data import Batch, Failure, Source, Statistics
+    from convmae.data import Batch, Failure, PhotoSource, Statistics
     from convmae.training.distributed import World
 
 WORST = 6  # pictures that are kept to be shown
@@ -79,7 +78,7 @@ class SegmentFigures:
         matrix: int64 `[K, K]`, pixels by true (rows) and predicted class.
         by_class: `iou` and `acc` of each class, per cent; NaN where there is no such pixel.
         targets: true targets, where small targets are measured.
-        worst: the worst pictures that this process saw, with their scores, the worst first.
+        worst: the worst pictures, with their scores, the worst first.
     """
 
     scores: dict[str, float]
@@ -98,7 +97,7 @@ def evaluate_segments(
     statistics: Statistics,
     world: World,
     autocast: torch.autocast,
-    source: Source,
+    source: PhotoSource,
     small_targets: bool = False,
     failures: list[Failure] | None = None,
 ) -> SegmentFigures:
@@ -148,7 +147,9 @@ def evaluate_segments(
     scores["loss"] = loss / max(pixels, 1e-12)
     if unreadable:
         scores["unreadable"] = round(unreadable * world.size)
-    return SegmentFigures(scores, measures_matrix(measures, world), by_class, count, worst.kept)
+    kept = [entry for part in world.gather(worst.kept) for entry in part]
+    kept = sorted(kept, key=lambda entry: entry[0])[:WORST]
+    return SegmentFigures(scores, measures_matrix(measures, world), by_class, count, kept)
 
 
 def measures_matrix(measures: LabelMeasures, world: World) -> Tensor:
@@ -175,8 +176,8 @@ def _scores(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, list[flo
 class _Worst:
     """Keeps the pictures with the lowest mean IoU of the classes in them."""
 
-    def __init__(self, source: Source) -> None:
-        self.photos = getattr(source, "photos", None)
+    def __init__(self, source: PhotoSource) -> None:
+        self.photos, self.root = source.photos, source.root
         self.kept: list[tuple[float, ComparedPicture]] = []
 
     def look(self, batch: Batch, prediction: Tensor, truth: Tensor, num_classes: int) -> None:
@@ -188,7 +189,7 @@ class _Worst:
             if len(self.kept) == WORST and score >= self.kept[-1][0]:
                 continue
             index = int(batch.keys[place, 1])
-            name = "" if self.photos is None else self.photos.name(index)
+            name = self.photos.name(index).removeprefix(self.root)
             caption = f"{name}: mIoU {score:.1f} %"
             compared = _smaller(batch.images[place], real.cpu(), found.cpu(), caption)
             self.kept.append((score, compared))
@@ -202,9 +203,7 @@ def _smaller(image: Tensor, truth: Tensor, prediction: Tensor, caption: str) -> 
     return ComparedPicture(image[:, ::step, ::step].clone(), true, predicted, caption)
 
 
-def details(
-    found: SegmentFigures, classes: Sequence[str], step: int, processes: int = 1
-) -> EvaluationDetails:
+def details(found: SegmentFigures, classes: Sequence[str], step: int) -> EvaluationDetails:
     """Tables and pictures of an evaluation, for the page of a run."""
     pixels = found.matrix.sum(1).tolist()
     rows = [
@@ -216,13 +215,12 @@ def details(
         ]
         for n, name in enumerate(classes)
     ]
-    seen = "" if processes == 1 else f", of those that process 1 of {processes} saw"
     pictures = {}
     if int(found.matrix.sum()):
         pictures["Confusion matrix"] = confusion_picture(found.matrix, classes)
     if found.worst:
-        sheet = comparison_sheet([compared for _, compared in found.worst], [legend(classes)])
-        pictures[f"The worst pictures{seen}"] = sheet
+        sheet = comparison_sheet([compared for _, compared in found.worst], classes)
+        pictures["The worst pictures"] = sheet
     columns = ["class", "IoU, %", "accuracy, %", "pixels"]
     return EvaluationDetails(
         step,

@@ -239,11 +239,10 @@ def find_files(places: Places, options: LabelMapConfig) -> Files:
     if places.second is not None:
         _check_there(chosen, second, "second pictures", places.second, belonging)
     notes = [left_out] if left_out.total else []
-    extra = LeftOut("label maps without a picture")
     if places.names is None:
         for name in sorted(set(labels) - set(images)):
-            extra.add("in " + str(places.labels), labels[name][0].name)
-    notes += [extra] if extra.total else []
+            unread.add("without a picture", labels[name][0].name)
+    notes += [unread] if unread.total else []
     return Files(
         [images[name][0] for name in chosen],
         [labels[name][0] for name in chosen],

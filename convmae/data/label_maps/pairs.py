@@ -333,8 +333,10 @@ def _look_at(
             values = read_label_map(photos.labels[index], photos.reading)
         except UnreadableError as error:
             return error
-        name = photos.name(index)
-        if name not in known:
+        names = [photos.name(index)]
+        if isinstance(photos.photos, StackedPhotos):
+            names.append(photos.photos.second.name(index))
+        for name in names if names[0] not in known else ():
             try:
                 size = EncodedPicture(Path(name), photos.reading.pictures).size()
             except UnreadableError:

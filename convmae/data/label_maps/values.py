@@ -164,10 +164,10 @@ def _classes_of_colours(values: np.ndarray, palette: Palette) -> np.ndarray:
     if unknown.any():
         row, column = (int(axis[0]) for axis in np.nonzero(unknown))
         colour = " ".join(map(str, values[row, column].tolist()))
+        count = int(unknown.sum())
         raise LabelError(
             f"the colour {colour} (row {row}, column {column}) is not in --palette "
-            f"{palette.path!r}, nor are those of {int(unknown.sum()) - 1:,} pixels more; expected "
-            "the colours of that file alone"
+            f"{palette.path!r}; {count:,} of its {unknown.size:,} pixels have colours that are not"
         )
     return classes[places]
 
