@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from convmae.commands.inference import RowsSummary
     from convmae.commands.predict import predict
     from convmae.commands.reconstruct import reconstruct
+    from convmae.commands.segment_evaluate import segment_evaluate
+    from convmae.commands.segment_predict import segment_predict
     from convmae.commands.stats import stats
     from convmae.config import (
         ConvertConfig,
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
         PredictConfig,
         PretrainConfig,
         ReconstructConfig,
+        SegmentEvaluateConfig,
+        SegmentPredictConfig,
+        SegmentTrainConfig,
         StatsConfig,
         WeightsError,
         WeightsWarning,
@@ -46,11 +51,14 @@ if TYPE_CHECKING:
         full_name,
         list_models,
     )
+    from convmae.models.dense_tasks.detector import Detector, create_detector
+    from convmae.models.dense_tasks.segmenter import Segmenter, create_segmenter
     from convmae.records.parts import WriteError
     from convmae.records.report import write_report
     from convmae.tasks.finetune import finetune
     from convmae.tasks.pretrain import pretrain
     from convmae.tasks.probe import linprobe
+    from convmae.tasks.segment import segment_train
     from convmae.training.run import RunSummary
     from convmae.training.state import TrainingError
     from convmae.weights.checkpoint import load_model, open_weights
@@ -65,10 +73,13 @@ _MODULES = {
     "commands.inference": ("RowsSummary",),
     "commands.predict": ("predict",),
     "commands.reconstruct": ("reconstruct",),
+    "commands.segment_evaluate": ("segment_evaluate",),
+    "commands.segment_predict": ("segment_predict",),
     "commands.stats": ("stats",),
     "config": (
         *("ConvertConfig", "EmbedConfig", "EvaluateConfig", "FinetuneConfig", "LinprobeConfig"),
         *("OptionError", "PredictConfig", "PretrainConfig", "ReconstructConfig", "StatsConfig"),
+        *("SegmentEvaluateConfig", "SegmentPredictConfig", "SegmentTrainConfig"),
         *("WeightsError", "WeightsWarning"),
     ),
     "data": ("DataError", "LoadingError", "normalise"),
@@ -76,11 +87,14 @@ _MODULES = {
         *("ConvMAE", "ConvMAEOutput", "ConvViT", "FCMAE", "FastConvMAE", "Reconstruction"),
         *("SparK", "create_model", "full_name", "list_models"),
     ),
+    "models.dense_tasks.detector": ("Detector", "create_detector"),
+    "models.dense_tasks.segmenter": ("Segmenter", "create_segmenter"),
     "records.parts": ("WriteError",),
     "records.report": ("write_report",),
     "tasks.finetune": ("finetune",),
     "tasks.pretrain": ("pretrain",),
     "tasks.probe": ("linprobe",),
+    "tasks.segment": ("segment_train",),
     "training.run": ("RunSummary",),
     "training.state": ("TrainingError",),
     "weights.checkpoint": ("load_model", "open_weights"),
@@ -94,6 +108,7 @@ __all__ = [
     "ConvViT",
     "ConvertConfig",
     "DataError",
+    "Detector",
     "EmbedConfig",
     "EvaluateConfig",
     "FCMAE",
@@ -108,6 +123,10 @@ __all__ = [
     "ReconstructConfig",
     "RowsSummary",
     "RunSummary",
+    "SegmentEvaluateConfig",
+    "SegmentPredictConfig",
+    "SegmentTrainConfig",
+    "Segmenter",
     "SparK",
     "StatsConfig",
     "TrainingError",
@@ -116,7 +135,9 @@ __all__ = [
     "WriteError",
     "__version__",
     "convert",
+    "create_detector",
     "create_model",
+    "create_segmenter",
     "embed",
     "evaluate",
     "finetune",
@@ -131,6 +152,9 @@ __all__ = [
     "pretrain",
     "reconstruct",
     "register_timm",
+    "segment_evaluate",
+    "segment_predict",
+    "segment_train",
     "stats",
     "write_report",
 ]

@@ -28,7 +28,7 @@ SCHEME = 2  # raised when the same seed no longer gives the same numbers; kept i
 class Stream(IntEnum):
     """What is drawn, with its keys. A number is never given twice, and never changed."""
 
-    CHOICE = 1  # which pictures `max_samples` keeps; no key
+    CHOICE = 1  # what `max_samples` keeps: no key; what `val_share` holds out: (hash of the name,)
     ORDER = 2  # of the pictures, or the shards, of an epoch: (epoch,)
     BUFFER = 3  # the order in which a loading process empties its buffer: (epoch, reader)
     SAMPLE = 4  # crop, flip and augmentation of a training picture: (epoch, sample)

@@ -66,6 +66,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             max_unreadable=config.max_unreadable,
             undivided=True,
             reading=reading,
+            choice=config.picture_choice,
         )
         data, of = f"--data_path {config.data_path!r}", f"--checkpoint {config.checkpoint!r}"
         check_channels(source, model, config.data_path)

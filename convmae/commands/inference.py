@@ -24,6 +24,7 @@ from convmae.data.named import files_of, named_batches
 from convmae.data.source import PhotoSource
 from convmae.data.stream import ShardSource
 from convmae.models.cnn.names import is_timm_name
+from convmae.models.task_names import split_task
 from convmae.records.parts import PartWriter, Rows, WriteError, disk_errors, open_parts
 from convmae.records.row_files import check_format
 from convmae.tasks.accuracy import check_channels
@@ -80,6 +81,12 @@ def load(config: InferenceConfig, device: torch.device) -> Loaded:
     """
     with for_option("checkpoint"):
         weights = encoder_weights(open_weights(config.checkpoint))
+        task = split_task(weights.model)[0].removesuffix(":")
+        if task:
+            raise OptionError(
+                f"--checkpoint {config.checkpoint!r} is a {weights.model}, neither a classifier "
+                f"nor an encoder; `convmae {task} predict` and `convmae {task} evaluate` take it"
+            )
         model: Any = weights.build_model(device)
         statistics = weights.statistics
     if config.size is not None and not is_timm_name(weights.model):
@@ -373,7 +380,12 @@ def _open(config: RowsConfig, reading: ReadOptions) -> Source:
     """The pictures; those that cannot be read are counted at the end."""
     place: Any = config.paths if len(config.paths) > 1 else config.paths[0]
     return open_source(
-        place, split=config.split, max_unreadable=1.0, labelled=False, reading=reading
+        place,
+        split=config.split,
+        max_unreadable=1.0,
+        labelled=False,
+        reading=reading,
+        choice=config.picture_choice,
     )
 
 

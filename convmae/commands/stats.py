@@ -30,6 +30,7 @@ def stats(config: StatsConfig) -> str:
         max_samples=config.max_samples,
         seed=config.seed,
         reading=config.reading,
+        choice=config.picture_choice,
     )
     measured = measure(source, workers=config.num_workers)
     check_deviations(measured, f"--data_path {config.data_path!r}")

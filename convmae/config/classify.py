@@ -12,8 +12,9 @@ from convmae.config.checks import (
     check_number,
     check_text,
 )
+from convmae.config.data import PictureChoice, listed_choice
 from convmae.config.inference import InferenceConfig
-from convmae.config.run import RunConfig
+from convmae.config.run import ListedRunConfig, RunConfig
 
 MIX_MODES = ("batch", "pair", "elem")
 MOST_CLASSES = 1_000_000  # a head of ConvViT-Base has then 768 M weights
@@ -23,7 +24,7 @@ ERASE_MODES = ("const", "rand", "pixel")
 
 
 @dataclass
-class ClassifyConfig(RunConfig):
+class ClassifyConfig(ListedRunConfig):
     """What finetuning and probing have in common."""
 
     finetune: str | None = None
@@ -38,6 +39,11 @@ class ClassifyConfig(RunConfig):
     """Classify the mean of all tokens; otherwise the top-left one, as the official code can."""
     gp: Literal["avg", "max", "avgmax", "catavgmax"] | None = None
     """How a network of timm pools its last map, as timm's --gp; its own way if not given."""
+    val_list: str | None = None
+    """A text file that names the pictures of the val split, as --train_list."""
+    val_share: float = 0.0
+    """Share of the pictures of each class that is kept out of training and evaluated, chosen by
+    --seed, where there is no val split; val_list.txt in the run's folder names them."""
     crop_pct: float = 0.875
     """For evaluation the shorter side is resized to input_size / crop_pct, and the centre cut."""
     eval_every: float = 1
@@ -50,6 +56,22 @@ class ClassifyConfig(RunConfig):
         """1 for networks of timm, which take pictures of any size that is not too small."""
         of_timm = isinstance(self.model, str) and self.model.startswith(TIMM)
         return 1 if of_timm else super().size_unit
+
+    @property
+    def train_choice(self) -> PictureChoice | None:
+        """Which pictures are trained on; None for all of the train split."""
+        return self._divided(held_out=False) if self.val_share else super().train_choice
+
+    @property
+    def val_choice(self) -> PictureChoice | None:
+        """Which pictures are evaluated; None for all of the val split."""
+        if self.val_share:
+            return self._divided(held_out=True)
+        return listed_choice("val_list", self.val_list)
+
+    def _divided(self, held_out: bool) -> PictureChoice:
+        option = "val_share" if self.train_list is None else "train_list"
+        return PictureChoice(option, self.train_list, self.val_share, self.seed, held_out)
 
     def validate(self) -> None:
         """Checks every option that can be checked without the data or the model.
@@ -65,6 +87,14 @@ class ClassifyConfig(RunConfig):
             check_number("eval_batch_size", self.eval_batch_size, whole=True, above=0)
         check_number("crop_pct", self.crop_pct, above=0, at_most=1)
         check_number("eval_every", self.eval_every, above=0)
+        check_number("val_share", self.val_share, at_least=0, below=1)
+        if self.val_list is not None:
+            check_text("val_list", self.val_list)
+            if self.val_share:
+                raise OptionError(
+                    f"--val_list {self.val_list} and --val_share {self.val_share:g} both say which "
+                    "pictures the val split has; give one of the two"
+                )
         if self.gp is not None:
             check_choice("gp", self.gp, POOLS)
         for name in ("finetune", "model"):

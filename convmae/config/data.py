@@ -78,6 +78,30 @@ class ReadOptions:
         return ReadOptions.of(before | own), notes
 
 
+@dataclass(frozen=True)
+class PictureChoice:
+    """Which pictures of a folder are read, where no folders `train` and `val` divide them.
+
+    Attributes:
+        option: that asks for it, to name in messages.
+        file: a text file with a name in each line; None for every picture.
+        val_share: share of each class that is held out of these; 0 for none.
+        seed: of what is held out.
+        held_out: whether that is read, else the rest.
+    """
+
+    option: str
+    file: str | None = None
+    val_share: float = 0.0
+    seed: int = 0
+    held_out: bool = False
+
+
+def listed_choice(option: str, file: str | None) -> PictureChoice | None:
+    """The pictures that a list names; None, which is all of them, without a list."""
+    return None if file is None else PictureChoice(option, file)
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     """How pictures are read. What is not given is as the checkpoint says, if there is one."""

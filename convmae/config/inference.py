@@ -13,7 +13,7 @@ from convmae.config.checks import (
     check_size,
     check_text,
 )
-from convmae.config.data import DataConfig
+from convmae.config.data import DataConfig, PictureChoice, listed_choice
 from convmae.config.errors import OptionError
 from convmae.config.run import AMP
 
@@ -31,6 +31,9 @@ class InferenceConfig(DataConfig):
     """The pictures, as in convmae finetune."""
     split: Literal["val", "train"] | None = None
     """Which of its splits."""
+    picture_list: str | None = None
+    """A text file that names the pictures of --data_path, a folder, to read, one in each line:
+    paths in it, or names of files alone, with or without their endings; all if not given."""
     batch_size: int = 64
     """Pictures in a batch of one process."""
     input_size: int | tuple[int, int] | None = None
@@ -62,6 +65,8 @@ class InferenceConfig(DataConfig):
         if not self.paths:
             raise OptionError("--data_path needs at least one file or folder, got none")
         self.check_reading()
+        if self.picture_list is not None:
+            check_text("picture_list", self.picture_list)
         check_number("batch_size", self.batch_size, whole=True, above=0)
         if self.input_size is not None:
             check_size(self.input_size, unit=1)  # that of the model is known with the model
@@ -78,6 +83,11 @@ class InferenceConfig(DataConfig):
         """`data_path` as a tuple."""
         many = isinstance(self.data_path, tuple | list)
         return tuple(self.data_path) if many else (self.data_path,)  # type: ignore[return-value]
+
+    @property
+    def picture_choice(self) -> PictureChoice | None:
+        """Which pictures are read; None for all of them."""
+        return listed_choice("picture_list", self.picture_list)
 
     @property
     def size(self) -> tuple[int, int] | None:

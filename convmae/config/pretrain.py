@@ -15,7 +15,7 @@ from convmae.config.checks import (
     check_text,
 )
 from convmae.config.errors import OptionError
-from convmae.config.run import RunConfig
+from convmae.config.run import ListedRunConfig
 
 METHODS = ("auto", "mae", "spark", "fcmae")
 OPTIMIZERS = ("adamw", "lamb", "sgd")
@@ -46,7 +46,7 @@ BETAS = (0.9, 0.95)
 
 
 @dataclass
-class PretrainConfig(RunConfig):
+class PretrainConfig(ListedRunConfig):
     """Pretrain a ConvMAE, or a convolutional network of timm: hide most of each picture, learn to
     paint the rest.
 

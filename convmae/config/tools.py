@@ -12,7 +12,7 @@ from convmae.config.checks import (
     check_statistics,
     check_text,
 )
-from convmae.config.data import DataConfig
+from convmae.config.data import DataConfig, PictureChoice, listed_choice
 
 
 @dataclass
@@ -72,6 +72,8 @@ class StatsConfig(DataConfig):
     """As in convmae pretrain."""
     split: Literal["train", "val"] = "train"
     """Which of its splits."""
+    picture_list: str | None = None
+    """A text file that names the pictures to measure on, as in convmae evaluate."""
     max_samples: int | None = None
     """Measure on this many pictures, chosen by --seed; on all if not given."""
     seed: int = 0
@@ -80,6 +82,11 @@ class StatsConfig(DataConfig):
     """Loading processes."""
     output: str | None = None
     """A YAML file to write them to, that --config takes."""
+
+    @property
+    def picture_choice(self) -> PictureChoice | None:
+        """Which pictures are measured; None for all of them."""
+        return listed_choice("picture_list", self.picture_list)
 
     def validate(self) -> None:
         """Checks what can be checked without the data.
@@ -90,6 +97,8 @@ class StatsConfig(DataConfig):
         self.check_reading()
         check_text("data_path", self.data_path)
         check_number("seed", self.seed, whole=True, at_least=0)
+        if self.picture_list is not None:
+            check_text("picture_list", self.picture_list)
         if self.max_samples is not None:
             check_number("max_samples", self.max_samples, whole=True, above=0)
         if self.num_workers is not None:

@@ -6,10 +6,11 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convmae.config.data import ReadOptions
 from convmae.data.arrays import ARRAY_EXTENSION, ArrayPhotos
+from convmae.data.choice import choose_pictures
 from convmae.data.classes import normal_form
 from convmae.data.demo import CROPS_PER_PHOTO, DEMO_FILES, DemoPhotos
 from convmae.data.errors import DataError, check_share
@@ -34,6 +35,7 @@ from convmae.data.stream import ShardSource, open_shards
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from convmae.config.data import PictureChoice
     from convmae.data.classes import NumberLabels
     from convmae.data.errors import Failure
     from convmae.data.picture import Photos
@@ -51,6 +53,7 @@ def open_source(
     undivided: bool = False,
     labelled: bool = True,
     reading: ReadOptions = ReadOptions(),  # noqa: B008 - frozen
+    choice: PictureChoice | None = None,
 ) -> Source:
     """The pictures at `data_path`, their headers checked.
 
@@ -78,14 +81,17 @@ def open_source(
         undivided: for `val`, read all pictures where they are not divided into splits.
         labelled: IDX files need their labels. If False, they have labels if these are there.
         reading: how pictures are read.
+        choice: which pictures of a folder, in place of folders for the splits.
 
     Raises:
-        DataError: nothing there, nothing of the split, too much of it unreadable, or fewer pictures
-            than `max_samples`.
+        DataError: nothing there, nothing of the split, too much of it unreadable, fewer pictures
+            than `max_samples`, or a `choice` that cannot be made.
         ValueError: `split` is none of these.
     """
     if split not in (*SPLITS, None):
         raise ValueError(f"split must be 'train' or 'val', got {split!r}; None is all")
+    if choice is not None:
+        _check_choice(data_path, choice)
     if isinstance(data_path, tuple | list):
         if len(data_path) > 1 and all(name.endswith(SHARD) for name in data_path):
             return _shard_source(
@@ -114,6 +120,7 @@ def open_source(
         raise DataError(f"--data_path {text!r} {what}; expected 'demo' or a folder of pictures")
     idx = find_idx(folder)
     if idx is not None:
+        _refuse_choice(choice, text, "IDX files")
         idx_photos = IdxPhotos(idx, split or only_split(idx), labelled)
         description = f"{len(idx_photos)} pictures of {idx} ({idx_photos.split})"
         notes = _without_effect(("layout", "pages"), reading, "IDX files")
@@ -130,20 +137,56 @@ def open_source(
         )
         source.entries = partial(file_entries, idx_photos.paths, idx)
         return source
-    here = folder if split is None else split_folder(folder, split, text, undivided)
+    here = folder if split is None else _folder_of(folder, split, text, undivided, choice)
     beside: list[LeftOut] = []
     if here != folder:
         beside = _beside(folder, lambda name: name in (*SPLITS, *VAL_FOLDERS), "files")
     if _has_shards(here):
+        _refuse_choice(choice, text, "shards")
         shards = _shard_source(str(here), None, max_unreadable, max_samples, reading)
         beside += _beside(here, lambda name: name.endswith(SHARD) or name == SIZES_FILE, "files")
         shards.left_out = [*beside, *shards.left_out]
         return shards
     if split is None:
         _check_no_split_shards(folder)
-    source = _folder_source(here, max_unreadable, max_samples, seed, reading, _root(folder))
+    source = _folder_source(here, max_unreadable, max_samples, seed, reading, _root(folder), choice)
     source.left_out = [*beside, *source.left_out]
     return source
+
+
+def _check_choice(data_path: Any, choice: PictureChoice) -> None:
+    """Raises `DataError` unless `data_path` is one folder."""
+    many = isinstance(data_path, tuple | list)
+    if many and len(data_path) != 1:
+        _refuse_choice(choice, data_path[0], f"{len(data_path)} places")
+    text = os.fspath(data_path[0] if many else data_path)
+    if not Path(text).expanduser().is_dir() and (text == "demo" or Path(text).exists()):
+        _refuse_choice(choice, text, "no folder")
+
+
+def _refuse_choice(choice: PictureChoice | None, data_path: str, found: str) -> None:
+    """Raises `DataError` where pictures are to be chosen from what is no folder of them."""
+    if choice is not None:
+        raise DataError(
+            f"--{choice.option} chooses pictures of one folder, but --data_path {data_path!r} is "
+            f"{found}; leave it out, or give a folder of pictures"
+        )
+
+
+def _folder_of(
+    folder: Path, split: str, data_path: str, undivided: bool, choice: PictureChoice | None
+) -> Path:
+    """Where the pictures of `split` lie, or those of which a part is chosen for it."""
+    if choice is None:
+        return split_folder(folder, split, data_path, undivided)
+    if not choice.val_share:
+        return split_folder(folder, split, data_path, undivided=True)
+    if (folder / "val").is_dir():
+        raise DataError(
+            f"--val_share {choice.val_share:g} makes a val split, but there is one already in "
+            f"{folder / 'val'}; leave it out"
+        )
+    return folder / "train" if (folder / "train").is_dir() else folder
 
 
 def _beside(folder: Path, is_read: Callable[[str], bool], what: str) -> list[LeftOut]:
@@ -272,6 +315,8 @@ def split_folder(folder: Path, split: str, data_path: str, undivided: bool = Fal
     looked = " or ".join(str(folder / name) for name in names)
     beside = f"; found {folder / others[0]} alone" if others else ""
     beside += ", which --split train reads" if undivided and others else ""
+    lists = "; lists of names (--val_list) or a share (--val_share) can divide one folder"
+    beside += lists if split == "val" and not undivided else ""
     raise DataError(
         f"--data_path {data_path!r} has no {split} pictures: looked for {looked}{beside}"
     )
@@ -312,9 +357,13 @@ def _folder_source(
     seed: int,
     reading: ReadOptions,
     root: str,
+    choice: PictureChoice | None = None,
 ) -> PhotoSource:
     left_out = LeftOut(f"files in {here}")
     paths = find_pictures(here, extensions=EXTENSIONS | {ARRAY_EXTENSION}, left_out=left_out)
+    names: list[LeftOut] = []
+    if choice is not None:
+        paths, names = choose_pictures(paths, here, choice, max_unreadable, left_out)
     classes, labels = class_folders(paths, here) or (None, None)
     empty = () if classes is None else empty_folders(here, classes)
     for name in empty:
@@ -322,6 +371,7 @@ def _folder_source(
     limits = (max_unreadable, max_samples, seed, reading)
     source = _files_source(paths, labels, classes, str(here), *limits, root, left_out)
     source.entries = partial(file_entries, paths, here)
+    source.left_out = [*source.left_out, *names]
     source.empty_classes = empty
     if classes is None:
         source.no_classes = _why_no_classes(paths, here)

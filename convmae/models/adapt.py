@@ -214,7 +214,11 @@ def sincos_grid(pos_embed: Tensor) -> tuple[int, int] | None:
 
 
 def fit_position(
-    pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], fixed: bool
+    pos_embed: Tensor,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    fixed: bool,
+    antialias: bool = True,
 ) -> tuple[Tensor, str]:
     """A position embedding for another grid, and how it was made: `sin-cos` or `bicubic`.
 
@@ -224,10 +228,11 @@ def fit_position(
         new: `(gh, gw)` patches of the result.
         fixed: whether the model's embedding is sin-cos and frozen: one that is such is then
             computed anew instead of resampled.
+        antialias: as in `resample_pos_embed`.
     """
     if fixed and sincos_grid(pos_embed) == tuple(old):
         return sincos_pos_embed(pos_embed.shape[2], new).to(pos_embed), "sin-cos"
-    return resample_pos_embed(pos_embed, old, new), "bicubic"
+    return resample_pos_embed(pos_embed, old, new, antialias), "bicubic"
 
 
 def fit_positions(
@@ -238,12 +243,13 @@ def fit_positions(
     The old grid is that of the sin-cos embedding, if it is one, else a square.
 
     Args:
-        model: a model with `grid` and `fixed_positions`.
+        model: a model with `position_grid`, `fixed_positions` and `antialiased_positions`.
         state: a state dict.
         prefix: what its names begin with.
         errors: gets a line where the old grid cannot be known.
     """
-    new: tuple[int, int] = model.grid  # type: ignore[assignment]
+    new: tuple[int, int] = model.position_grid  # type: ignore[assignment]
+    rules: tuple[bool, bool] = (model.fixed_positions, model.antialiased_positions)  # type: ignore[assignment]
     for name in POSITIONS:
         value: Any = state.get(prefix + name)
         own: Any = getattr(model, name, None)
@@ -266,7 +272,7 @@ def fit_positions(
                 "convmae wrote"
             )
             continue
-        state[prefix + name], how = fit_position(value, old, new, model.fixed_positions)  # type: ignore[arg-type]
+        state[prefix + name], how = fit_position(value, old, new, *rules)
         warnings.warn(
             f"{prefix}{name} is of pictures of another size: resampled ({how}), {old[0]} x "
             f"{old[1]} -> {new[0]} x {new[1]} patches",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convmae.models.layers import TOKEN_EPS, LayerNorm, Linear, add_parameter, resample_pos_embed
-from convmae.models.maps import stage1_map, stage2_map, tokens_of_map
 from convmae.models.trunk import Trunk, check_img_size
-from convmae_kernels import BlockMask, scatter_visible
-from convmae_kernels.recording import is_exported
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -182,34 +178,20 @@ class ConvViT(Trunk):
         return x if pre_logits else self.head(x)
 
     def _stages(self, images: Tensor, last: int) -> list[Tensor]:
-        """Stages 1 and 2, then tokens `[N, L, D]`: up to stage `last` (from 0).
-
-        Stages 1 and 2 are packed features, which are computed faster; in exported programs they are
-        maps `[N, C, H, W]`, for which PyTorch's own ops do.
-        """
+        """`whole_stages`, and the tokens behind the blocks of stage 3: up to stage `last`."""
         self.check_images(images)
         if last > self.last_stage:
             raise ValueError(
                 f"stage {last + 1} is asked for, but prune_intermediate_layers left "
                 f"{self.last_stage + 1} of 3 stages"
             )
-        grid = self._grid_of(images)
-        if is_exported():
-            stage1, stage2 = partial(stage1_map, self), partial(stage2_map, self)
-            tokens = partial(tokens_of_map, self)
-        else:
-            mask = BlockMask.full(images.shape[0], grid, images.device)
-            stage1, stage2 = partial(self.stage1, mask=mask), partial(self.stage2, mask=mask)
-            tokens = partial(self.tokens)
-        outputs = [stage1(images)]
-        if last >= 1:
-            outputs.append(stage2(outputs[0]))
+        outputs = self.whole_stages(images, last)
         if last >= 2:
-            x = tokens(outputs[1]).view(images.shape[0], grid[0] * grid[1], -1)
-            x = add_parameter(x, resample_pos_embed(self.pos_embed, self.grid, grid))
+            grid = self._grid_of(images)
+            x = add_parameter(outputs[2], resample_pos_embed(self.pos_embed, self.grid, grid))
             for block in self.blocks3:
                 x = self.run_block(block, x)
-            outputs.append(x)
+            outputs[2] = x
         return outputs
 
     def check_size(self, height: int, width: int) -> None:
@@ -281,8 +263,8 @@ class ConvViT(Trunk):
             if index >= 2:
                 x = (last_norm(x) if norm else x).unflatten(1, grid)
                 x = x.permute(0, 3, 1, 2).clone()  # no view of tokens: it may be written into
-            elif x.dim() == 3:
-                x = scatter_visible(x, BlockMask.full(images.shape[0], grid, images.device))
+            else:
+                x = self.stage_map(x, images)
             if index == 3:
                 x = F.max_pool2d(x, 2, ceil_mode=True)
             maps.append(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from convmae.models.tokens import HiddenPatches, hidden_patches, removed_mask
 from convmae_kernels import BlockMask
 from convmae_kernels.ops.support.autocast import autocast_is_on
 from convmae_kernels.recording import is_exported
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NORM_PIX_EPS = 1e-6
 
@@ -52,30 +55,7 @@ class ImageModel(nn.Module):
             TypeError: not a floating tensor, or not in the model's dtype (outside autocast).
             ValueError: rank, batch, channels, size or device do not fit.
         """
-        if not isinstance(images, Tensor):
-            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
-        if not images.is_floating_point():
-            raise TypeError(
-                f"images must be a floating tensor of normalised pixels, got {images.dtype}"
-            )
-        if images.dim() != 4:
-            raise ValueError(
-                f"images must be [N, C, H, W], got {images.dim()} dimensions: {list(images.shape)}"
-            )
-        if images.shape[0] == 0:
-            raise ValueError(f"images must hold at least one image, got {list(images.shape)}")
-        if images.shape[1] != self.in_chans:
-            raise ValueError(
-                f"images have {images.shape[1]} channels, but the model takes {self.in_chans} "
-                "(in_chans)"
-            )
-        self.check_size(*images.shape[2:])
-        own = self.reference_parameter
-        if images.device != own.device:
-            raise ValueError(f"images are on {images.device}, but the model is on {own.device}")
-        mixed = autocast_is_on(images.device.type) and images.dtype != torch.float64
-        if images.dtype != own.dtype and not mixed:
-            raise TypeError(f"images are {images.dtype}, but the model is {own.dtype}")
+        check_pictures(images, self.in_chans, self.reference_parameter, self.check_size)
 
     def check_size(self, height: int, width: int) -> None:
         """The images are of the model's size.
@@ -131,6 +111,45 @@ class ImageModel(nn.Module):
             raise ValueError(
                 f"mask is for a batch of {mask.batch_size}, but images has {images.shape[0]}"
             )
+
+
+def check_pictures(
+    images: Tensor, in_chans: int, own: Tensor, check_size: Callable[[int, int], None]
+) -> None:
+    """The pictures fit a model.
+
+    Args:
+        images: what is checked.
+        in_chans: channels of the model.
+        own: a tensor of the dtype and on the device that pictures must have.
+        check_size: raises `ValueError` where a height and width do not fit.
+
+    Raises:
+        TypeError: not a floating tensor, or not in the model's dtype (outside autocast).
+        ValueError: rank, batch, channels, size or device do not fit.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images must be a floating tensor of normalised pixels, got {images.dtype}"
+        )
+    if images.dim() != 4:
+        raise ValueError(
+            f"images must be [N, C, H, W], got {images.dim()} dimensions: {list(images.shape)}"
+        )
+    if images.shape[0] == 0:
+        raise ValueError(f"images must hold at least one image, got {list(images.shape)}")
+    if images.shape[1] != in_chans:
+        raise ValueError(
+            f"images have {images.shape[1]} channels, but the model takes {in_chans} (in_chans)"
+        )
+    check_size(*images.shape[2:])
+    if images.device != own.device:
+        raise ValueError(f"images are on {images.device}, but the model is on {own.device}")
+    mixed = autocast_is_on(images.device.type) and images.dtype != torch.float64
+    if images.dtype != own.dtype and not mixed:
+        raise TypeError(f"images are {images.dtype}, but the model is {own.dtype}")
 
 
 class ConvMAEOutput(NamedTuple):

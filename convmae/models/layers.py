@@ -54,9 +54,12 @@ def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 def resample_pos_embed(
-    pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]
+    pos_embed: Tensor,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    antialias: bool = True,
 ) -> Tensor:
-    """`interpolate(pos_embed, new_grid, mode="bicubic", antialias=True)`, in float32.
+    """`interpolate(pos_embed, new_grid, mode="bicubic", antialias=antialias)`, in float32.
 
     For position embeddings of images of another size.
 
@@ -64,6 +67,8 @@ def resample_pos_embed(
         pos_embed: `[1, gh * gw, D]` of `old_grid`, in raster order, without a class token.
         old_grid: `(gh, gw)` patches of it.
         new_grid: `(gh, gw)` patches of the result.
+        antialias: as in timm; False as in the official codes of detection and segmentation, whose
+            bicubic curve is another one, so that larger grids differ too.
 
     Returns:
         `[1, gh * gw, D]` of `new_grid`, in the dtype of `pos_embed`; the same tensor if the grids
@@ -81,7 +86,7 @@ def resample_pos_embed(
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
     image = pos_embed.float().unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=tuple(new_grid), mode="bicubic", antialias=True)
+    image = F.interpolate(image, size=tuple(new_grid), mode="bicubic", antialias=antialias)
     return image.flatten(2).transpose(1, 2).contiguous().to(pos_embed.dtype)
 
 
@@ -129,8 +134,14 @@ def add_parameter(x: Tensor, parameter: Tensor) -> Tensor:
     return x + (parameter.to(x.dtype) if narrow else parameter)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
-    """`softmax(q @ k.T / sqrt(d)) @ v`.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`softmax(q @ k.T / sqrt(d) + bias) @ v`.
 
     On a CPU in bfloat16 it is computed as written: `scaled_dot_product_attention` is several times
     slower there. In float16, whose logits would overflow from 65504, it is computed in float32, and
@@ -141,6 +152,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
         k: `[N, heads, K, d]`.
         v: `[N, heads, K, d]`.
         key_padding: bool `[N, K]`, True at keys that take no part; None if all do.
+        bias: floating `[1, heads, Q, K]` or `[N, heads, Q, K]`, rounded to the dtype of `q`; None
+            for none.
 
     Returns:
         `[N, heads, Q, d]` in the dtype of `q`; the softmax accumulates in float32 at least.
@@ -148,18 +161,34 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
     wide = q.dtype == torch.float16 or q.dtype in arithmetic.SLOW_ON_CPU
     if q.device.type == "cpu" and wide:
         with torch.autocast("cpu", enabled=False):
-            return _plain_attention(q.float(), k.float(), v.float(), key_padding).to(q.dtype)
+            return _plain_attention(q.float(), k.float(), v.float(), key_padding, bias).to(q.dtype)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return _plain_attention(q, k, v, key_padding)
-    keys = None if key_padding is None else ~key_padding[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        return _plain_attention(q, k, v, key_padding, bias)
+    mask = None if key_padding is None else ~key_padding[:, None, None, :]
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None) -> Tensor:
+def _plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, bias: Tensor | None
+) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
     if key_padding is not None:
         scores = scores.masked_fill(key_padding[:, None, None, :], -torch.inf)
     return scores.softmax(dim=-1) @ v
+
+
+def split_heads(x: Tensor, num_heads: int, head_dim: int) -> tuple[Tensor, ...]:
+    """`[N, K, n * num_heads * head_dim]` to `n` times `[N, num_heads, K, head_dim]`.
+
+    Cut before it is permuted, so that the gradients are put side by side where they belong.
+    """
+    x = x.unflatten(2, (-1, num_heads, head_dim))
+    return tuple(part.transpose(1, 2) for part in x.unbind(2))
 
 
 class DropPath(nn.Module):
@@ -244,16 +273,19 @@ class ConvBlock(nn.Module):
         dim: channels.
         mlp_ratio: hidden channels of the MLP / `dim`.
         drop_path: rate of `DropPath` on both branches.
+        eps: of the LayerNorms.
     """
 
-    def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, mlp_ratio: float, drop_path: float = 0.0, eps: float = CONV_EPS
+    ) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(dim, eps=CONV_EPS)
+        self.norm1 = LayerNorm(dim, eps=eps)
         self.conv1 = nn.Conv2d(dim, dim, 1)
         self.conv2 = nn.Conv2d(dim, dim, 1)
         self.attn = MaskedConv2d(dim, dim, 5, padding=2, groups=dim)
         self.drop_path = DropPath(drop_path)
-        self.norm2 = LayerNorm(dim, eps=CONV_EPS)
+        self.norm2 = LayerNorm(dim, eps=eps)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, mask: BlockMask) -> Tensor:
@@ -306,12 +338,8 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """`[N, K, n * dim]` to `n` times `[N, heads, K, dim / heads]`.
-
-        Cut before it is permuted, so that the gradients are put side by side where they belong.
-        """
-        x = x.unflatten(2, (-1, self.num_heads, self.qkv.in_features // self.num_heads))
-        return tuple(part.transpose(1, 2) for part in x.unbind(2))
+        """`[N, K, n * dim]` to `n` times `[N, heads, K, dim / heads]`."""
+        return split_heads(x, self.num_heads, self.qkv.in_features // self.num_heads)
 
 
 class Mlp(nn.Module):

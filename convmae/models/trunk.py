@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from convmae.models.adapt import fit_positions
 from convmae.models.image_model import ImageModel
-from convmae.models.layers import Block, ConvBlock, Linear, PatchEmbed
-from convmae_kernels import BlockMask, gather_visible
+from convmae.models.layers import CONV_EPS, Block, ConvBlock, Linear, PatchEmbed
+from convmae.models.maps import stage1_map, stage2_map, tokens_of_map
+from convmae_kernels import BlockMask, gather_visible, scatter_visible
 from convmae_kernels.ops.support.arithmetic import cast_together
 from convmae_kernels.recording import is_exported
 
@@ -34,12 +36,16 @@ class Trunk(ImageModel):
         mlp_ratio: hidden / outer channels of the MLPs of the three stages.
         drop_path_rate: rate of the last block; it rises linearly from 0 at the first.
         fusion: with the convolutions that bring the outputs of stages 1 and 2 to those of stage 3.
+        token_block: makes block `i` of stage 3 with a rate of stochastic depth, in the place of
+            `Block`; called as `token_block(i, rate)`.
+        conv_eps: of the LayerNorms of the blocks of stages 1 and 2.
 
     Raises:
         ValueError: a size does not fit; the message names it.
     """
 
     fixed_positions = False  # whether the position embedding is sin-cos and frozen
+    antialiased_positions = True  # how that of another size is resampled: `resample_pos_embed`
 
     def __init__(
         self,
@@ -51,6 +57,8 @@ class Trunk(ImageModel):
         mlp_ratio: Sequence[float],
         drop_path_rate: float = 0.0,
         fusion: bool = False,
+        token_block: Callable[[int, float], nn.Module] | None = None,
+        conv_eps: float = CONV_EPS,
     ) -> None:
         super().__init__()
         self.patch_size = PATCH_SIZE
@@ -64,7 +72,8 @@ class Trunk(ImageModel):
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
 
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches, dims[2]))
+        positions = self.position_grid[0] * self.position_grid[1]
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, dims[2]))
         self.patch_embed1 = PatchEmbed(in_chans, dims[0], 4)
         self.patch_embed2 = PatchEmbed(dims[0], dims[1], 2)
         self.patch_embed3 = PatchEmbed(dims[1], dims[2], 2)
@@ -75,14 +84,22 @@ class Trunk(ImageModel):
         blocks, last = sum(depths), max(sum(depths) - 1, 1)
         rates = iter([drop_path_rate * i / last for i in range(blocks)])
         self.blocks1 = nn.ModuleList(
-            ConvBlock(dims[0], ratios[0], next(rates)) for _ in range(depths[0])
+            ConvBlock(dims[0], ratios[0], next(rates), conv_eps) for _ in range(depths[0])
         )
         self.blocks2 = nn.ModuleList(
-            ConvBlock(dims[1], ratios[1], next(rates)) for _ in range(depths[1])
+            ConvBlock(dims[1], ratios[1], next(rates), conv_eps) for _ in range(depths[1])
         )
         self.blocks3 = nn.ModuleList(
-            Block(dims[2], num_heads, ratios[2], next(rates)) for _ in range(depths[2])
+            token_block(i, next(rates))
+            if token_block
+            else Block(dims[2], num_heads, ratios[2], next(rates))
+            for i in range(depths[2])
         )
+
+    @property
+    def position_grid(self) -> tuple[int, int]:
+        """The patches that the position embedding is of: those of the model's `img_size`."""
+        return self.grid
 
     @property
     def reference_parameter(self) -> nn.Parameter:
@@ -138,6 +155,38 @@ class Trunk(ImageModel):
         x = self.patch_embed3(x).flatten(1)
         with cast_together(list(self.patch_embed4.parameters()), x):
             return self.patch_embed4(x)
+
+    def whole_stages(self, images: Tensor, last: int = 2) -> list[Tensor]:
+        """Stages 1 and 2 of whole images, then tokens `[N, L, D]` without positions.
+
+        Stages 1 and 2 are packed features, which are computed faster; in exported programs they are
+        maps `[N, C, H, W]`, for which PyTorch's own ops do. `stage_map` gives maps of either.
+
+        Args:
+            images: `[N, C, H, W]`, of sides that 16 divides.
+            last: the last stage that is wanted, from 0.
+        """
+        if is_exported():
+            stage1, stage2 = partial(stage1_map, self), partial(stage2_map, self)
+            tokens = partial(tokens_of_map, self)
+        else:
+            mask = self._full_mask(images)
+            stage1, stage2 = partial(self.stage1, mask=mask), partial(self.stage2, mask=mask)
+            tokens = partial(self.tokens)
+        outputs = [stage1(images)]
+        if last >= 1:
+            outputs.append(stage2(outputs[0]))
+        if last >= 2:
+            outputs.append(tokens(outputs[1]).view(images.shape[0], -1, self.pos_embed.shape[2]))
+        return outputs
+
+    def stage_map(self, x: Tensor, images: Tensor) -> Tensor:
+        """What `whole_stages` gives of stage 1 or 2 of `images`, as a map `[N, C, H, W]`."""
+        return scatter_visible(x, self._full_mask(images)) if x.dim() == 3 else x
+
+    def _full_mask(self, images: Tensor) -> BlockMask:
+        grid = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
+        return BlockMask.full(images.shape[0], grid, images.device)
 
     def _load_from_state_dict(
         self,

@@ -18,8 +18,9 @@ from convmae.files import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+DRAWN = ("reconstruction", "prediction")
 STEP_PICTURE = re.compile(r"step-(\d+)\.png")
 
 
@@ -28,11 +29,23 @@ class RunFolder:
     """The paths of a run, each named here and nowhere else; what is in `checkpoint` is weights'."""
 
     path: Path
+    drawn: str = "reconstruction"
+    """What pictures of the model's work are called, in the singular."""
 
     @classmethod
-    def of(cls, path: str | Path | RunFolder) -> RunFolder:
-        """The folder of that path, in which `~` may stand for the user's."""
-        return path if isinstance(path, RunFolder) else cls(Path(path).expanduser())
+    def of(cls, path: str | Path | RunFolder, drawn: str | None = None) -> RunFolder:
+        """The folder of that path, in which `~` may stand for the user's.
+
+        Args:
+            path: the folder, or what was made of it here.
+            drawn: `RunFolder.drawn`; by default what a run has drawn there, if one has.
+        """
+        if isinstance(path, RunFolder):
+            return path
+        here = Path(path).expanduser()
+        if drawn is None:
+            drawn = next((kind for kind in DRAWN if (here / f"{kind}s").is_dir()), DRAWN[0])
+        return cls(here, drawn)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -56,6 +69,11 @@ class RunFolder:
     def environment(self) -> Path:
         """Command, versions, devices and processes, as JSON."""
         return self.path / "environment.json"
+
+    @property
+    def val_list(self) -> Path:
+        """Names of the pictures that were kept out of training, as `--val_list` takes them."""
+        return self.path / "val_list.txt"
 
     @property
     def checkpoint(self) -> Path:
@@ -83,6 +101,11 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def evaluation(self) -> Path:
+        """The folder of what the last evaluation found, class by class and picture by picture."""
+        return self.path / "evaluation"
+
+    @property
     def loss_picture(self) -> Path:
         """The curve of the loss."""
         return self.path / "loss.png"
@@ -90,12 +113,12 @@ class RunFolder:
     @property
     def picture(self) -> Path:
         """The last picture of what the model does."""
-        return self.path / "reconstruction.png"
+        return self.path / f"{self.drawn}.png"
 
     @property
     def step_picture_folder(self) -> Path:
         """The folder of the pictures after steps."""
-        return self.path / "reconstructions"
+        return self.path / f"{self.drawn}s"
 
     def step_picture(self, step: int) -> Path:
         """The picture after a step."""
@@ -141,6 +164,12 @@ class RunFolder:
         """Writes where and how the run was made."""
         with replacing(self.environment) as new:
             new.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+    def write_val_list(self, names: Iterable[str]) -> None:
+        """Writes which pictures were kept out of training."""
+        with replacing(self.val_list) as new:
+            text = "".join(f"{name}\n" for name in names)
+            new.write_text(text, encoding="utf-8", errors="surrogateescape")
 
     def read_options(self) -> dict[str, Any]:
         """The options of the run; empty where they cannot be read."""

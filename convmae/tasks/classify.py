@@ -9,6 +9,8 @@ import torch
 
 from convmae.config import OptionError, for_option, suggest
 from convmae.data import DataError, EvalTransform, open_source
+from convmae.data.choice import in_both
+from convmae.data.source import PhotoSource
 from convmae.models import ConvViT, create_model, full_name, list_models
 from convmae.models.cnn.classifier import TimmClassifier, has_drop_path
 from convmae.models.cnn.names import is_timm_name
@@ -16,9 +18,8 @@ from convmae.records.unreadable import UnreadableTally
 from convmae.tasks.accuracy import accuracy, better, check_channels
 from convmae.tasks.matching import classes_to_learn, match_labels
 from convmae.training.distributed import whole_model
-from convmae.training.state import Run, TrainingError
+from convmae.training.saving import save_best
 from convmae.training.task import Task
-from convmae.weights.checkpoint import save_weights
 from convmae.weights.foreign import open_foreign
 from convmae.weights.pretrained import classifier_for, load_pretrained
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from convmae.config.classify import ClassifyConfig
     from convmae.data import Batch, Failure, Source, Statistics
     from convmae.records.log import RunLog
+    from convmae.training.state import Run
     from convmae.weights.checkpoint import Weights
     from convmae.weights.foreign import ForeignWeights
 
@@ -60,7 +62,9 @@ class Classification(Task):
             max_unreadable=config.max_unreadable,
             seed=config.seed,
             reading=self.reading,
+            choice=config.val_choice,
         )
+        class_notes += _shared_pictures(source, self.val, config)
         class_notes += self._match(self.val, config, "val", "its train split")
         initial = self._initial(config)
         with for_option("finetune"):
@@ -83,6 +87,10 @@ class Classification(Task):
             self.keeps_head = report.keeps_head
             self.initial_statistics = report.statistics
         return model, full_name(name), notes
+
+    def held_out(self, run: Run) -> list[str]:
+        entries = self.val.entries if self.val is not None and run.config.val_share else None
+        return [] if entries is None else [name for name, _ in entries()]
 
     def _match(
         self, source: Source, config: Any, split: str, model: str, all_of_them: bool = False
@@ -181,28 +189,8 @@ class Classification(Task):
         log.evaluation(run.step, run.epoch, figures)
         if better(figures, self.best):
             self.best = figures["acc1"]
-            self._keep(run)
-
-    def _keep(self, run: Run) -> None:
-        """Writes the best weights so far."""
-        weights = whole_model(run.model) if self.ema is None else self.ema.module.state_dict()
-        problem = None
-        if run.world.main:
-            try:
-                save_weights(
-                    run.folder.best,
-                    run.model,
-                    run.model_name,
-                    weights,
-                    run.statistics,
-                    self.classes,
-                    run.reading,
-                )
-            except OSError as error:
-                problem = f"the best weights of step {run.step} could not be written: {error}"
-        problem = run.world.share(problem)
-        if problem:
-            raise TrainingError(problem)
+            whole = whole_model(run.model) if self.ema is None else self.ema.module.state_dict()
+            save_best(run, whole, self.classes)
 
     def labels(self, batch: Batch, images: Tensor) -> Tensor:
         """The labels of a batch, where its images are.
@@ -244,6 +232,21 @@ class Classification(Task):
     def load_state(self, run: Run, state: dict[str, Any]) -> None:
         self.best = state["best"]
         self.saved_ema = state["ema"]
+
+
+def _shared_pictures(train: Source, val: Source, config: ClassifyConfig) -> list[str]:
+    """What to tell where lists name the same pictures for training and for evaluation."""
+    if config.val_list is None or not isinstance(train, PhotoSource):
+        return []
+    assert isinstance(val, PhotoSource)
+    both = in_both(train, val)
+    if not both:
+        return []
+    return [
+        f"warning: {len(both)} of the {val.pictures} pictures of --val_list "
+        f"{config.val_list!r} are trained on too, the first {both[0]}: their accuracy is that of "
+        "known pictures"
+    ]
 
 
 def fresh_head(model: Any, std: float) -> None:

@@ -54,7 +54,7 @@ def classes_to_learn(
     check_labels(source, option)
     if source.empty_classes:
         raise OptionError(
-            f"{option} has class folders that hold no picture that can be read: "
+            f"{option} has class folders that hold no picture to train on: "
             f"{listed(source.empty_classes)}; expected pictures of every class: add some, or "
             "remove the folders"
         )

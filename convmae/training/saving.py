@@ -11,7 +11,7 @@ from convmae.training.diagnosis import REMEDIES, not_finite, what_is_left
 from convmae.training.distributed import whole_model, whole_optimizer
 from convmae.training.machine import machine_info
 from convmae.training.state import Run, TrainingError
-from convmae.weights.checkpoint import save_checkpoint
+from convmae.weights.checkpoint import save_checkpoint, save_weights
 from convmae.weights.network_files import TIMM_WEIGHTS, write_timm_weights
 
 if TYPE_CHECKING:
@@ -57,11 +57,29 @@ def save(run: Run, task: Task, log: RunLog) -> None:
         _show(run, log, picture)
 
 
-def write_description(run: Run, command: str) -> None:
-    """Writes `args.yaml` and `environment.json`: versions, devices and processes, as text."""
+def save_best(run: Run, weights: dict[str, Tensor], classes: ClassNames | None = None) -> None:
+    """Writes the best weights so far; every process takes part, the main one writes.
+
+    Raises:
+        TrainingError: the disk refused.
+    """
+    problem = None
+    if run.world.main:
+        described = (run.statistics, classes, run.reading)
+        try:
+            save_weights(run.folder.best, run.model, run.model_name, weights, *described)
+        except OSError as error:
+            problem = f"the best weights of step {run.step} could not be written: {error}"
+    problem = run.world.share(problem)
+    if problem:
+        raise TrainingError(problem)
+
+
+def write_description(run: Run, task: Task) -> None:
+    """Writes options, versions, devices and processes, and what was kept out of training."""
     world = run.world
     entries = (
-        {"command": command}
+        {"command": task.command}
         | machine_info()
         | {
             "device": str(world.device),
@@ -71,6 +89,9 @@ def write_description(run: Run, command: str) -> None:
     )
     run.folder.write_options(config_to_mapping(run.config))
     run.folder.write_environment(entries)
+    held_out = task.held_out(run)
+    if held_out:
+        run.folder.write_val_list(held_out)
 
 
 def restore_folder(run: Run, task: Task, log: RunLog) -> None:
@@ -90,7 +111,7 @@ def _remake(run: Run, task: Task, log: RunLog) -> str | None:
     assert run.lock is not None
     try:
         run.lock.renew()
-        write_description(run, task.command)
+        write_description(run, task)
         log.reopen()
     except (OptionError, OSError) as error:
         text = error.with_flags if isinstance(error, OptionError) else str(error)
@@ -143,7 +164,7 @@ def _show(run: Run, log: RunLog, picture: PILImage.Image | None) -> None:
     """Keeps the picture and the report; a disk that refuses them does not stop a run."""
     try:
         if picture is not None:
-            log.picture("reconstruction", _as_array(picture), run.step)
+            log.picture(run.folder.drawn, _as_array(picture), run.step)
             run.report.add_picture(picture, run.step)
         run.report.write()
     except OSError as error:

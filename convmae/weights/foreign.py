@@ -14,6 +14,7 @@ from torch import Tensor
 
 from convmae.config import WeightsError
 from convmae.models.adapt import DECODER
+from convmae.models.dense_tasks.backbone import INDEX_BUFFER
 from convmae.weights.checkpoint import (
     WEIGHTS,
     Weights,
@@ -154,7 +155,7 @@ def _read_pytorch(path: Path, key: str | None) -> ForeignWeights:
         what += f" (not read: {few(others)})"
     args = data.get("args")
     options = dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
-    options |= _spark_options(data, state)
+    options |= _spark_options(data, state) | _segmenter_options(data)
     return ForeignWeights(path, what, known, unexpected, None, options)
 
 
@@ -166,6 +167,15 @@ def _spark_options(data: Mapping[Any, Any], state: Mapping[Any, Any]) -> dict[st
         found |= {key: described[key] for key in ("mask_ratio",) if key in described}
     plain = {key: value for key, value in found.items() if isinstance(value, str | int | float)}
     return plain
+
+
+def _segmenter_options(data: Mapping[Any, Any]) -> dict[str, Any]:
+    """The names of the classes that the code of the official segmenter writes beside tensors."""
+    meta = data.get("meta")
+    names = meta.get("CLASSES") if isinstance(meta, Mapping) else None
+    if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+        return {}
+    return {"classes": tuple(names)}
 
 
 def _entry(data: Mapping[Any, Any], path: Path, key: str | None) -> str | None:
@@ -198,6 +208,9 @@ def _sort_out(state: Mapping[Any, Any], path: Path) -> tuple[dict[str, Tensor], 
     is_network = not any(_unwrapped(str(given)).startswith(ENCODER) for given in state)
     for given, value in state.items():
         name = _unwrapped(str(given))
+        if name.endswith(INDEX_BUFFER):  # of relative positions: it follows from the shapes
+            unexpected.append(name)
+            continue
         if is_network and (name in UNUSED or not isinstance(value, Tensor)):
             unexpected.append(name)
             continue

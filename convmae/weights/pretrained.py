@@ -149,9 +149,9 @@ def load_pretrained(
     needed = [key for key in missing if not key.startswith(may_lack)]
     if needed:
         raise WeightsError(f"{found.path} lacks {few(needed)}, which the model needs{fits}")
-    report = _put(model, found, state, head, keeps_head)
+    report = put_tensors(model, found, state, head, keeps_head)
     report.resampled, report.notes = resampled, notes
-    _note_adapted(report, found, adapted, encoder.in_chans)
+    note_adapted(report, found, adapted, encoder.in_chans)
     return report
 
 
@@ -175,16 +175,16 @@ def _load_network(
         notes.append(f"the decoder of {found.path} is not whole, or not of the model's size: fresh")
         state = {key: value for key, value in state.items() if key not in decoder}
     check_shapes(state, {key: tuple(v.shape) for key, v in own.items()}, found, "the model")
-    report = _put(model, found, state, head, any(key.startswith(heads) for key in state))
+    report = put_tensors(model, found, state, head, any(key.startswith(heads) for key in state))
     report.notes = notes
     report.left_out = read.others + [read.names[key] for key in read.names if key not in state]
     if found.ours is not None:  # all its tensors are known
         report.unexpected = []
-    _note_adapted(report, found, read.adapted, read.channels)
+    note_adapted(report, found, read.adapted, read.channels)
     return report
 
 
-def _put(
+def put_tensors(
     model: nn.Module, found: ForeignWeights, state: dict[str, Tensor], head: str, keeps_head: bool
 ) -> LoadReport:
     """Gives a model the tensors that fit it; the rest keeps what it has.
@@ -209,7 +209,7 @@ def _put(
     )
 
 
-def _note_adapted(
+def note_adapted(
     report: LoadReport, found: ForeignWeights, adapted: str | None, channels: int | None
 ) -> None:
     """Says how channels were fitted; statistics of other channels are of no use then."""

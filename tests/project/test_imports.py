@@ -272,7 +272,7 @@ def test_top_level_imports(package):
         core |= {"convmae"}
     extras = (*("convmae.data", "convmae.training", "convmae.records", "convmae.weights"),)
     extras += ("convmae.tasks", "convmae.commands", "convmae.cli", "convmae_kernels.triton")
-    extras += ("convmae.models.timm_models",)
+    extras += ("convmae.models.timm_models", "convmae.models.dense_tasks.rcnn")
     wrong = [
         (module, name)
         for module, name, lazy in all_imports(package)

@@ -8,17 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from convmae.models.cnn.names import PREFIX, timm_name
+from convmae.models.cnn.timm_network import TimmNetwork, give_methods
 from convmae.models.layers import TOKEN_EPS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
 POOLS = ("avg", "max", "avgmax", "catavgmax")  # timm's names
-_CLASSES: dict[type[nn.Module], type[TimmClassifier]] = {}  # by the classes of timm
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-class TimmClassifier(nn.Module):
+class TimmClassifier(TimmNetwork):
     """What a network of timm is besides its own class: see `create_classifier`.
 
     Attributes:
@@ -30,9 +29,7 @@ class TimmClassifier(nn.Module):
     """
 
     config: dict[str, Any]
-    name: str
     img_size: tuple[int, int]
-    in_chans: int
     num_classes: int
     features_stay = False  # whether only the classifier learns
     if TYPE_CHECKING:  # methods of timm's classes
@@ -57,33 +54,10 @@ class TimmClassifier(nn.Module):
         self.img_size = _pair(img_size)
         self.config["img_size"] = list(self.img_size)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks forget what is inside them and compute it again for gradients.
-
-        Raises:
-            ValueError: timm has not got that for this network.
-        """
-        try:
-            getattr(super(), "set_grad_checkpointing")(enable)  # noqa: B009 (of timm's class)
-        except (AttributeError, AssertionError) as error:
-            raise ValueError(
-                f"{self.name} cannot compute activations again (grad_checkpointing): timm does not "
-                "have it for this network; leave it out, or take smaller batches"
-            ) from error
-
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that an optimizer should not decay, besides one-dimensional ones."""
         of_timm = getattr(super(), "no_weight_decay", None)
         return set() if of_timm is None else set(of_timm())
-
-    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """`torch.compile` of every block, each for itself, in place; see `blocks_of`.
-
-        Args:
-            backend: as in `torch.compile`.
-        """
-        for block in blocks_of(self):
-            block.compile(backend=backend, dynamic=False)
 
     def freeze_features(self) -> None:
         """Only the classifier learns; the rest stays, running statistics of BatchNorms included."""
@@ -111,23 +85,6 @@ class TimmClassifier(nn.Module):
         if not hasattr(self, "forward_intermediates"):
             raise ValueError(f"timm does not give maps of {self.name} at several scales")
         return self.forward_intermediates(images, intermediates_only=True)
-
-    def __reduce__(self) -> Any:
-        return _restore, (type(self).__mro__[2],), self.__getstate__()
-
-
-def _restore(of_timm: type[nn.Module]) -> nn.Module:
-    """An empty classifier, for `pickle` and `copy`, as Python makes the class while it runs."""
-    made = _class_of(of_timm)
-    return made.__new__(made)
-
-
-def _class_of(of_timm: type[nn.Module]) -> type[TimmClassifier]:
-    """A class of timm's network that has the methods of `TimmClassifier` too."""
-    if of_timm not in _CLASSES:
-        both = (TimmClassifier, of_timm)
-        _CLASSES[of_timm] = type(of_timm.__name__, both, {"__module__": __name__})
-    return _CLASSES[of_timm]
 
 
 def create_classifier(
@@ -179,7 +136,7 @@ def create_classifier(
     bare = timm_name(name)
     _check_maps(bare, given)
     model = _create(bare, given)
-    model.__class__ = _class_of(type(model))
+    give_methods(model, TimmClassifier)
     model.name = PREFIX + bare
     model.in_chans, model.num_classes = in_chans, num_classes
     model.img_size = _pair(img_size)
@@ -249,34 +206,6 @@ def has_drop_path(name: str) -> bool:
     except (RuntimeError, ValueError, AssertionError):  # `create_classifier` says what is wrong
         return True
     return True
-
-
-def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
-    """The repeated parts of a network, such as the residual blocks of a ResNet, in its order.
-
-    A module with two or more convolutions or linear layers is one, unless several such modules lie
-    in it side by side, directly or in a `Sequential` or the like: then each of these is looked at.
-    """
-    parts = [part for part in _parts(network) if _layers(part) > 1]
-    for part in parts:
-        inner = [p for p in _parts(part) if _layers(p) > 1]
-        if len(inner) > 1:
-            yield from blocks_of(part)
-        else:
-            yield part
-
-
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """The children of a module, those of containers in their place."""
-    for child in module.children():
-        if isinstance(child, CONTAINERS):
-            yield from _parts(child)
-        else:
-            yield child
-
-
-def _layers(module: nn.Module) -> int:
-    return sum(isinstance(m, nn.Conv2d | nn.Linear) for m in module.modules())
 
 
 def _pair(img_size: int | Sequence[int]) -> tuple[int, int]:

@@ -229,19 +229,31 @@ def check_blocks(
     ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
     mask = BlockMask.from_ids(ids, grid, check=False)
     packed = Packed(torch.empty(1, mask_size**2, in_chans, device="meta"), mask)
+    try:
+        return unused_parameters(network, maps, packed)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"encoder {type(network).__name__} cannot run on visible blocks alone: {error}"
+        ) from error
+
+
+def unused_parameters(network: nn.Module, maps: FeatureMaps, x: Any) -> tuple[str, ...]:
+    """The names of the network's parameters that no map of `x` depends on.
+
+    Args:
+        network: runs once in evaluation, on tensors without data.
+        maps: those that are used.
+        x: a picture `[B, C, H, W]` on the meta device, or a `Packed` of such features.
+    """
     parameters = {
         name: torch.empty_like(p, device="meta", dtype=torch.float32).requires_grad_()
         for name, p in network.named_parameters()
     }
     buffers = {name: torch.empty_like(b, device="meta") for name, b in network.named_buffers()}
     tensors = {f"network.{name}": tensor for name, tensor in (parameters | buffers).items()}
-    try:
-        with _evaluating(network), torch.enable_grad():
-            found = torch.func.functional_call(_Reader(network, maps.read), tensors, (packed,))
-            total = torch.stack([x.features.sum() for x in found]).sum()
-            given = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"encoder {type(network).__name__} cannot run on visible blocks alone: {error}"
-        ) from error
+    with _evaluating(network), torch.enable_grad():
+        found = torch.func.functional_call(_Reader(network, maps.read), tensors, (x,))
+        sums = [(y.features if isinstance(y, Packed) else y).sum() for y in found]
+        total = torch.stack(sums).sum()
+        given = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return tuple(name for name, grad in zip(parameters, given, strict=True) if grad is None)

@@ -25,7 +25,8 @@ from convmae import (
 )
 from convmae.data import Statistics
 from convmae.models.adapt import adapt_input
-from convmae.models.cnn.classifier import TimmClassifier, blocks_of
+from convmae.models.cnn.classifier import TimmClassifier
+from convmae.models.cnn.timm_network import blocks_of
 from convmae.training.optim import layer_decay_groups
 from convmae.weights.checkpoint import open_weights, save_weights
 from tests.support.paths import FASHION
