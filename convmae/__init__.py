@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         list_models,
     )
     from convmae.models.dense_tasks.detector import Detector, create_detector
+    from convmae.models.dense_tasks.segmenter import Segmenter, create_segmenter
     from convmae.records.parts import WriteError
     from convmae.records.report import write_report
     from convmae.tasks.finetune import finetune
@@ -78,6 +79,7 @@ _MODULES = {
         *("SparK", "create_model", "full_name", "list_models"),
     ),
     "models.dense_tasks.detector": ("Detector", "create_detector"),
+    "models.dense_tasks.segmenter": ("Segmenter", "create_segmenter"),
     "records.parts": ("WriteError",),
     "records.report": ("write_report",),
     "tasks.finetune": ("finetune",),
@@ -111,6 +113,7 @@ __all__ = [
     "ReconstructConfig",
     "RowsSummary",
     "RunSummary",
+    "Segmenter",
     "SparK",
     "StatsConfig",
     "TrainingError",
@@ -121,6 +124,7 @@ __all__ = [
     "convert",
     "create_detector",
     "create_model",
+    "create_segmenter",
     "embed",
     "evaluate",
     "finetune",

@@ -1,7 +1,8 @@
 """The command line: `convmae COMMAND`. Only running one imports torch.
 
 A new command is a line of `COMMANDS`: its options, a dataclass that can be imported without torch,
-and where the function is that takes them, prints, and returns the exit status.
+and where the function is that takes them, prints, and returns the exit status. A command may have
+two words, as `segment train`; the first alone lists those that begin with it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from convmae.config import (
     ConvertConfig,
+    DetectConvertConfig,
+    DetectEvaluateConfig,
+    DetectPredictConfig,
+    DetectTrainConfig,
     EmbedConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -31,6 +36,9 @@ from convmae.config import (
     PredictConfig,
     PretrainConfig,
     ReconstructConfig,
+    SegmentEvaluateConfig,
+    SegmentPredictConfig,
+    SegmentTrainConfig,
     StatsConfig,
     WeightsWarning,
     config_from_mapping,
@@ -62,7 +70,14 @@ COMMANDS = {
     "linprobe": Command(LinprobeConfig, "convmae.tasks.probe:main"),
     "evaluate": Command(EvaluateConfig, "convmae.commands.evaluate:main"),
     "predict": Command(PredictConfig, "convmae.commands.predict:main"),
+    "segment train": Command(SegmentTrainConfig, "convmae.tasks.segment:main"),
+    "segment evaluate": Command(SegmentEvaluateConfig, "convmae.commands.segment_evaluate:main"),
+    "segment predict": Command(SegmentPredictConfig, "convmae.commands.segment_predict:main"),
     "embed": Command(EmbedConfig, "convmae.commands.embed:main"),
+    "detect train": Command(DetectTrainConfig, "convmae.tasks.detect:main"),
+    "detect evaluate": Command(DetectEvaluateConfig, "convmae.commands.detect_evaluate:main"),
+    "detect predict": Command(DetectPredictConfig, "convmae.commands.detect_predict:main"),
+    "detect convert": Command(DetectConvertConfig, "convmae.commands.detect_convert:main"),
     "reconstruct": Command(ReconstructConfig, "convmae.commands.reconstruct:main"),
     "convert": Command(ConvertConfig, "convmae.commands.convert:main"),
     "stats": Command(StatsConfig, "convmae.commands.stats:main"),
@@ -82,7 +97,10 @@ ALIASES = {
     "--torchcompile_backend": "--torchcompile",
 }
 # There --output is a file.
-OWN_OUTPUT = ("reconstruct", "convert", "evaluate", "predict", "embed", "stats")
+OWN_OUTPUT = (
+    *("reconstruct", "convert", "evaluate", "predict", "embed", "stats", "segment evaluate"),
+    *("detect evaluate", "detect predict", "detect convert"),
+)
 _FORMAT = warnings.formatwarning
 FAILED, BAD_OPTION, INTERRUPTED = 1, 2, 130  # exit statuses
 HELP = ("-h", "--help")
@@ -103,11 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_environment()
     warnings.formatwarning = _one_line
     given = list(sys.argv[1:] if argv is None else argv)
+    given = _joined(given)
     command = given[0] if given else ""
     arguments = [_canonical(argument, command) for argument in given]
     try:
         if arguments and arguments[0] in ("--version", "-V"):
             return _print_version()
+        if _beginning(command):
+            return _list_commands(arguments)
         _check_names(arguments)
         config = _parse(arguments)
         return COMMANDS[arguments[0]].run(config)
@@ -167,13 +188,47 @@ def _print_version() -> int:
     return 0
 
 
+def _joined(arguments: list[str]) -> list[str]:
+    """The arguments, with the two words of a command such as `segment train` as one."""
+    name = " ".join(arguments[:2])
+    return [name, *arguments[2:]] if name in COMMANDS else arguments
+
+
+def _beginning(word: str) -> list[str]:
+    """The commands of two words of which `word` is the first."""
+    return [name for name in COMMANDS if name.startswith(f"{word} ")]
+
+
+def _list_commands(arguments: list[str]) -> int:
+    """Lists the commands that begin with the first argument; returns the exit status.
+
+    Raises:
+        OptionError: something else than a call for help follows it.
+    """
+    first, *rest = arguments
+    names = _beginning(first)
+    if rest and rest[0] not in HELP:
+        name = f"{first} {rest[0]}"
+        raise OptionError(f"unknown command {name!r}{suggest(name, names)}")
+    actions = ",".join(name.partition(" ")[2] for name in names)
+    lines = [f"usage: convmae {first} {{{actions}}} ...", ""]
+    width = max(map(len, names))
+    for name in names:
+        meaning = (COMMANDS[name].options.__doc__ or "").splitlines()[0]
+        lines.append(f"  {name:{width}}  {meaning}")
+    lines += ["", f"`convmae {names[0]} --help` lists its options."]
+    print("\n".join(lines), file=sys.stdout if rest else sys.stderr)
+    return 0 if rest else BAD_OPTION
+
+
 def _check_names(arguments: list[str]) -> None:
     """Raises `OptionError` at a command or an option that does not exist."""
     if not arguments or arguments[0] in HELP or arguments[0].startswith("--tyro"):
         return
     command = arguments[0]
     if command not in COMMANDS:
-        raise OptionError(f"unknown command {command!r}{suggest(command, list(COMMANDS))}")
+        known = [*COMMANDS, *dict.fromkeys(n.split()[0] for n in COMMANDS if " " in n)]
+        raise OptionError(f"unknown command {command!r}{suggest(command, known)}")
     known = ["--config"]
     for option in dataclasses.fields(COMMANDS[command].options):
         known.append(f"--{option.name}")

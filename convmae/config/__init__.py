@@ -11,6 +11,12 @@ from convmae.config.checks import (
 from convmae.config.classify import EvaluateConfig, FinetuneConfig, LinprobeConfig
 from convmae.config.convert import ConvertConfig
 from convmae.config.data import DataConfig, ReadOptions
+from convmae.config.detect import (
+    DetectConvertConfig,
+    DetectEvaluateConfig,
+    DetectPredictConfig,
+    DetectTrainConfig,
+)
 from convmae.config.errors import (
     MessageError,
     OptionError,
@@ -21,6 +27,11 @@ from convmae.config.errors import (
 from convmae.config.inference import EmbedConfig, InferenceConfig, PredictConfig, RowsConfig
 from convmae.config.pretrain import PretrainConfig
 from convmae.config.run import RunConfig
+from convmae.config.segment import (
+    SegmentEvaluateConfig,
+    SegmentPredictConfig,
+    SegmentTrainConfig,
+)
 from convmae.config.tools import InfoConfig, ReconstructConfig, StatsConfig
 from convmae.config.yaml_file import read_yaml
 
@@ -29,12 +40,18 @@ TRAINING_OPTIONS: dict[str, type[RunConfig]] = {
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
     "linprobe": LinprobeConfig,
+    "detect train": DetectTrainConfig,
+    "segment train": SegmentTrainConfig,
 }
 
 __all__ = [
     "TRAINING_OPTIONS",
     "ConvertConfig",
     "DataConfig",
+    "DetectConvertConfig",
+    "DetectEvaluateConfig",
+    "DetectPredictConfig",
+    "DetectTrainConfig",
     "EmbedConfig",
     "EvaluateConfig",
     "FinetuneConfig",
@@ -49,6 +66,9 @@ __all__ = [
     "ReconstructConfig",
     "RowsConfig",
     "RunConfig",
+    "SegmentEvaluateConfig",
+    "SegmentPredictConfig",
+    "SegmentTrainConfig",
     "StatsConfig",
     "WeightsError",
     "WeightsWarning",

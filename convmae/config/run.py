@@ -41,6 +41,8 @@ class RunConfig(DataConfig):
     """Pictures in a batch of one process."""
     epochs: int = 100
     """Passes over the pictures; an epoch of the demo is 64 crops of each of its 8 photographs."""
+    steps: int | None = None
+    """Optimizer steps of the whole run, in place of --epochs."""
     accum_iter: int = 1
     """Batches whose gradients are added up for one step: the effective batch is larger."""
     input_size: int | tuple[int, int] = 224
@@ -130,10 +132,24 @@ class RunConfig(DataConfig):
         """`lr`, or `blr * effective_batch / 256`."""
         return self.blr * self.effective_batch(processes) / 256 if self.lr is None else self.lr
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        return self.epochs * steps_per_epoch if self.steps is None else self.steps
+
+    @property
+    def length(self) -> str:
+        """The option that says how long the run is, and its value."""
+        return f"--epochs {self.epochs}" if self.steps is None else f"--steps {self.steps}"
+
     @property
     def size_unit(self) -> int:
         """Pixels that must divide `input_size`, as far as the options alone tell."""
         return PATCH
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """What `sched` may be."""
+        return SCHEDULES
 
     def filled(self: AnyRun) -> AnyRun:
         """The options with those that depend on others given values; what a run notes down."""
@@ -160,14 +176,15 @@ class RunConfig(DataConfig):
         check_number("seed", self.seed, whole=True, at_least=0)
         if self.num_workers is not None:
             check_number("num_workers", self.num_workers, whole=True, at_least=0)
-        if self.max_samples is not None:
-            check_number("max_samples", self.max_samples, whole=True, above=0)
+        for name in ("max_samples", "steps"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), whole=True, above=0)
         check_number("min_crop", self.min_crop, above=0, at_most=1)
         check_number("hflip", self.hflip, at_least=0, at_most=1)
         check_number("max_unreadable", self.max_unreadable, at_least=0, at_most=1)
         check_choice("amp", self.amp, AMP)
         check_choice("strategy", self.strategy, STRATEGIES)
-        check_choice("sched", self.sched, SCHEDULES)
+        check_choice("sched", self.sched, self.schedules)
         check_choice("adapt_input", self.adapt_input, ADAPT_INPUT)
         check_statistics(self.mean, self.std)
         if self.warmup_lr > 0 and self.warmup_epochs == 0:

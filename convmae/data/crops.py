@@ -51,18 +51,18 @@ def centre_box(size: Size) -> PickBox:
     return pick
 
 
-def resized(image: Tensor, size: Size) -> Tensor:
+def resized(image: Tensor, size: Size, linear: bool = False) -> Tensor:
     """`resize(image, size)`, `[C, h, w] -> [C, H, W]`, bicubic, antialiased, in the same dtype.
 
     uint16 is resized in float32, rounded and clamped. float32 is not clamped: bicubic
-    interpolation may overshoot.
+    interpolation may overshoot. `linear` interpolates bilinearly instead.
     """
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import resize
 
     wide = image.float() if image.dtype == torch.uint16 else image
-    bicubic = InterpolationMode.BICUBIC
-    result = resize(wide, size=list(size), interpolation=bicubic, antialias=True)
+    mode = InterpolationMode.BILINEAR if linear else InterpolationMode.BICUBIC
+    result = resize(wide, size=list(size), interpolation=mode, antialias=True)
     if image.dtype == torch.uint16:
         return result.round().clamp(0, 65535).to(torch.uint16)
     return result

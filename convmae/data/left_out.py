@@ -1,4 +1,4 @@
-"""What of a data set is not read: counted by kind, the first of each kind named."""
+"""What of a data set is not read, or changed: counted by kind, the first of each kind named."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 NAMED_OF_A_KIND = 3
 KINDS_AT_MOST = 50  # counted apart; the rest together
 OTHER = "of other kinds"
+SINGULAR = {"files": "file", "members": "member", "objects": "object"}
 
 
 @dataclass
@@ -23,11 +24,13 @@ class LeftOut:
         what: in the plural, what they are: "files".
         counts: how many there are of each kind, such as ".txt" or "hidden".
         names: the first names of each kind, by the alphabet.
+        done: what is done with them, in words.
     """
 
     what: str = "files"
     counts: dict[str, int] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
+    done: str = "left out"
 
     def add(self, kind: str, *names: str, count: int = 1) -> None:
         """Counts `count` more of a kind, of which `names` are some."""
@@ -54,9 +57,10 @@ class LeftOut:
         by_count = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         kinds = ", ".join(self._kind(kind, count) for kind, count in by_count)
         verb = "is" if self.total == 1 else "are"
-        what = self.what.replace("files", "file", 1) if self.total == 1 else self.what
-        what = what.replace("members", "member", 1) if self.total == 1 else what
-        return f"{self.total:,} {what} {verb} left out: {kinds}"
+        what = self.what
+        for many, one in SINGULAR.items() if self.total == 1 else ():
+            what = what.replace(many, one, 1)
+        return f"{self.total:,} {what} {verb} {self.done}: {kinds}"
 
     def _kind(self, kind: str, count: int) -> str:
         names = self.names[kind]

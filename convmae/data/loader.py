@@ -40,6 +40,9 @@ class Batch(NamedTuple):
     """The pictures that could not be read on the way."""
     seconds: float
     """What preparing this batch took in the process that did it."""
+    targets: Any = None
+    """What belongs to the images besides a label: int64 label maps `[N, H, W]` to segment, a list
+    of one value an image where they cannot be stacked (objects to detect); None if nothing does."""
 
 
 # In the errors of PyTorch and of the system where memory, shared or not, is used up.
@@ -48,18 +51,30 @@ BROKEN = (ConnectionError, EOFError)  # where a loading process ends while it ha
 SECONDS = 5.0  # that its end is waited for
 LACKING_MEMORY = ("annot allocate memory", "can't allocate memory")
 
-Sample = tuple[Tensor, int]  # image, label
 SampleKey = tuple[int, int]  # epoch, sample
 
 
+class Sample(NamedTuple):
+    """What a batch is made of."""
+
+    image: Tensor
+    label: int
+    target: Any = None
+
+
 def make_batch(
-    samples: list[Sample], keys: list[SampleKey], failures: list[Failure], began: float
+    samples: Sequence[Sample], keys: list[SampleKey], failures: list[Failure], began: float
 ) -> Batch:
     """Stacks samples; `began` is `time.perf_counter()` at the start of the work."""
-    images = torch.stack([image.contiguous() for image, _ in samples])
-    labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
+    images = torch.stack([sample.image.contiguous() for sample in samples])
+    labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
     key_tensor = torch.tensor(keys, dtype=torch.int64)
-    return Batch(images, labels, key_tensor, failures, time.perf_counter() - began)
+    targets: Any = [sample.target for sample in samples]
+    if all(target is None for target in targets):
+        targets = None
+    elif all(isinstance(target, Tensor) for target in targets):
+        targets = torch.stack(targets)
+    return Batch(images, labels, key_tensor, failures, time.perf_counter() - began, targets)
 
 
 class RunSampler(Sampler[list[SampleKey]]):
@@ -138,8 +153,9 @@ class EvaluationSampler(Sampler[list[SampleKey]]):
 class PictureDataset(Dataset[Sample]):
     """`transform` of sample `i` of epoch `e`: random numbers depend on `(seed, e, i)` alone.
 
-    Sample `i` comes from picture `i % len(photos)`. A picture that cannot be read is replaced,
-    label and all, by the next one that can (the same in every run), and reported.
+    Sample `i` comes from picture `i % len(photos)`. A picture that cannot be read, or whose target
+    cannot, is replaced, label and all, by the next one that can (the same in every run), and
+    reported.
 
     Args:
         photos: where the pictures come from.
@@ -151,7 +167,7 @@ class PictureDataset(Dataset[Sample]):
         self.photos, self.transform, self.seed = photos, transform, seed
 
     def sample(self, epoch: int, sample: int) -> tuple[Sample, list[Failure]]:
-        """`(image, label)`, and the pictures that could not be read on the way.
+        """The sample, and the pictures that could not be read on the way.
 
         Raises:
             DataError: no picture at all could be read.
@@ -167,27 +183,50 @@ class PictureDataset(Dataset[Sample]):
 
 
 class EvaluationDataset(PictureDataset):
-    """Each picture once: one that cannot be read is a filler (zeros, label -1), and reported."""
+    """Each picture once: one that cannot be read is a filler (zeros, label -1), and reported.
+
+    The target of a filler is what the transform says. It is as large as the others in its batch.
+    """
 
     def __getitems__(self, keys: list[SampleKey]) -> Batch:
         began = time.perf_counter()
-        samples, failures = [], []
-        blank = torch.zeros(self.photos.channels, *self.transform.size, dtype=self.photos.dtype)
+        found: list[Sample | None] = []
+        failures = []
         for _, index in keys:
-            sample: Sample = (blank, NO_LABEL)
+            sample = None
             if index < len(self.photos):
                 try:
                     with seeded(derive_seed(self.seed, Stream.EVALUATION, index)):
-                        image = self.transform(ChosenPicture(self.photos, index))
-                    sample = (image, self.photos.label(index))
+                        sample = read_sample(self.photos, index, self.transform)
                 except UnreadableError as error:
                     failures.append(Failure(self.photos.name(index), str(error)))
-            samples.append(sample)
+            found.append(sample)
+        sizes = {tuple(sample.image.shape[1:]) for sample in found if sample is not None}
+        if len(sizes) > 1:
+            words = " and ".join(f"{height} x {width}" for height, width in sorted(sizes))
+            raise DataError(
+                f"pictures of one batch have sizes of {words} pixels; give --eval_batch_size 1"
+            )
+        height, width = next(iter(sizes), self.transform.size)
+        image = torch.zeros(self.photos.channels, height, width, dtype=self.photos.dtype)
+        filler = Sample(image, NO_LABEL, self.transform.target_of_filler((height, width)))
+        samples = [filler if sample is None else sample for sample in found]
         return make_batch(samples, keys, failures, began)
 
 
+def read_sample(photos: Photos, index: int, transform: Transform) -> Sample:
+    """Picture `index` as `transform` gives it: an image, or an image and its target.
+
+    Raises:
+        UnreadableError: picture or target cannot be read.
+    """
+    made = transform(ChosenPicture(photos, index))
+    image, target = made if isinstance(made, tuple) else (made, None)
+    return Sample(image, photos.label(index), target)
+
+
 def read_or_next(photos: Photos, index: int, transform: Transform) -> tuple[Sample, list[Failure]]:
-    """Picture `index % len(photos)` or the next that can be read, and its label; what failed.
+    """Picture `index % len(photos)` or the next that can be read; what failed.
 
     Raises:
         DataError: not one of the pictures can be read.
@@ -196,8 +235,7 @@ def read_or_next(photos: Photos, index: int, transform: Transform) -> tuple[Samp
     for step in range(len(photos)):
         candidate = (index + step) % len(photos)
         try:
-            image = transform(ChosenPicture(photos, candidate))
-            return (image, photos.label(candidate)), failures
+            return read_sample(photos, candidate, transform), failures
         except UnreadableError as error:
             failures.append(Failure(photos.name(candidate), str(error)))
     name, reason = failures[0] if failures else ("none", "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from convmae.data.crops import resized_crop
 from convmae.data.formats.stored import Stored, finish
@@ -85,6 +85,17 @@ class Photos(Protocol):
         """
 
 
+class TargetPhotos(Photos, Protocol):
+    """Pictures each of which has a target: a label map, or the objects in it."""
+
+    def target(self, index: int) -> Any:
+        """What belongs to picture `index`, as stored.
+
+        Raises:
+            UnreadableError: it cannot be read.
+        """
+
+
 @dataclass(frozen=True)
 class ChosenPicture:
     """Picture `index` of `photos`."""
@@ -100,6 +111,14 @@ class ChosenPicture:
 
     def crop(self, pick: PickBox, size: Size) -> Tensor:
         return self.photos.crop(self.index, pick, size)
+
+    def target(self) -> Any:
+        """What belongs to the picture, of photos that have targets (`TargetPhotos`).
+
+        Raises:
+            UnreadableError: it cannot be read.
+        """
+        return self.photos.target(self.index)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -187,3 +206,7 @@ class Subset:
 
     def crop(self, index: int, pick: PickBox, size: Size) -> Tensor:
         return self.photos.crop(self.indices[index], pick, size)
+
+    def target(self, index: int) -> Any:
+        """That of a picture of `photos` (`TargetPhotos`)."""
+        return self.photos.target(self.indices[index])  # type: ignore[attr-defined]

@@ -35,7 +35,7 @@ from convmae.data.folder import (
 )
 from convmae.data.formats.stored import Kind
 from convmae.data.labels import NAMES_HELP, LabelReader
-from convmae.data.loader import Batch, make_batch, run_batches
+from convmae.data.loader import Batch, Sample, make_batch, run_batches
 from convmae.data.picture import NO_LABEL, Pixels
 from convmae.data.samples import (
     RawSample,
@@ -143,7 +143,7 @@ class StreamDataset(IterableDataset[Batch]):
         generator = generator_for(self.plan.seed, Stream.ORDER, epoch)
         return torch.randperm(len(self.shards.names), generator=generator).tolist()
 
-    def _transformed(self, raw: RawSample, epoch: int, sample: int) -> tuple[Tensor, int]:
+    def _transformed(self, raw: RawSample, epoch: int, sample: int) -> Sample:
         """The image and label of `raw` with the random numbers of `(epoch, sample)`.
 
         Raises:
@@ -154,7 +154,7 @@ class StreamDataset(IterableDataset[Batch]):
         with seeded(derive_seed(self.plan.seed, Stream.SAMPLE, epoch, sample)):
             image = self.transform(picture)
         check_alike(Kind(len(image), image.dtype), self.kind)
-        return image, label
+        return Sample(image, label)
 
     def _train_batch(self, batch: list[RawSample], raw_samples: _Lookahead, began: float) -> Batch:
         failures: list[Failure] = []
@@ -171,7 +171,7 @@ class StreamDataset(IterableDataset[Batch]):
         candidates: list[RawSample],
         raw_samples: _Lookahead,
         failures: list[Failure],
-    ) -> tuple[Tensor, int]:
+    ) -> Sample:
         """`raw`, or the next in this loading process that can be read.
 
         Raises:
@@ -194,10 +194,11 @@ class StreamDataset(IterableDataset[Batch]):
     def _evaluation_batch(
         self, batch: list[RawSample], raw_samples: _Lookahead, began: float
     ) -> Batch:
-        blank = torch.zeros(self.kind.channels, *self.transform.size, dtype=self.kind.dtype)
+        image = torch.zeros(self.kind.channels, *self.transform.size, dtype=self.kind.dtype)
+        filler = Sample(image, NO_LABEL)
         samples, failures = [], []
         for raw in batch:
-            sample: tuple[Tensor, int] = (blank, NO_LABEL)
+            sample = filler
             if raw.name:
                 try:
                     sample = self._transformed(raw, 0, raw.sample)

@@ -28,14 +28,19 @@ NO_AUGMENT = ("", "none")
 class Transform:
     """A picture to a tensor of `size`, `[C, H, W]`, in the dtype of the picture.
 
-    Random numbers come from the global generators of torch, `random` and NumPy, which the loader
-    seeds for each sample.
+    A transform of pictures with targets (`TargetPhotos`) gives the tensor and the target. Random
+    numbers come from the global generators of torch, `random` and NumPy, which the loader seeds for
+    each sample.
     """
 
     size: Size
 
-    def __call__(self, picture: Picture) -> Tensor:
+    def __call__(self, picture: Picture) -> Any:
         raise NotImplementedError
+
+    def target_of_filler(self, size: Size) -> Any:
+        """The target of a picture of `size` that stands for none, or for one that is unreadable."""
+        return None
 
     def check(self, channels: int, dtype: torch.dtype) -> None:
         """Raises `DataError` where pictures of that kind cannot be transformed."""

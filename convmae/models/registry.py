@@ -10,9 +10,9 @@ from typing import Any
 from convmae.models.cnn import names
 from convmae.models.convmae import ConvMAE
 from convmae.models.convvit import ConvViT
-from convmae.models.task_names import DETECT, SEGMENT, split_task
 from convmae.models.fastconvmae import FastConvMAE
 from convmae.models.sizes import SIZES
+from convmae.models.task_names import DETECT, SEGMENT, split_task
 
 DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 TINY_DECODER = {"decoder_embed_dim": 192, "decoder_depth": 2, "decoder_num_heads": 6}
@@ -45,8 +45,8 @@ def list_models(pattern: str = "*") -> list[str]:
 
     Args:
         pattern: for example `"convmae_*"`; `"timm:*"` are the networks of timm, transformers among
-            them, which `create_model` refuses; `"segment:*"` and `"detect:*"` those that can
-            segment and detect.
+            them, which `create_model` refuses; `"segment:*"` and
+            `"detect:*"` those that can segment and detect.
     """
     task, bare = split_task(pattern)
     if task:
@@ -68,14 +68,13 @@ def create_model(name: str, **overrides: Any) -> Any:
 
     Args:
         name: `convmae_{tiny,small,base,large,huge}` and `fastconvmae_{...}` to pretrain,
-            `convvit_{...}` to classify, `segment:convvit_{...}` to segment, `detect:convvit_{...}`
-            to detect; or the official
-            `convmae_convvit_base_patch16`, `fastconvmae_convvit_base_patch16`, either of them with
-            `_dec512d8b`, or `convvit_base_patch16`. Base is the official size, tiny is ours; small,
-            large and huge are sizes of third-party code, as there are no official ones. Or `timm:`
-            and the name of a convolutional network of timm: with `method="spark"` or `"fcmae"` to
-            pretrain it, with `num_classes=...` to classify, and with `segment:` or `detect:`
-            before it to segment or detect.
+            `convvit_{...}` to classify, `segment:convvit_{...}` to segment and
+            `detect:convvit_{...}` to detect; or the official `convmae_convvit_base_patch16`,
+            `fastconvmae_convvit_base_patch16`, either of them with `_dec512d8b`, or
+            `convvit_base_patch16`. Base is the official size, tiny is ours; small, large and huge
+            are sizes of third-party code, as there are no official ones. Or `timm:` and the name
+            of a convolutional network of timm: with `method="spark"` or `"fcmae"` to pretrain it,
+            with `num_classes=...` to classify, and with `segment:` or `detect:` before it.
         **overrides: any argument of the model's class, such as `img_size=(128, 256)`.
 
     Raises:
@@ -108,13 +107,13 @@ def _create_timm_model(name: str, method: str | None = None, **options: Any) -> 
     return create_classifier(name, **options)
 
 
-def _create_segmenter(name: str, **options: Any) -> Any:
-    from convmae.models.dense_tasks.segmenter import create_segmenter
-
-    return create_segmenter(name, **options)
-
-
 def _create_detector(name: str, **options: Any) -> Any:
     from convmae.models.dense_tasks.detector import create_detector
 
     return create_detector(name, **options)
+
+
+def _create_segmenter(name: str, **options: Any) -> Any:
+    from convmae.models.dense_tasks.segmenter import create_segmenter
+
+    return create_segmenter(name, **options)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from convmae.records.scores import DRAWN_LABELS, SCORES
+
 if TYPE_CHECKING:
     from convmae.records.curves import Curve
     from convmae.records.history import History
@@ -18,7 +20,7 @@ def charts(history: History) -> list[dict[str, Any]]:
     rates = {"images_per_s": "whole", "model_images_per_s": "model", "input_images_per_s": "input"}
     made = [_loss_chart(trained["loss"])]
     for title, unit, names, curves in (
-        ("Accuracy", "%", {"acc1": "top 1", "acc5": "top 5"}, scored),
+        *((*group, scored) for group in _score_charts()),
         ("Loss of evaluations", "", {"loss": "loss"}, scored),
         ("Learning rate", "", {"lr": "learning rate"}, trained),
         ("Gradient norm", "", {"grad_norm": "gradient norm"}, trained),
@@ -28,6 +30,15 @@ def charts(history: History) -> list[dict[str, Any]]:
         lines = [series(label, curves[name].points(MAX_POINTS)) for name, label in names.items()]
         made.append({"title": title, "unit": unit, "series": [line for line in lines if line]})
     return [chart for chart in made if chart["series"]]
+
+
+def _score_charts() -> list[tuple[str, str, dict[str, str]]]:
+    """Of each chart of scores title, unit, and the labels of its curves by their names."""
+    charts: dict[str, tuple[str, str, dict[str, str]]] = {}
+    for name, score in SCORES.items():
+        chart = charts.setdefault(score.chart, (score.chart, score.unit, {}))
+        chart[2][name] = DRAWN_LABELS.get(name, score.label)
+    return list(charts.values())
 
 
 def epochs(history: History) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from convmae.files import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+DRAWN = ("reconstruction", "prediction")
 STEP_PICTURE = re.compile(r"step-(\d+)\.png")
 
 
@@ -28,11 +29,23 @@ class RunFolder:
     """The paths of a run, each named here and nowhere else; what is in `checkpoint` is weights'."""
 
     path: Path
+    drawn: str = "reconstruction"
+    """What pictures of the model's work are called, in the singular."""
 
     @classmethod
-    def of(cls, path: str | Path | RunFolder) -> RunFolder:
-        """The folder of that path, in which `~` may stand for the user's."""
-        return path if isinstance(path, RunFolder) else cls(Path(path).expanduser())
+    def of(cls, path: str | Path | RunFolder, drawn: str | None = None) -> RunFolder:
+        """The folder of that path, in which `~` may stand for the user's.
+
+        Args:
+            path: the folder, or what was made of it here.
+            drawn: `RunFolder.drawn`; by default what a run has drawn there, if one has.
+        """
+        if isinstance(path, RunFolder):
+            return path
+        here = Path(path).expanduser()
+        if drawn is None:
+            drawn = next((kind for kind in DRAWN if (here / f"{kind}s").is_dir()), DRAWN[0])
+        return cls(here, drawn)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -83,6 +96,11 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def evaluation(self) -> Path:
+        """The folder of what the last evaluation found, class by class and picture by picture."""
+        return self.path / "evaluation"
+
+    @property
     def loss_picture(self) -> Path:
         """The curve of the loss."""
         return self.path / "loss.png"
@@ -90,12 +108,12 @@ class RunFolder:
     @property
     def picture(self) -> Path:
         """The last picture of what the model does."""
-        return self.path / "reconstruction.png"
+        return self.path / f"{self.drawn}.png"
 
     @property
     def step_picture_folder(self) -> Path:
         """The folder of the pictures after steps."""
-        return self.path / "reconstructions"
+        return self.path / f"{self.drawn}s"
 
     def step_picture(self, step: int) -> Path:
         """The picture after a step."""

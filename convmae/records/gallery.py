@@ -60,9 +60,7 @@ class Gallery:
         for step, path in (drawn[index] for index in chosen):
             content = self._content(path)
             if content:
-                kind = "webp" if content[8:12] == b"WEBP" else "png"
-                text = base64.b64encode(content).decode()
-                pictures.append({"step": step, "src": f"data:image/{kind};base64,{text}"})
+                pictures.append({"step": step, "src": data_url(content)})
             else:
                 unreadable.append(path.name)
         return pictures, unreadable
@@ -86,6 +84,12 @@ class Gallery:
             return b""
         _write_copy(content, copy)
         return content
+
+
+def data_url(content: bytes) -> str:
+    """A picture that `encoded` gave, as the source of an image on a page."""
+    kind = "webp" if content[8:12] == b"WEBP" else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def encoded(picture: PILImage.Image) -> bytes:

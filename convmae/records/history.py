@@ -9,6 +9,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from convmae.records.curves import Curve, EvenSample
+from convmae.records.scores import SCORES, main_score
 from convmae.records.wording import is_number
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 RATES = ("images_per_s", "model_images_per_s", "input_images_per_s")
 DRAWN = ("loss", "lr", "grad_norm", *RATES, "memory_mib")  # of lines of training
-SCORES = ("acc1", "acc5", "loss")  # of evaluations
 MARKED = {"resumed": "resumed", "nonfinite": "not finite"}
 MAX_EVENTS = 200  # events, marks and unreadable pictures that are kept, each
 
@@ -33,7 +33,7 @@ class History:
         epochs: the epoch over steps.
         rates: images per second, by name.
         peak: the most memory, in MiB.
-        best: the evaluation of the best accuracy.
+        best: the evaluation of the best weights.
         events: the first `MAX_EVENTS` of the other events, unreadable pictures apart.
         event_count: the number of all of them.
         unreadable: name and reason of the first `MAX_EVENTS` pictures that could not be read.
@@ -102,9 +102,10 @@ class History:
 
     def _evaluation(self, entry: dict[str, Any]) -> None:
         if is_number(entry.get("step")):
-            _draw(self.scores, SCORES, entry)
+            _draw(self.scores, (*SCORES, "loss"), entry)
             self._epoch(entry)
-        if is_number(entry.get("acc1")) and entry["acc1"] > self.best.get("acc1", -1.0):
+        main = main_score(entry)
+        if main is not None and entry[main] > self.best.get(main, -1.0):
             self.best = entry
 
     def _unreadable(self, entry: dict[str, Any]) -> None:

@@ -180,7 +180,7 @@ def loss_picture(entries: list[dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="0.75", linewidth=1, label="as logged")
     axes.plot(steps, smooth(losses), color="tab:blue", linewidth=2, label="smoothed")
-    axes.set(xlabel="step", ylabel="loss (mean squared error of hidden patches)")
+    axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     with replacing(path) as new:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from convmae.files import replacing
 from convmae.records.charts import charts, epochs
+from convmae.records.evaluation import evaluation_section
 from convmae.records.folder import RunFolder
 from convmae.records.gallery import Gallery
 from convmae.records.history import LogFollower
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from PIL import Image as PILImage
+
+
+PICTURE_WORDS = {
+    "reconstruction": "originals, what was visible, and what the model painted",
+    "prediction": "pictures, the truth, and what the model predicts",
+}
 
 
 class Report:
@@ -67,7 +74,8 @@ def write_report(folder: str | Path | RunFolder) -> Path:
     """Writes `folder/report.html`, in place of the old one, whole or not at all.
 
     The page is one file that opens from disk and needs nothing else: summary, curves,
-    reconstructions, options, environment and events of the run, as far as the folder has them.
+    pictures, the last evaluation, options, environment and events of the run, as far as the folder
+    has them.
 
     Returns:
         The path of the page.
@@ -89,6 +97,7 @@ def _page(run: RunRecord, gallery: Gallery) -> str:
     status, done = status_of(run)
     reason = reason_of(run)
     pictures, damaged = gallery.shown(history.last.get("step", 0))
+    evaluation = evaluation_section(run.folder.evaluation)
     data = {
         "charts": charts(history),
         "pictures": pictures,
@@ -105,6 +114,9 @@ def _page(run: RunRecord, gallery: Gallery) -> str:
         "reason": escape(reason),
         "done": f"{100 * done:.1f}",
         "cards": "\n".join(cards(run)),
+        "drawn": escape(f"{run.folder.drawn.capitalize()}s"),
+        "picture_words": escape(PICTURE_WORDS[run.folder.drawn]),
+        "evaluation": evaluation,
         "damaged": escape(f"cannot be read: {', '.join(damaged)}"),
         "configuration": configuration(run.options, command),
         "environment": rows(run.environment),
@@ -121,6 +133,7 @@ def _page(run: RunRecord, gallery: Gallery) -> str:
         "has_pictures": bool(pictures or damaged),
         "has_slides": bool(pictures),
         "has_damaged": bool(damaged),
+        "has_evaluation": bool(evaluation),
         "has_configuration": bool(run.options),
         "has_environment": bool(run.environment),
         "has_events": bool(history.event_count),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from convmae.records.scores import SCORES, main_score
 from convmae.records.wording import clock, is_number, mebibytes, number
 
 if TYPE_CHECKING:
@@ -36,14 +37,16 @@ class RunRecord:
 def status_of(run: RunRecord) -> tuple[str, float]:
     """`finished`, `running` or `interrupted at step ...`, and the share that is done.
 
-    Finished: the last line is of the last epoch. Otherwise an event `interrupted` or `failed` after
-    the last line tells; without one, a run is running if its log is young, else it stopped.
+    Finished: the last line is of the last epoch, or step. Otherwise an event `interrupted` or
+    `failed` after the last line tells; without one, a run is running if its log is young, else it
+    stopped.
     """
     history = run.history
-    total, epoch = run.options.get("epochs"), history.last.get("epoch")
+    unit = "epoch" if run.options.get("steps") is None else "step"
+    total, so_far = run.options.get(f"{unit}s"), history.last.get(unit)
     done = 0.0
-    if is_number(total) and total > 0 and is_number(epoch):
-        done = min(1.0, max(0.0, epoch / total))
+    if is_number(total) and total > 0 and is_number(so_far):
+        done = min(1.0, max(0.0, so_far / total))
     if done == 1.0 and history.ending.get("event") != "failed":
         return "finished", 1.0
     step = history.last.get("step", 0)
@@ -101,7 +104,8 @@ def _steps_card(run: RunRecord) -> str:
     if not last:
         note = "no loss was logged" if run.history.ending else "nothing was logged yet"
         return card("Steps", _count(run.history.ending.get("step")), note)
-    of = f" of {total:,}" if is_number(total) else ""
+    by_epochs = is_number(total) and run.options.get("steps") is None
+    of = f" of {total:,}" if by_epochs else ""
     epoch = f"{last['epoch']:.4g}{of} epochs" if is_number(last.get("epoch")) else "done"
     return card("Steps", _count(last["step"]), epoch)
 
@@ -120,10 +124,12 @@ def _accuracy_card(history: History) -> str:
     best = history.best
     if not best:
         return ""
+    main = main_score(best)
+    assert main is not None
     five = f"top 5: {best['acc5']:.1f} %" if is_number(best.get("acc5")) else ""
     epoch = f"epoch {best['epoch']:.4g}" if is_number(best.get("epoch")) else ""
     note = ", ".join(fact for fact in (five, epoch) if fact)
-    return card("Best accuracy", f"{best['acc1']:.2f} %", note)
+    return card(f"Best {SCORES[main].label}", f"{best[main]:.2f} {SCORES[main].unit}", note)
 
 
 def _speed_card(history: History) -> str:

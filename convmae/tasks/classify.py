@@ -16,9 +16,8 @@ from convmae.records.unreadable import UnreadableTally
 from convmae.tasks.accuracy import accuracy, better, check_channels
 from convmae.tasks.matching import classes_to_learn, match_labels
 from convmae.training.distributed import whole_model
-from convmae.training.state import Run, TrainingError
+from convmae.training.saving import save_best
 from convmae.training.task import Task
-from convmae.weights.checkpoint import save_weights
 from convmae.weights.foreign import open_foreign
 from convmae.weights.pretrained import classifier_for, load_pretrained
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from convmae.config.classify import ClassifyConfig
     from convmae.data import Batch, Failure, Source, Statistics
     from convmae.records.log import RunLog
+    from convmae.training.state import Run
     from convmae.weights.checkpoint import Weights
     from convmae.weights.foreign import ForeignWeights
 
@@ -181,28 +181,8 @@ class Classification(Task):
         log.evaluation(run.step, run.epoch, figures)
         if better(figures, self.best):
             self.best = figures["acc1"]
-            self._keep(run)
-
-    def _keep(self, run: Run) -> None:
-        """Writes the best weights so far."""
-        weights = whole_model(run.model) if self.ema is None else self.ema.module.state_dict()
-        problem = None
-        if run.world.main:
-            try:
-                save_weights(
-                    run.folder.best,
-                    run.model,
-                    run.model_name,
-                    weights,
-                    run.statistics,
-                    self.classes,
-                    run.reading,
-                )
-            except OSError as error:
-                problem = f"the best weights of step {run.step} could not be written: {error}"
-        problem = run.world.share(problem)
-        if problem:
-            raise TrainingError(problem)
+            whole = whole_model(run.model) if self.ema is None else self.ema.module.state_dict()
+            save_best(run, whole, self.classes)
 
     def labels(self, batch: Batch, images: Tensor) -> Tensor:
         """The labels of a batch, where its images are.

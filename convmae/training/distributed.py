@@ -69,6 +69,14 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every process, in every process, by their ranks."""
+        if not self.parallel:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def together(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches; an error in one process is raised in all, so that none waits for it.
 
@@ -94,9 +102,7 @@ class World:
             assert error is not None
             return error
         mine = None if error is None else (type(error), self.rank, error.with_flags)
-        all_errors: list[Any] = [None] * self.size
-        dist.all_gather_object(all_errors, mine)
-        kind, rank, text = next(entry for entry in all_errors if entry is not None)
+        kind, rank, text = next(entry for entry in self.gather(mine) if entry is not None)
         return error if error is not None else kind(f"in process {rank}: {text}")
 
 
@@ -160,7 +166,7 @@ def spread(model: nn.Module, world: World) -> nn.Module:
             with _tensors_shown(block):
                 fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        for method in ("reconstruct",):
+        for method in ("reconstruct", "predict"):
             if hasattr(model, method):
                 register_fsdp_forward_method(model, method)
     return model
@@ -168,7 +174,8 @@ def spread(model: nn.Module, world: World) -> nn.Module:
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The parts of a model that are divided each for itself; the rest is divided as one."""
-    named = [blocks for name, blocks in model.named_children() if "blocks" in name]
+    trunk: Any = getattr(model, "backbone", model)  # of a segmenter
+    named = [blocks for name, blocks in trunk.named_children() if "blocks" in name]
     if named:
         return [block for blocks in named for block in blocks.children()]
     from convmae.models.cnn.timm_network import blocks_of

@@ -52,6 +52,35 @@ def layer_decay_groups(model: Any, weight_decay: float, layer_decay: float) -> G
     )
 
 
+def layered_groups(
+    model: Any, weight_decay: float, layer_decay: float, decay_all: bool = False
+) -> Groups:
+    """Parameters of a model for dense tasks by decay and by layer, with `lr_scale` of each.
+
+    A parameter of layer `i` of `model.layer_ids()` learns at
+    `layer_decay ** (model.num_layers - 1 - i)` of the rate. Vectors, biases and what
+    `model.no_weight_decay()` names have no decay; frozen parameters are left out.
+
+    Args:
+        model: a segmenter, or another model with these three.
+        weight_decay: of those that are decayed.
+        layer_decay: in `(0, 1]`.
+        decay_all: only what `model.no_weight_decay()` names has no decay; vectors and biases have.
+    """
+    layers, undecayed = model.layer_ids(), model.no_weight_decay()
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        matrix = parameter.ndim > 1 and not name.endswith(".bias")
+        decayed = (decay_all or matrix) and name not in undecayed
+        scale = layer_decay ** (model.num_layers - 1 - layers[name])
+        settings = {"weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale}
+        group = groups.setdefault((layers[name], decayed), settings | {"params": []})
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
 def adamw(groups: Groups, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW over the groups, fused where their device has that; a scheduler sets the rates."""
     parameters = [p for group in groups for p in group["params"]]
@@ -135,13 +164,16 @@ def make_scheduler(
 ) -> Schedule:
     """Linear warm-up from `warmup_lr` to `peak`, then a half-cosine (or line) down to `min_lr`.
 
+    With `sched` multistep it is divided by 10 at each share of the run in `decay_at` instead.
+
     The optimizer's own learning rate must be `peak`. `scheduler.step_update(step)` sets the rates
     of optimizer step `step`, counted from 0.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = peak
     warmup = config.warmup_epochs * steps_per_epoch
-    length: Any = max(config.epochs * steps_per_epoch - warmup, 1)  # a fraction, where warmup is
+    steps = config.total_steps(steps_per_epoch)
+    length: Any = max(steps - warmup, 1)  # a fraction, where warmup is
     common: dict[str, Any] = {
         "warmup_t": warmup,
         "warmup_lr_init": config.warmup_lr,
@@ -150,15 +182,24 @@ def make_scheduler(
     }
     with _without_remarks():
         rates = _scheduler(optimizer, config, length, common)
-    steps = config.epochs * steps_per_epoch
     return Schedule(rates, optimizer, config.weight_decay_end, steps)
 
 
 def _scheduler(
     optimizer: torch.optim.Optimizer, config: RunConfig, length: Any, common: dict[str, Any]
 ) -> Any:
-    from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+    from timm.scheduler import (
+        CosineLRScheduler,
+        MultiStepLRScheduler,
+        PolyLRScheduler,
+        StepLRScheduler,
+    )
 
+    if config.sched == "multistep":
+        warmup = common["warmup_t"]
+        shares: tuple[float, ...] = config.decay_at  # type: ignore[attr-defined]
+        milestones = [share * (warmup + length) - warmup for share in shares]
+        return MultiStepLRScheduler(optimizer, milestones, decay_rate=0.1, **common)
     if config.sched == "constant":
         return StepLRScheduler(optimizer, decay_t=length, decay_rate=1.0, **common)
     if config.sched == "linear":

@@ -14,6 +14,7 @@ from convmae.data import DataError, LoadingError
 from convmae.records.folder import RunFolder
 from convmae.records.log import RunLog, read_log
 from convmae.records.pictures import loss_picture
+from convmae.records.scores import SCORES, scores_text
 from convmae.records.terminal import say
 from convmae.records.unreadable import UnreadableTally
 from convmae.records.wording import is_number
@@ -49,8 +50,9 @@ class RunSummary:
         signal: the signal that ended it early, or None.
         unreadable: path and reason of every picture that could not be read.
         skipped: steps whose loss or gradient was not finite.
-        evaluation: the last evaluation: `acc1`, `acc5` (per cent; the latter of more than 5
-            classes only) and `loss`; empty without one.
+        evaluation: the last evaluation: `loss`, and of a classifier `acc1` and `acc5` (per cent;
+            the latter of more than 5 classes only), of others what `convmae.records.scores` names;
+            empty without one.
     """
 
     output_dir: Path
@@ -80,7 +82,8 @@ class RunSummary:
                 f"{self.images_per_s:.1f} images/s over {self.seconds:.0f} s"
             )
         if self.evaluation:
-            lines.append(accuracy_text(self.evaluation))
+            by_class = "acc1" in self.evaluation
+            lines.append((accuracy_text if by_class else scores_text)(self.evaluation))
         if self.unreadable:
             count = len(self.unreadable)
             lines.append(f"{count} unreadable pictures were skipped (named in {log})")
@@ -232,4 +235,4 @@ def _finish(
 
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:
-    return {name: entry[name] for name in ("acc1", "acc5", "loss") if name in entry}
+    return {name: entry[name] for name in (*SCORES, "loss") if name in entry}

@@ -11,7 +11,7 @@ from convmae.training.diagnosis import REMEDIES, not_finite, what_is_left
 from convmae.training.distributed import whole_model, whole_optimizer
 from convmae.training.machine import machine_info
 from convmae.training.state import Run, TrainingError
-from convmae.weights.checkpoint import save_checkpoint
+from convmae.weights.checkpoint import save_checkpoint, save_weights
 from convmae.weights.network_files import TIMM_WEIGHTS, write_timm_weights
 
 if TYPE_CHECKING:
@@ -55,6 +55,24 @@ def save(run: Run, task: Task, log: RunLog) -> None:
     picture = task.draw(run)
     if run.world.main:
         _show(run, log, picture)
+
+
+def save_best(run: Run, weights: dict[str, Tensor], classes: ClassNames | None = None) -> None:
+    """Writes the best weights so far; every process takes part, the main one writes.
+
+    Raises:
+        TrainingError: the disk refused.
+    """
+    problem = None
+    if run.world.main:
+        described = (run.statistics, classes, run.reading)
+        try:
+            save_weights(run.folder.best, run.model, run.model_name, weights, *described)
+        except OSError as error:
+            problem = f"the best weights of step {run.step} could not be written: {error}"
+    problem = run.world.share(problem)
+    if problem:
+        raise TrainingError(problem)
 
 
 def write_description(run: Run, command: str) -> None:
@@ -143,7 +161,7 @@ def _show(run: Run, log: RunLog, picture: PILImage.Image | None) -> None:
     """Keeps the picture and the report; a disk that refuses them does not stop a run."""
     try:
         if picture is not None:
-            log.picture("reconstruction", _as_array(picture), run.step)
+            log.picture(run.folder.drawn, _as_array(picture), run.step)
             run.report.add_picture(picture, run.step)
         run.report.write()
     except OSError as error:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convmae.config import OptionError, config_to_mapping, for_option
-from convmae.data import IMAGENET, IMAGENET_MEAN, DataError, Statistics, open_source
+from convmae.data import IMAGENET, IMAGENET_MEAN, DataError, Statistics
 from convmae.data.apart import check_apart
 from convmae.data.fingerprint import Fingerprint
 from convmae.data.statistics import check_deviations, far_apart, in_words, measure
@@ -48,7 +48,7 @@ COMPARED = 64  # pictures that tell whether a given mean is of such pictures at 
 
 def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]]:
     """Checks everything and builds the run; writes nothing. Also what to tell about it."""
-    folder = RunFolder.of(config.output_dir)
+    folder = RunFolder.of(config.output_dir, task.drawn)
     check_apart(folder.path, config.data_path)
     with for_option("resume"):
         resume = what_to_resume(config, folder)
@@ -61,13 +61,7 @@ def prepare(config: RunConfig, task: Task, world: World) -> tuple[Run, list[str]
     learnt = stored_reading(resume) if resume is not None else task.learnt_reading(config)
     reading, reading_notes = config.reading.over(learnt)
     task.reading = reading
-    source = open_source(
-        config.data_path,
-        max_unreadable=config.max_unreadable,
-        max_samples=config.max_samples,
-        seed=config.seed,
-        reading=reading,
-    )
+    source = task.open_data(config, reading, world)
     fingerprint = world.share(source.fingerprint() if world.main else None)
     changes = None if saved is None else _changes(config, fingerprint, saved[1])
     steps_per_epoch = _steps_per_epoch(config, source, world)
@@ -303,18 +297,19 @@ def _notes(run: Run, why: str) -> list[str]:
         if config.lr is not None
         else f"blr {config.blr:g} x effective batch {effective} / 256"
     )
+    epochs = run.total_steps / run.steps_per_epoch
     notes = [
         f"{run.model_name}: {sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M "
         f"parameters, {config.size[0]} x {config.size[1]} pixels, {world.device}, "
         f"{str(run.dtype).removeprefix('torch.')} ({why}), {torch.get_num_threads()} threads",
         f"effective batch {effective} = {config.batch_size} x {config.accum_iter}{processes}, "
         f"blr {config.blr:g}, lr {peak:.3e} ({rule})",
-        f"{config.epochs} epochs of {run.steps_per_epoch} steps, into {run.folder}",
+        f"{epochs:g} epochs of {run.steps_per_epoch} steps, into {run.folder}",
     ]
-    if config.warmup_epochs >= config.epochs:
+    if config.warmup_epochs >= epochs:
         notes.append(
-            f"warning: --warmup_epochs {config.warmup_epochs:g} is not shorter than --epochs "
-            f"{config.epochs}: the learning rate only rises, to {_highest_rate(run):.3e} in the "
+            f"warning: --warmup_epochs {config.warmup_epochs:g} is not shorter than "
+            f"{config.length}: the learning rate only rises, to {_highest_rate(run):.3e} in the "
             f"last step, and never reaches its peak {peak:.3e}; give fewer --warmup_epochs, or 0"
         )
     return notes
@@ -378,7 +373,7 @@ def _resume(
     run.step = run.saved_step = round(done * run.steps_per_epoch)
     if run.step >= run.total_steps and config.resume != "auto":
         raise OptionError(
-            f"--epochs {config.epochs}: {folder} has been trained for {done:g} epochs already; "
+            f"{config.length}: {folder} has been trained for {done:g} epochs already; "
             "give more to go on"
         )
     notes.insert(0, f"going on from {folder}, epoch {done:.2f} (step {run.step})")

@@ -62,7 +62,7 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        return self.config.epochs * self.steps_per_epoch
+        return self.config.total_steps(self.steps_per_epoch)
 
     @property
     def epoch(self) -> float:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from convmae.config import ReadOptions
+from convmae.data import open_source
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from convmae.data import Batch, Source, Statistics
     from convmae.data.classes import ClassNames
     from convmae.records.log import RunLog
+    from convmae.training.distributed import World
     from convmae.training.state import Run
     from convmae.weights.checkpoint import Weights
 
@@ -25,9 +27,20 @@ class Task(ABC):
     """One kind of training: what it trains, on what, and what is to be seen of it."""
 
     command: str
+    drawn = "reconstruction"  # what `draw` draws
     reading = ReadOptions()  # how pictures are read; set before `build`
     classes: ClassNames | None = None  # names of what the model tells apart, in their order
     resumed: Path | None = None  # the checkpoint folder that the run goes on from
+
+    def open_data(self, config: Any, reading: ReadOptions, world: World) -> Source:
+        """The pictures to train on; what takes long to check, the main process alone checks."""
+        return open_source(
+            config.data_path,
+            max_unreadable=config.max_unreadable,
+            max_samples=config.max_samples,
+            seed=config.seed,
+            reading=reading,
+        )
 
     @abstractmethod
     def transform(self, config: Any) -> Any:

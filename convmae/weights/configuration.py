@@ -13,6 +13,7 @@ import torch
 from convmae.config import WeightsError
 from convmae.models.cnn.names import METHODS, is_timm_name, timm_name
 from convmae.models.registry import MODELS, create_model, full_name, list_models
+from convmae.models.task_names import split_task
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,9 +40,12 @@ def check_config(path: Path, model: Any, config: Mapping[str, Any]) -> None:
     Raises:
         WeightsError: there is no such model or argument, or a value is of another kind.
     """
-    name = full_name(model)
-    if is_timm_name(str(name)):
+    name = full_name(str(model))
+    if is_timm_name(name):
         _check_network(path, name, config)
+        return
+    if split_task(name)[0]:
+        _check_dense(path, name, config)
         return
     if name not in MODELS:
         close = difflib.get_close_matches(str(model), list_models())
@@ -72,6 +76,35 @@ def _check_network(path: Path, name: str, config: Mapping[str, Any]) -> None:
         raise WeightsError(f"{path} is of model {_short(name)}: {error}") from error
     for key, value in config.items():
         wanted = _unfit_of_network(key, value)
+        if wanted:
+            raise WeightsError(
+                f"the configuration in {path} has {_short(key)} {_short(value)}, expected {wanted}"
+            )
+
+
+def _check_dense(path: Path, name: str, config: Mapping[str, Any]) -> None:
+    """The same of a segmenter or a detector.
+
+    Which arguments it takes is seen where the model is built.
+    """
+    task, bare = split_task(name)
+    if is_timm_name(bare):
+        try:
+            timm_name(bare)
+        except ValueError as error:
+            raise WeightsError(f"{path} is of model {_short(name)}: {error}") from error
+    elif name not in list_models(f"{task}*"):
+        known = ", ".join(list_models(f"{task}*"))
+        raise WeightsError(
+            f"{path} is of model {_short(name)}, which there is not; expected one of {known}"
+        )
+    for key, value in config.items():
+        if key in ("img_size", "in_chans", "num_classes", "drop_path_rate"):
+            wanted = _unfit(key, value)
+        else:
+            many = value if isinstance(value, list | tuple) else [value]
+            plain = all(v is None or isinstance(v, bool | str) or _is_number(v) for v in many)
+            wanted = None if plain else "true, false, a text or finite numbers"
         if wanted:
             raise WeightsError(
                 f"the configuration in {path} has {_short(key)} {_short(value)}, expected {wanted}"
@@ -224,6 +257,9 @@ def _check_blocks(
     Raises:
         WeightsError: there are not.
     """
+    if split_task(name)[0]:
+        _check_layers(path, config, state)
+        return
     depths = {"depth": ("blocks1.", "blocks2.", "blocks3."), "decoder_depth": ("decoder_blocks.",)}
     given = dict(config)
     if not is_timm_name(name):
@@ -239,6 +275,22 @@ def _check_blocks(
             raise WeightsError(
                 f"{path} does not fit the model it names: its configuration has {key} {said}, but "
                 f"its tensors are of {found[0] if len(found) == 1 else found} blocks"
+            )
+
+
+def _check_layers(path: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """No number of layers of a segmenter or detector is above the number of its tensors.
+
+    Raises:
+        WeightsError: one is.
+    """
+    for key in ("depth", "rpn_convs", "box_convs", "mask_convs"):
+        value = config.get(key, 0)
+        total = sum(value) if isinstance(value, list | tuple) else value
+        if total is not None and total > len(state):
+            raise WeightsError(
+                f"{path} does not fit the model it names: its configuration has {key} "
+                f"{_short(value)}, but there are {len(state)} tensors"
             )
 
 

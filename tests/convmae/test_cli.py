@@ -44,7 +44,7 @@ def test_help_does_not_import_torch(command: list[str]) -> None:
         "import sys\n"
         "from convmae.cli import main\n"
         "try:\n"
-        f"    main({[*command, '--help']!r})\n"
+        f"    main({[*' '.join(command).split(), '--help']!r})\n"
         "except SystemExit as end:\n"
         "    assert end.code == 0\n"
         "heavy = {'torch', 'torchvision', 'numpy', 'PIL', 'matplotlib', 'skimage', 'timm'}\n"
@@ -288,6 +288,45 @@ def test_a_new_command_is_one_file_and_one_line(
     with pytest.raises(SystemExit):
         cli.main(["greet", "--help"])
     assert "Whom to greet" in capsys.readouterr().out
+
+
+def test_a_command_may_have_two_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @dataclasses.dataclass
+    class SowConfig:
+        """Sow seeds."""
+
+        sort: str = "peas"
+        """What to sow."""
+
+    sown: list[str] = []
+    monkeypatch.setattr(cli.Command, "run", lambda command, config: sown.append(config.sort) or 5)
+    for name in ("garden sow", "garden water"):
+        monkeypatch.setitem(cli.COMMANDS, name, cli.Command(SowConfig, "garden:main"))
+    (tmp_path / "options.yaml").write_text("sort: beans\n")
+    assert cli.main(["garden", "sow", "--config", str(tmp_path / "options.yaml")]) == 5
+    assert cli.main(["garden", "water", "--sort", "leeks"]) == 5
+    assert sown == ["beans", "leeks"]
+
+    assert cli.main(["garden", "--help"]) == 0
+    listed = capsys.readouterr().out
+    assert "usage: convmae garden {sow,water} ..." in listed
+    assert "  garden sow    Sow seeds.\n  garden water  Sow seeds.\n" in listed
+    assert cli.main(["garden"]) == 2
+    assert capsys.readouterr().err == listed
+    for arguments, line in (
+        ("garden wader", "unknown command 'garden wader'; did you mean garden water"),
+        ("gardn sow", "unknown command 'gardn'; did you mean garden"),
+        ("garden sow --srt x", "convmae garden sow has no option --srt; did you mean --sort?"),
+        ("garden sow --zz x", "see `convmae garden sow --help`"),
+    ):
+        assert cli.main(arguments.split()) == 2
+        error = capsys.readouterr().err
+        assert line in error and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        cli.main(["garden", "sow", "--help"])
+    assert "What to sow" in capsys.readouterr().out
 
 
 def test_a_fault_in_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,25 @@ class EncodedPicture:
             return Header(kind, _notes(False, deep.alpha, False, None, self.reading))
         return self._pillow_header(None if tiff is None else tiff.nodata)
 
+    def size(self) -> Size:
+        """`(height, width)`, upright, without decoding its pixels where the format allows that.
+
+        Raises:
+            UnreadableError: the file is broken, or not as it is asked for.
+        """
+        head = self._head()
+        if head.startswith(MAGIC):
+            layout = single_picture(read_array(self._content()), self.reading)
+            return layout.height, layout.width
+        tiff = self._tiff(head)
+        if tiff is not None and not tiff.plain:
+            return tiff.height, tiff.width
+        try:
+            with self.opened() as image:
+                return upright_size(image)
+        except decoding_errors() as error:
+            raise self.unreadable(error) from error
+
     def load(self) -> Tensor:
         """The whole picture, `[C, h, w]`.
 
@@ -135,7 +154,7 @@ class EncodedPicture:
         content = self._content()
         stored = read_deep(content, header)
         if header.format == "png" and any(mark in content for mark in EXIF_MARKS):
-            with self._open() as image:
+            with self.opened() as image:
                 image.load()  # what stands after the pixels counts as well
                 stored.values = upright(stored.values, image.getexif().get(ORIENTATION_TAG, 1))
         return stored
@@ -143,10 +162,10 @@ class EncodedPicture:
     def _from_pillow(self, shrink: float) -> Stored:
         every_band = self.reading.bands is not None
         try:
-            with self._open() as image:
+            with self.opened() as image:
                 values = pillow_values(decoded(image, shrink), every_band)
         except decoding_errors() as error:
-            raise self._unreadable(error) from error
+            raise self.unreadable(error) from error
         return Stored(values, photo=values.dtype == np.uint8 and not every_band)
 
     def _small_jpeg(self, pick: PickBox, size: Size) -> tuple[Box, Tensor] | None:
@@ -154,12 +173,12 @@ class EncodedPicture:
         if not self._head().startswith(b"\xff\xd8"):
             return None
         try:
-            with self._open() as header:
+            with self.opened() as header:
                 if header.format not in SHRINKING:
                     return None
                 full = upright_size(header)
         except decoding_errors() as error:
-            raise self._unreadable(error) from error
+            raise self.unreadable(error) from error
         box = pick(*full)
         shrink = min(box[2] / size[0], box[3] / size[1])
         image = finish(self._from_pillow(shrink), self.reading)
@@ -168,7 +187,7 @@ class EncodedPicture:
     def _pillow_header(self, nodata: float | None) -> Header:
         every_band = self.reading.bands is not None
         try:
-            with self._open() as image:
+            with self.opened() as image:
                 dtype = image_dtype(image.mode)
                 channels = pillow_channels(image, every_band)
                 photo = dtype == np.uint8 and not every_band
@@ -178,7 +197,7 @@ class EncodedPicture:
                 notes = _notes(grey, is_transparent(image), moving, nodata, self.reading)
                 image.verify()
         except decoding_errors() as error:
-            raise self._unreadable(error) from error
+            raise self.unreadable(error) from error
         return Header(kind, notes)
 
     # -- the file ---------------------------------------------------------------------------------
@@ -190,7 +209,7 @@ class EncodedPicture:
             with open(self.file, "rb") as opened:
                 return opened.read(HEADER_BYTES)
         except OSError as error:
-            raise self._unreadable(error) from error
+            raise self.unreadable(error) from error
 
     def _content(self) -> bytes:
         if isinstance(self.file, bytes):
@@ -198,12 +217,12 @@ class EncodedPicture:
         try:
             return self.file.read_bytes()
         except OSError as error:
-            raise self._unreadable(error) from error
+            raise self.unreadable(error) from error
 
     def _tiff(self, head: bytes) -> TiffHeader | None:
         return read_tiff_header(self.file, self.reading) if head.startswith(MAGICS) else None
 
-    def _open(self) -> PILImage.Image:
+    def opened(self) -> PILImage.Image:
         """Opened by Pillow, not decoded.
 
         Raises:
@@ -220,7 +239,8 @@ class EncodedPicture:
         check_pixels(image.height, image.width, self.reading)
         return image
 
-    def _unreadable(self, error: Exception) -> UnreadableError:
+    def unreadable(self, error: Exception) -> UnreadableError:
+        """What Pillow says of a broken file, in one line."""
         return UnreadableError(
             pillow_reason(error, None if isinstance(self.file, bytes) else self.file)
         )

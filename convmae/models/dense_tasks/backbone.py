@@ -106,6 +106,16 @@ class ConvViTBackbone(Trunk):
 
     # -- training ---------------------------------------------------------------------------------
 
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """`torch.compile` of every patch embedding and block, each for itself, in place.
+
+        Args:
+            backend: as in `torch.compile`.
+        """
+        super().compile_blocks(backend)
+        for block in self.blocks3:
+            block.compile(backend=backend, dynamic=False)
+
     @property
     def num_layers(self) -> int:
         """One more than the blocks of stage 3 have, and one for all that is behind the trunk."""

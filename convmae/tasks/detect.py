@@ -1,0 +1,364 @@
+"""`convmae detect train`: boxes, names and masks of the objects in pictures."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from convmae.config import OptionError
+from convmae.data import DataError, normalise
+from convmae.data.classes import ClassNames, listed, match_classes
+from convmae.data.objects.open import open_objects
+from convmae.data.objects.shapes import shape_mask
+from convmae.data.objects.transforms import FitTransform, JitterTransform
+from convmae.data.picture import ChosenPicture
+from convmae.data.source import evenly_spaced
+from convmae.models import create_model
+from convmae.models.task_names import DETECT
+from convmae.records.evaluation import EvaluationDetails
+from convmae.records.folder import RunFolder
+from convmae.records.object_pictures import DrawnObjects, object_sheet
+from convmae.records.unreadable import UnreadableTally
+from convmae.tasks.accuracy import check_channels
+from convmae.tasks.detection_steps import (
+    canvas,
+    detections,
+    learned,
+    measure,
+    padding_of,
+    sizes_seen,
+)
+from convmae.tasks.measures.average_precision import AveragePrecision
+from convmae.training.distributed import whole_model
+from convmae.training.optim import Groups, adamw, layered_groups
+from convmae.training.run import RunSummary, run_task
+from convmae.training.saving import save_best
+from convmae.training.task import Task
+from convmae.weights.checkpoint import WEIGHTS
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+    from torch import Tensor, nn
+
+    from convmae.config import DetectTrainConfig, ReadOptions
+    from convmae.data import Batch, Failure, Source, Statistics
+    from convmae.data.objects.annotations import ObjectPicture
+    from convmae.data.objects.open import ObjectSource
+    from convmae.records.log import RunLog
+    from convmae.training.distributed import World
+    from convmae.training.state import Run
+    from convmae.weights.checkpoint import Weights
+
+BETAS = (0.9, 0.999)
+PREVIEWS = 6  # pictures of the val split that are drawn with each checkpoint
+DRAWN_SCORE = 0.5  # the least score of what is drawn
+# Arguments of a model whose option has another name.
+FLAGS = {"img_size": "input_size", "drop_path_rate": "drop_path", "kind": "pyramid"}
+
+
+def detect_train(config: DetectTrainConfig) -> RunSummary:
+    """Trains a detector on pictures with objects, from given or from random weights.
+
+    `config.output_dir` then holds what `pretrain` leaves, `best/model.safetensors`, the weights
+    with the highest average precision of boxes on the val split, and `evaluation/`, the last
+    evaluation class by class.
+
+    Raises:
+        OptionError (a ValueError): an option cannot work. Nothing was trained or overwritten.
+        convmae.data.DataError (a ValueError): no pictures, too many of them missing or unreadable,
+            or annotations that cannot be used.
+        TrainingError: as `pretrain`.
+    """
+    return run_task(config, Detection())
+
+
+def main(config: DetectTrainConfig) -> int:
+    """The command: `detect_train`, and what to see of it; returns the exit status."""
+    summary = detect_train(config)
+    folder = RunFolder.of(summary.output_dir)
+    return summary.report(folder.best / WEIGHTS, folder.report)
+
+
+class Detection(Task):
+    """A detector learns objects on pictures that are resized at random."""
+
+    command = "detect train"
+    drawn = "prediction"
+
+    def __init__(self) -> None:
+        self.best: float | None = None
+        self.statistics_learnt: Statistics | None = None
+
+    # -- data -------------------------------------------------------------------------------------
+
+    def open_data(self, config: Any, reading: ReadOptions, world: World) -> Source:
+        limits = {"max_unreadable": config.max_unreadable, "masks": config.masks}
+        self.train = open_objects(
+            config.data_path,
+            "train",
+            config.object_options("train"),
+            reading,
+            max_samples=config.max_samples,
+            seed=config.seed,
+            keep_empty=config.keep_empty,
+            **limits,
+        )
+        self.val = open_objects(
+            config.data_path, "val", config.object_options("val"), reading, **limits
+        )
+        self.classes = ClassNames(self.train.annotations.classes)
+        self.notes = [
+            f"{len(self.classes)} classes: {listed(self.classes)}",
+            f"{self.val.description} (val)",
+            *(f"note: {note} (train)" for note in self.train.notes),
+            *(f"note: {note} (val)" for note in self.val.notes),
+            *match_objects(
+                self.val, self.classes, f"--data_path {config.data_path!r} (val)", "its train split"
+            ),
+        ]
+        both = {p.name for p in self.train.annotations.pictures}
+        both &= {p.name for p in self.val.annotations.pictures}
+        if both and self.train.root == self.val.root:
+            self.notes.append(
+                f"note: {len(both):,} pictures are in both train and val, {min(both)} first"
+            )
+        return self.train
+
+    def transform(self, config: DetectTrainConfig) -> Any:
+        return JitterTransform(
+            config.size,
+            config.scale_min,
+            config.scale_max,
+            config.hflip,
+            flip_first=padding_of(config.kind) == "mean",
+            masks=config.masks,
+        )
+
+    # -- building ---------------------------------------------------------------------------------
+
+    def build(self, config: Any, source: Source) -> tuple[nn.Module, str, list[str]]:
+        assert self.classes is not None
+        name = DETECT + config.model.removeprefix(DETECT)
+        model = self._create(name, config, source.channels)
+        check_channels(self.val, model, config.data_path)
+        if self.val.dtype != source.dtype:
+            raise DataError(
+                f"--data_path {config.data_path!r}: the pictures of train are of {source.dtype}, "
+                f"those of val of {self.val.dtype}; expected one type of values"
+            )
+        self.val_tally = UnreadableTally(self.val, config.max_unreadable)
+        return model, name, [*self.notes, *self._start(model, config)]
+
+    def _create(self, name: str, config: DetectTrainConfig, channels: int) -> Any:
+        assert self.classes is not None
+        options: dict[str, Any] = {
+            "num_classes": len(self.classes),
+            "kind": config.kind,
+            "img_size": config.size,
+            "in_chans": channels,
+            "drop_path_rate": config.drop_path,
+            "masks": config.masks,
+        }
+        if config.window_size is not None:
+            options["window_size"] = config.window_size
+        try:
+            return create_model(name, **options, **config.heads())
+        except (ValueError, TypeError, ModuleNotFoundError) as error:
+            message = str(error)
+            argument = message.partition(" ")[0].rstrip(":")
+            option = FLAGS.get(argument, argument)
+            if hasattr(config, option):
+                raise OptionError(f"--{option}: {message}") from error
+            raise OptionError(f"--model {config.model!r}: {message}") from error
+
+    def _start(self, model: Any, config: DetectTrainConfig) -> list[str]:
+        """Puts `config.init` into the backbone, unless the run goes on; what to tell about it."""
+        if config.init is None:
+            return ["starting from random weights (no --init)"]
+        raise NotImplementedError
+
+    def statistics(self, config: DetectTrainConfig) -> Statistics | None:
+        return self.statistics_learnt
+
+    def groups(self, model: nn.Module, config: DetectTrainConfig) -> Groups:
+        return layered_groups(model, config.weight_decay, config.layer_decay, decay_all=True)
+
+    def optimizer(self, groups: Groups, config: DetectTrainConfig) -> torch.optim.Optimizer:
+        return adamw(groups, BETAS)
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def loss(self, run: Run, batch: Batch, images: Tensor) -> Tensor:
+        padding, targets = padding_of(run.config.kind), batch.targets
+        images = canvas(images, targets, run.statistics, padding)
+        sizes = sizes_seen(images, targets, padding)
+        losses = run.step_model(images, learned(targets, images.device), sizes)
+        return torch.stack([loss.float() for loss in losses.values()]).sum()
+
+    # -- evaluation -------------------------------------------------------------------------------
+
+    def evaluation_due(self, run: Run) -> bool:
+        return run.due(run.config.eval_every)
+
+    def folder_lost(self, run: Run) -> None:
+        self.best = None  # the next evaluation writes the best weights again
+
+    def evaluate(self, run: Run, log: RunLog) -> None:
+        config, began = run.config, time.perf_counter()
+        batches = self.val.evaluation_batches(
+            FitTransform(config.size),
+            config.eval_batch_size or config.batch_size,
+            rank=run.world.rank,
+            world=run.world.size,
+            workers=run.workers,
+            pin=config.pin_mem and run.world.device.type == "cuda",
+        )
+        failures: list[Failure] = []
+        figures, of_classes = measure(
+            run.model,
+            run.world.together(batches),
+            AveragePrecision(self.val.annotations, config.masks),
+            run.statistics,
+            padding_of(config.kind),
+            run.world,
+            run.autocast(),
+            failures,
+        )
+        self.val_tally.add(failures, log, run.step)
+        figures["seconds"] = round(time.perf_counter() - began, 2)
+        log.evaluation(run.step, run.epoch, figures)
+        if run.world.main:
+            try:
+                details(figures, of_classes, run.step).write(run.folder.evaluation)
+            except OSError as error:
+                log.say(f"warning: the details of this evaluation were not written: {error}")
+        found = figures.get("box_ap", 0.0)
+        if self.best is None or found > self.best:
+            self.best = found
+            save_best(run, whole_model(run.model), self.classes)
+
+    def draw(self, run: Run) -> PILImage.Image | None:
+        transform, names = FitTransform(run.config.size), self.val.annotations.classes
+        padding = padding_of(run.config.kind)
+        photos: Any = self.val.photos
+        broken = {failure.name for failure in self.val.failures}
+        readable = [i for i in range(len(photos)) if photos.name(i) not in broken]
+        was_training = run.model.training
+        run.model.eval()
+        rows = []
+        for place in evenly_spaced(len(readable), PREVIEWS):
+            index = readable[place]
+            picture = ChosenPicture(photos, index)
+            image, target = transform(picture)
+            images = normalise(image[None].to(run.world.device), *run.statistics)
+            images = canvas(images, [target], run.statistics, padding)
+            (found,) = detections(run.model, images, [target], padding, run.autocast())
+            assert found is not None
+            stored = picture.load()
+            truth = true_objects(photos.target(index), run.config.masks)
+            caption = photos.name(index).removeprefix(self.val.root)
+            rows.append((stored, truth, found_objects(found, DRAWN_SCORE), caption))
+        run.model.train(was_training)
+        return object_sheet(rows, names) if rows else None
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def state(self, run: Run) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state(self, run: Run, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
+    def resume_classes(self, config: DetectTrainConfig, weights: Weights) -> list[str]:
+        """Goes on with the classes of a checkpoint, in its order; what to tell about it.
+
+        Raises:
+            OptionError: those of the data are others.
+        """
+        where, before = f"--resume {weights.path}", self.classes
+        if weights.classes is None:
+            return [f"note: {where} does not tell the names of its classes: they are not compared"]
+        data, self.classes = f"--data_path {config.data_path!r}", weights.classes
+        for source, split in ((self.train, "train"), (self.val, "val")):
+            match_objects(source, self.classes, f"{data} ({split})", where, all_of_them=True)
+        if self.classes != before:
+            return [f"note: classes have the order that they have in {weights.path}"]
+        return []
+
+
+def match_objects(
+    source: ObjectSource, classes: ClassNames, data: str, model: str, all_of_them: bool = False
+) -> list[str]:
+    """Gives the objects of a source the labels of a model, by the names of their classes.
+
+    Args:
+        source: its annotations are changed.
+        classes: of the model.
+        data, model: what to call them in messages.
+        all_of_them: whether no class of the model may lack in the data.
+
+    Returns:
+        What to tell about it.
+
+    Raises:
+        OptionError: the source has a class that the model does not know.
+    """
+    found = source.annotations.classes
+    match = match_classes(found, None, classes, len(classes), data, model, all_of_them=all_of_them)
+    assert match.numbers is not None
+    source.annotations.renumber(match.numbers, classes)
+    return [f"note: {note}" for note in match.notes]
+
+
+def true_objects(objects: ObjectPicture, masks: bool) -> DrawnObjects:
+    """What is annotated of a picture, to be drawn; without crowds."""
+    objects = objects.only(~objects.crowd)
+    made = None
+    if masks and len(objects):
+        each = [torch.from_numpy(shape_mask(shape, objects.size)) for shape in objects.shapes]
+        made = torch.stack(each).bool()
+    return DrawnObjects(torch.from_numpy(objects.boxes), torch.from_numpy(objects.labels), made)
+
+
+def found_objects(found: dict[str, Tensor], least: float) -> DrawnObjects:
+    """Detections of at least some score, to be drawn."""
+    kept = found["scores"] >= least
+    masks = found["masks"][kept][:, 0].cpu() if "masks" in found else None
+    boxes, labels, scores = (found[name][kept].cpu() for name in ("boxes", "labels", "scores"))
+    return DrawnObjects(boxes, labels, masks, scores)
+
+
+def details(
+    figures: dict[str, float], of_classes: dict[str, dict[str, float]], step: int
+) -> EvaluationDetails:
+    """An evaluation for the page of its run: a table of all figures, and one of the classes."""
+    kinds = ("box", "mask") if "mask_ap" in figures else ("box",)
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
+    columns = ["", "AP", "AP50", "AP75", "small", "medium", "large", "recall"]
+    whole = [
+        [f"{kind}es" if kind == "box" else "masks"]
+        + [_percent(figures.get(f"{kind}_{name}")) for name in names]
+        for kind in kinds
+    ]
+    classes = [
+        [name, *(_percent(values.get(f"{kind}_ap")) for kind in kinds)]
+        for name, values in of_classes.items()
+    ]
+    return EvaluationDetails(
+        step,
+        tables=[
+            ("Average precision as COCO defines it, in per cent", columns, whole),
+            (
+                "Average precision of each class, in per cent",
+                ["class", *(f"{kind} AP" for kind in kinds)],
+                classes,
+            ),
+        ],
+        figures=figures | {"classes": of_classes},
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
