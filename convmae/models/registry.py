@@ -10,43 +10,10 @@ from typing import Any
 from convmae.models.cnn import names
 from convmae.models.convmae import ConvMAE
 from convmae.models.convvit import ConvViT
+from convmae.models.task_names import SEGMENT, split_task
 from convmae.models.fastconvmae import FastConvMAE
+from convmae.models.sizes import SIZES
 
-# Base is the official size. Official code has no other: small is that of moreh-dev/FastConvMAE,
-# large that of MCG-NJU/MixFormer, huge that of a public denoising fork ("dconvmae"); so do not
-# expect released large or huge weights to fit. Tiny is ours, for CPUs.
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "embed_dim": (64, 128, 256),
-        "depth": (2, 2, 4),
-        "num_heads": 4,
-        "mlp_ratio": (4, 4, 4),
-    },
-    "small": {
-        "embed_dim": (128, 256, 384),
-        "depth": (2, 2, 11),
-        "num_heads": 6,
-        "mlp_ratio": (4, 4, 4),
-    },
-    "base": {
-        "embed_dim": (256, 384, 768),
-        "depth": (2, 2, 11),
-        "num_heads": 12,
-        "mlp_ratio": (4, 4, 4),
-    },
-    "large": {
-        "embed_dim": (384, 768, 1024),
-        "depth": (2, 2, 20),
-        "num_heads": 16,
-        "mlp_ratio": (4, 4, 4),
-    },
-    "huge": {
-        "embed_dim": (768, 1024, 1280),
-        "depth": (2, 2, 31),
-        "num_heads": 16,
-        "mlp_ratio": (8, 8, 4),
-    },
-}
 DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 TINY_DECODER = {"decoder_embed_dim": 192, "decoder_depth": 2, "decoder_num_heads": 6}
 
@@ -70,6 +37,7 @@ def _models() -> dict[str, tuple[type[ConvMAE] | type[ConvViT], dict[str, Any]]]
 
 
 MODELS = _models()
+BACKBONES = [name for name in MODELS if name.startswith("convvit_")]  # of dense tasks
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -77,8 +45,12 @@ def list_models(pattern: str = "*") -> list[str]:
 
     Args:
         pattern: for example `"convmae_*"`; `"timm:*"` are the networks of timm, transformers among
-            them, which `create_model` refuses.
+            them, which `create_model` refuses; `"segment:*"` those that can segment.
     """
+    task, bare = split_task(pattern)
+    if task:
+        known = list_models(bare) if names.is_timm_name(bare) else BACKBONES
+        return sorted(fnmatch.filter((task + name for name in known), pattern))
     if names.is_timm_name(pattern):
         return names.list_networks(pattern)
     return sorted(fnmatch.filter(MODELS, pattern))
@@ -86,7 +58,8 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def full_name(name: str) -> str:
     """The name that an alias stands for; other names as they are."""
-    return ALIASES.get(name, name)
+    task, bare = split_task(name)
+    return task + ALIASES.get(bare, bare)
 
 
 def create_model(name: str, **overrides: Any) -> Any:
@@ -94,12 +67,13 @@ def create_model(name: str, **overrides: Any) -> Any:
 
     Args:
         name: `convmae_{tiny,small,base,large,huge}` and `fastconvmae_{...}` to pretrain,
-            `convvit_{...}` to classify; or the official `convmae_convvit_base_patch16`,
-            `fastconvmae_convvit_base_patch16`, either of them with `_dec512d8b`, or
-            `convvit_base_patch16`. Base is the official size, tiny is ours; small, large and huge
-            are sizes of third-party code, as there are no official ones. Or `timm:` and the name
-            of a convolutional network of timm: with `method="spark"` or `"fcmae"` to pretrain it,
-            with `num_classes=...` to classify.
+            `convvit_{...}` to classify, `segment:convvit_{...}` to segment; or the official
+            `convmae_convvit_base_patch16`, `fastconvmae_convvit_base_patch16`, either of them with
+            `_dec512d8b`, or `convvit_base_patch16`. Base is the official size, tiny is ours; small,
+            large and huge are sizes of third-party code, as there are no official ones. Or `timm:`
+            and the name of a convolutional network of timm: with `method="spark"` or `"fcmae"` to
+            pretrain it, with `num_classes=...` to classify, and with `segment:` before it to
+            segment.
         **overrides: any argument of the model's class, such as `img_size=(128, 256)`.
 
     Raises:
@@ -108,7 +82,9 @@ def create_model(name: str, **overrides: Any) -> Any:
     """
     if names.is_timm_name(str(name)):
         return _create_timm_model(name, **overrides)
-    known_name = full_name(name)
+    known_name = full_name(str(name))
+    if known_name.startswith(SEGMENT):
+        return _create_segmenter(known_name, **overrides)
     if known_name not in MODELS:
         close = difflib.get_close_matches(str(name), [*MODELS, *ALIASES])
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(MODELS)}"
@@ -126,3 +102,9 @@ def _create_timm_model(name: str, method: str | None = None, **options: Any) -> 
     from convmae.models.cnn.classifier import create_classifier
 
     return create_classifier(name, **options)
+
+
+def _create_segmenter(name: str, **options: Any) -> Any:
+    from convmae.models.dense_tasks.segmenter import create_segmenter
+
+    return create_segmenter(name, **options)

@@ -1,0 +1,1 @@
+"""How good predictions of pixels and of objects are."""
