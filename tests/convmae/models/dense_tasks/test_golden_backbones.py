@@ -99,7 +99,9 @@ def test_official_keys(file):
         backbone = SimpleFeaturePyramid(backbone) if kind == "vitdet" else backbone
     official = {
         name.removeprefix(prefix): (tuple(shape), is_parameter)
-        for name, (shape, _, is_parameter) in json.loads((DENSE / f"{file}.json").read_text()).items()
+        for name, (shape, _, is_parameter) in json.loads(
+            (DENSE / f"{file}.json").read_text()
+        ).items()
         if name.startswith(prefix) and not name.endswith("relative_position_index")
     }
     parameters = dict(backbone.named_parameters())
