@@ -233,20 +233,26 @@ def test_fresh_parameters():
 def test_positions_of_other_sizes_are_resampled_when_loaded():
     large, small_one = small("segmentation", 96), small("segmentation", 48)
     state = large.state_dict()
-    with pytest.warns(WeightsWarning, match=r"pos_embed is of pictures of another size"):
+    with pytest.warns(WeightsWarning) as warned:
         small_one.load_state_dict(state)
+    table, positions = (str(warning.message) for warning in warned)
+    assert re.search(r"\(3 tables, such as blocks3.0.attn.relative_position_bias_table\)", table)
+    assert (
+        "pos_embed is of pictures of another size: resampled (bicubic), 6 x 6 -> 3 x 3" in positions
+    )
     expected = resample_pos_embed(state["pos_embed"], (6, 6), (3, 3), antialias=False)
     assert torch.equal(small_one.pos_embed, expected)
     name = "blocks3.0.attn.relative_position_bias_table"
-    table = resample_table(state[name], (6, 6), (3, 3))
-    torch.testing.assert_close(small_one.state_dict()[name], table)
+    expected = resample_table(state[name], (6, 6), (3, 3))
+    torch.testing.assert_close(small_one.state_dict()[name], expected)
     images = torch.randn(1, 3, 48, 48)
     with torch.no_grad():  # what the larger one does with a smaller picture
         for x, y in zip(small_one(images), large(images), strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
 
     large, small_one = small("vitdet", 96), small("vitdet", 48)
-    small_one.load_state_dict(large.state_dict())  # its position embedding stays 14 x 14
+    with pytest.warns(WeightsWarning, match=r"\(4 tables, such as blocks3.0.attn.rel_pos_h\)"):
+        small_one.load_state_dict(large.state_dict())  # its position embedding stays 14 x 14
     with torch.no_grad():
         (x,), (y,) = small_one(images), large(images)
     torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
