@@ -117,9 +117,3 @@ def _create_segmenter(name: str, **options: Any) -> Any:
     from convmae.models.dense_tasks.segmenter import create_segmenter
 
     return create_segmenter(name, **options)
-
-
-def _create_detector(name: str, **options: Any) -> Any:
-    from convmae.models.dense_tasks.detector import create_detector
-
-    return create_detector(name, **options)

@@ -14,7 +14,7 @@ from convmae.models.dense_tasks.targets import clip_targets
 from convmae.models.task_names import DETECT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     Target = dict[str, Tensor]
     Sizes = list[tuple[int, int]]
@@ -32,7 +32,8 @@ class Detector(nn.Module):
     published detectors; names of options are torchvision's, where it has them.
 
     What is drawn in training, which anchors and regions count for the losses, comes from PyTorch's
-    default generator of the device: `torch.manual_seed` before a step gives the same step again.
+    default generator of the device: `torch.manual_seed` before a step gives the same step again, to
+    the bit on a CPU; on a GPU gradients of RoIAlign are added up in any order.
 
     Args:
         backbone: maps `[N, C, h, w]` of pictures, finest first; see `create_backbone`.
@@ -72,6 +73,7 @@ class Detector(nn.Module):
     Attributes:
         config: the arguments but `backbone`, as plain values; of a model of `create_detector`, all
             of its own.
+        strides: pixels of the picture to a position of each map of the pyramid, a side.
 
     Raises:
         ModuleNotFoundError: torchvision is not installed.
@@ -224,6 +226,16 @@ class Detector(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether blocks of the backbone forget what is inside them and compute it again."""
         self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """`torch.compile` of the blocks of the backbone.
+
+        The heads stay as they are: numbers of regions differ from step to step.
+
+        Args:
+            backend: as in `torch.compile`.
+        """
+        self.trunk.compile_blocks(backend)  # type: ignore[operator]
 
     def no_weight_decay(self) -> set[str]:
         """Names of all parameters that the published recipes do not decay; biases are decayed.

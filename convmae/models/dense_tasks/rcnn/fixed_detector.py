@@ -46,16 +46,9 @@ class FixedDetector(nn.Module):
         regions, real = self._proposals(batch, maps, sizes)
         heads = model.roi_heads
         logits, deltas = heads.box_outputs(maps, regions)
-        found = [
-            self._detections(*parts, size)
-            for *parts, size in zip(
-                logits.split([len(r) for r in regions]),
-                deltas.split([len(r) for r in regions]),
-                regions,
-                real,
-                sizes,
-            )
-        ]
+        counts = [len(r) for r in regions]
+        outputs = zip(logits.split(counts), deltas.split(counts), regions, real, sizes)
+        found = [self._detections(*of_picture) for of_picture in outputs]
         boxes, labels, scores = (torch.stack(part) for part in zip(*found))
         result = {"boxes": boxes, "labels": labels, "scores": scores}
         if model.masks:
