@@ -10,9 +10,9 @@ from typing import Any
 from convmae.models.cnn import names
 from convmae.models.convmae import ConvMAE
 from convmae.models.convvit import ConvViT
-from convmae.models.task_names import DETECT, SEGMENT, split_task
 from convmae.models.fastconvmae import FastConvMAE
 from convmae.models.sizes import SIZES
+from convmae.models.task_names import DETECT, SEGMENT, split_task
 
 DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 TINY_DECODER = {"decoder_embed_dim": 192, "decoder_depth": 2, "decoder_num_heads": 6}
