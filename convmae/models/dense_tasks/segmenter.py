@@ -14,7 +14,11 @@ from convmae.models.cnn.names import check_arguments, is_timm_name
 from convmae.models.dense_tasks.creation import SIZE_OPTIONS, create_backbone
 from convmae.models.dense_tasks.head_layers import ConvNorm, resized
 from convmae.models.dense_tasks.light_head import LightHead
-from convmae.models.dense_tasks.segmentation_losses import dice_loss, pixel_cross_entropy
+from convmae.models.dense_tasks.segmentation_losses import (
+    IGNORED,
+    dice_loss,
+    pixel_cross_entropy,
+)
 from convmae.models.dense_tasks.sliding_windows import by_windows
 from convmae.models.dense_tasks.upernet import FCNHead, UPerHead
 from convmae.models.task_names import SEGMENT
