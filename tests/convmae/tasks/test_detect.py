@@ -97,9 +97,7 @@ def test_changed_boxes_and_classes_are_told_on_resuming(tmp_path):
     other = data / "annotations" / "instances_val.json"
     other.write_text(other.read_text().replace('"disc"', '"ring"'))
     with pytest.raises(OptionError, match="'ring'"):
-        detect_train(
-            detection_config(data, tmp_path / "run", allow_changed_data=True, **again)
-        )
+        detect_train(detection_config(data, tmp_path / "run", allow_changed_data=True, **again))
 
 
 @pytest.mark.parametrize(
