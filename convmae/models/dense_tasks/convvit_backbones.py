@@ -142,6 +142,8 @@ class DetectionConvViT(ConvViTBackbone):
         self.channels = (embed_dim[0], embed_dim[1], embed_dim[2], embed_dim[2])
         self.windowed_rel_pos_bias = RelativePositionTable(window, num_heads)
         self.global_rel_pos_bias = RelativePositionTable(self.grid, num_heads)
+        self.windowed_rel_pos_bias.requires_grad_(len(seeing_all) < depth[2])
+        self.global_rel_pos_bias.requires_grad_(bool(seeing_all))
         self.reset_parameters()
 
     @torch.no_grad()
