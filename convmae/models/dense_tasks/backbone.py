@@ -121,7 +121,7 @@ class ConvViTBackbone(Trunk):
 
     @property
     def num_layers(self) -> int:
-        """One for stages 1 and 2, one for each block of stage 3, one for all that is behind them."""
+        """One for stages 1 and 2, one for each block of stage 3, and one for all behind them."""
         return len(self.blocks3) + 2
 
     def layer_ids(self) -> dict[str, int]:

@@ -14,11 +14,7 @@ from convmae.models.cnn.names import check_arguments, is_timm_name
 from convmae.models.dense_tasks.creation import SIZE_OPTIONS, create_backbone
 from convmae.models.dense_tasks.head_layers import ConvNorm, resized
 from convmae.models.dense_tasks.light_head import LightHead
-from convmae.models.dense_tasks.segmentation_losses import (
-    IGNORED,
-    dice_loss,
-    pixel_cross_entropy,
-)
+from convmae.models.dense_tasks.segmentation_losses import dice_loss, pixel_cross_entropy
 from convmae.models.dense_tasks.sliding_windows import by_windows
 from convmae.models.dense_tasks.upernet import FCNHead, UPerHead
 from convmae.models.task_names import SEGMENT
@@ -61,7 +57,8 @@ class Segmenter(nn.Module):
             officially; or over `"labelled"` ones.
 
     Attributes:
-        config: of a model by `create_segmenter`: its options, as plain values.
+        config: the arguments but `backbone`, as plain values, with the widths that None stood for;
+            of a model by `create_segmenter` all of its options.
         num_classes: as given.
         in_chans: channels of the images.
         img_size: of a model by `create_segmenter`: height and width that it was made for.
@@ -70,7 +67,6 @@ class Segmenter(nn.Module):
         ValueError: an argument does not fit; the message names it.
     """
 
-    config: dict[str, Any]
     img_size: tuple[int, int]
 
     def __init__(
@@ -107,7 +103,7 @@ class Segmenter(nn.Module):
         self.auxiliary_head: FCNHead | None = None
         if aux_width:
             self.auxiliary_head = FCNHead(channels[-2], aux_width, num_classes, dropout)
-        self.head_options: dict[str, Any] = {
+        self.config: dict[str, Any] = {
             "num_classes": num_classes,
             "head": head,
             "head_width": head_width,
@@ -334,7 +330,7 @@ def create_segmenter(
     model = Segmenter(backbone, num_classes, **options)
     model.img_size = size
     plain = {key: list(v) if isinstance(v, Sequence) else v for key, v in sizes.items()}
-    model.config = {"img_size": list(size)} | shared | plain | model.head_options
+    model.config = {"img_size": list(size)} | shared | plain | model.config
     return model
 
 

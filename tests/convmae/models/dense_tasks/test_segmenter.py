@@ -60,10 +60,10 @@ def test_the_light_head_adds_all_maps() -> None:
 
 
 def test_default_widths_are_the_official_ones_or_those_of_the_maps() -> None:
-    options = Segmenter(SmallBackbone(), CLASSES).head_options
+    options = Segmenter(SmallBackbone(), CLASSES).config
     assert (options["head_width"], options["aux_width"]) == (20, 16)
     model = Segmenter(SmallBackbone(), CLASSES, head="light")
-    assert (model.head_options["head_width"], model.auxiliary_head) == (64, None)
+    assert (model.config["head_width"], model.auxiliary_head) == (64, None)
 
 
 def test_one_picture_can_be_trained_on() -> None:
