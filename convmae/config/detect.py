@@ -48,9 +48,9 @@ class DetectTrainConfig(ObjectConfig, RunConfig):
     data_path: str = ""
     """A folder of pictures with objects in a known layout (--annotations and the options after it
     say where things lie in another), or YOLO's data.yaml."""
-    model: str = "convvit_base"
+    model: str | None = None
     """The backbone: convvit_tiny, _small, _base, _large, _huge, or timm:NAME, a convolutional
-    network of timm."""
+    network of timm; by default what --init is of, else convvit_base."""
     init: str | None = None
     """Weights of the backbone to start from: a run's folder, a .safetensors file or an official
     .pth; by default random ones."""
@@ -167,9 +167,9 @@ class DetectTrainConfig(ObjectConfig, RunConfig):
             )
         super().validate()
         self.check_objects(both=True)
-        check_text("model", self.model)
-        if self.init is not None:
-            check_text("init", self.init)
+        for name in ("model", "init"):
+            if getattr(self, name) is not None:
+                check_text(name, getattr(self, name))
         self.check_adapting("init")
         check_choice("pyramid", self.pyramid, PYRAMIDS)
         for name in (*WHOLE, "window_size", "eval_batch_size"):
@@ -203,7 +203,7 @@ class DetectTrainConfig(ObjectConfig, RunConfig):
                 "--strategy fsdp2 divides a model block by block, which the parts of a detector "
                 "cannot be; use --strategy ddp"
             )
-        if self.pyramid == "simple" and self.model.startswith(TIMM):
+        if self.pyramid == "simple" and (self.model or "").startswith(TIMM):
             raise OptionError(
                 f"--pyramid simple is for the last map of a ConvViT, but --model is {self.model}; "
                 "give --pyramid fpn"
@@ -238,6 +238,11 @@ class DetectInferenceConfig(InferenceConfig):
             raise OptionError(
                 f"--crop_pct {self.crop_pct:g} has no effect: pictures are not cropped to detect "
                 "objects in them; leave it out"
+            )
+        if self.picture_list is not None:
+            raise OptionError(
+                f"--picture_list {self.picture_list!r} has no effect here: which pictures a split "
+                "has, --train_list and --val_list say; leave it out"
             )
         if self.input_size is not None:
             check_size(self.input_size, SIZE_UNIT)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import OptionError
+from convmae.config import OptionError, for_option
 from convmae.data import DataError, normalise
 from convmae.data.classes import ClassNames, listed, match_classes
 from convmae.data.objects.open import open_objects
@@ -37,6 +37,8 @@ from convmae.training.run import RunSummary, run_task
 from convmae.training.saving import save_best
 from convmae.training.task import Task
 from convmae.weights.checkpoint import WEIGHTS
+from convmae.weights.dense_names import backbone_of, load_trunk
+from convmae.weights.foreign import open_foreign
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -50,7 +52,9 @@ if TYPE_CHECKING:
     from convmae.training.distributed import World
     from convmae.training.state import Run
     from convmae.weights.checkpoint import Weights
+    from convmae.weights.foreign import ForeignWeights
 
+DEFAULT_BACKBONE = "convvit_base"
 BETAS = (0.9, 0.999)
 PREVIEWS = 6  # pictures of the val split that are drawn with each checkpoint
 DRAWN_SCORE = 0.5  # the least score of what is drawn
@@ -90,6 +94,7 @@ class Detection(Task):
     def __init__(self) -> None:
         self.best: float | None = None
         self.statistics_learnt: Statistics | None = None
+        self.initial: ForeignWeights | None = None
 
     # -- data -------------------------------------------------------------------------------------
 
@@ -139,8 +144,8 @@ class Detection(Task):
     # -- building ---------------------------------------------------------------------------------
 
     def build(self, config: Any, source: Source) -> tuple[nn.Module, str, list[str]]:
-        assert self.classes is not None
-        name = DETECT + config.model.removeprefix(DETECT)
+        initial = self._initial(config)
+        name = DETECT + self._backbone(config, initial).removeprefix(DETECT)
         model = self._create(name, config, source.channels)
         check_channels(self.val, model, config.data_path)
         if self.val.dtype != source.dtype:
@@ -149,7 +154,7 @@ class Detection(Task):
                 f"those of val of {self.val.dtype}; expected one type of values"
             )
         self.val_tally = UnreadableTally(self.val, config.max_unreadable)
-        return model, name, [*self.notes, *self._start(model, config)]
+        return model, name, [*self.notes, *self._start(model, config, initial)]
 
     def _create(self, name: str, config: DetectTrainConfig, channels: int) -> Any:
         assert self.classes is not None
@@ -173,11 +178,45 @@ class Detection(Task):
                 raise OptionError(f"--{option}: {message}") from error
             raise OptionError(f"--model {config.model!r}: {message}") from error
 
-    def _start(self, model: Any, config: DetectTrainConfig) -> list[str]:
-        """Puts `config.init` into the backbone, unless the run goes on; what to tell about it."""
-        if config.init is None:
+    def _backbone(self, config: DetectTrainConfig, initial: ForeignWeights | None) -> str:
+        """The name of the backbone: what was asked for, else that of the weights to start from."""
+        if config.model is not None or initial is None:
+            return config.model or DEFAULT_BACKBONE
+        with for_option("init"):
+            found = backbone_of(initial)
+        if found is None:
+            raise OptionError(
+                f"--init {config.init!r} is of no known size; give the backbone by --model"
+            )
+        return found
+
+    def _initial(self, config: DetectTrainConfig) -> ForeignWeights | None:
+        """The weights to start from, opened once; `build` lets go of them."""
+        initial, self.initial = self.initial, None
+        if initial is None and config.init is not None:
+            with for_option("init"):
+                initial = open_foreign(config.init)
+        return initial
+
+    def _start(
+        self, model: Any, config: DetectTrainConfig, initial: ForeignWeights | None
+    ) -> list[str]:
+        """Puts the weights to start from into the backbone, unless the run goes on."""
+        if initial is None:
             return ["starting from random weights (no --init)"]
-        raise NotImplementedError
+        if self.resumed is not None:
+            return [
+                f"note: --init {config.init!r} is not read: the run goes on from its own weights"
+            ]
+        with for_option("init"):
+            report = load_trunk(model.backbone, initial, config.adapt_input)
+        self.statistics_learnt = report.statistics
+        return report.lines()
+
+    def learnt_reading(self, config: DetectTrainConfig) -> ReadOptions | None:
+        self.initial = self._initial(config)
+        ours = None if self.initial is None else self.initial.ours
+        return None if ours is None else ours.reading
 
     def statistics(self, config: DetectTrainConfig) -> Statistics | None:
         return self.statistics_learnt
