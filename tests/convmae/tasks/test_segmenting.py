@@ -189,7 +189,7 @@ def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
     assert len(losses(two)) == 2 and losses(two)[0][2] == pytest.approx(losses(one)[0][2], rel=1e-5)
     (first,), (second,) = evaluations(one), evaluations(two)
     assert first[0] == second[0] == 2
-    assert second[1:] == pytest.approx(first[1:], rel=1e-3)
+    assert second[1:] == pytest.approx(first[1:], rel=0.02)
 
 
 @pytest.mark.parametrize(
