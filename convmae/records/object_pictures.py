@@ -91,6 +91,7 @@ def picture_with(
         width=2,
         label_colors="black",
         label_background_colors=list(colours),
+        fill_labels=True,
     )
     return drawn.permute(1, 2, 0).numpy()
 
