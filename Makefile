@@ -6,7 +6,7 @@ CODE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 SOURCES := $(CODE) setup.py
 export CONVMAE_REQUIRE_EXT = 1
 
-.PHONY: demo fashion-mnist test coverage compat lint bench gpu build clean
+.PHONY: demo fashion-mnist stamps test coverage compat lint bench gpu build clean
 
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,17 @@ data/fashion-mnist:
 	cd data/package && apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb .
 	mv data/package/usr/share/datasets/fashion-mnist data/fashion-mnist
 	rm -rf data/package
+
+# Cut-outs and photographs to compose pictures of (licences: docs/composed_pictures.md), from packages
+# of Debian, 320 MB; not installed.
+STAMPS := tuxpaint-stamps-default mate-backgrounds plasma-workspace-wallpapers lomiri-wallpapers-16.04
+stamps: data/stamps
+data/stamps: | .venv/installed
+	rm -rf data/stamps_packages && mkdir -p data/stamps_packages
+	cd data/stamps_packages && apt-get download $(STAMPS) && for name in $(STAMPS); do \
+		dpkg -x $${name}_*.deb $$name || exit 1; done
+	$(BIN)/python examples/choose_stamps.py data/stamps_packages data/stamps
+	rm -rf data/stamps_packages
 
 test: build
 	$(BIN)/pytest -n 2 --dist worksteal

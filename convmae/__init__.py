@@ -51,6 +51,8 @@ if TYPE_CHECKING:
         full_name,
         list_models,
     )
+    from convmae.models.dense_tasks.detector import Detector, create_detector
+    from convmae.models.dense_tasks.segmenter import Segmenter, create_segmenter
     from convmae.records.parts import WriteError
     from convmae.records.report import write_report
     from convmae.tasks.finetune import finetune
@@ -85,6 +87,8 @@ _MODULES = {
         *("ConvMAE", "ConvMAEOutput", "ConvViT", "FCMAE", "FastConvMAE", "Reconstruction"),
         *("SparK", "create_model", "full_name", "list_models"),
     ),
+    "models.dense_tasks.detector": ("Detector", "create_detector"),
+    "models.dense_tasks.segmenter": ("Segmenter", "create_segmenter"),
     "records.parts": ("WriteError",),
     "records.report": ("write_report",),
     "tasks.finetune": ("finetune",),
@@ -104,6 +108,7 @@ __all__ = [
     "ConvViT",
     "ConvertConfig",
     "DataError",
+    "Detector",
     "EmbedConfig",
     "EvaluateConfig",
     "FCMAE",
@@ -121,6 +126,7 @@ __all__ = [
     "SegmentEvaluateConfig",
     "SegmentPredictConfig",
     "SegmentTrainConfig",
+    "Segmenter",
     "SparK",
     "StatsConfig",
     "TrainingError",
@@ -129,7 +135,9 @@ __all__ = [
     "WriteError",
     "__version__",
     "convert",
+    "create_detector",
     "create_model",
+    "create_segmenter",
     "embed",
     "evaluate",
     "finetune",

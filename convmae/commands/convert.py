@@ -16,6 +16,7 @@ from convmae.models.adapt import DECODER
 from convmae.records.folder import RunFolder
 from convmae.weights.checkpoint import STATE, WEIGHTS, write_weights
 from convmae.weights.conversion import Converted, convert_weights
+from convmae.weights.dense_conversion import DENSE_KINDS, official_file
 from convmae.weights.foreign import few, open_foreign
 from convmae.weights.network_conversion import NETWORK_KINDS
 from convmae.weights.network_files import spark_file, write_plain
@@ -94,12 +95,16 @@ def _convert(config: ConvertConfig, target: Path) -> ConversionReport:
     """`convert` into a file that may be written."""
     found = open_foreign(config.checkpoint, config.key, config.ignore_digest)
     done = convert_weights(config, found)
-    ours = done.weights
+    ours, found = done.weights, done.found
     is_network = done.kind in NETWORK_KINDS
     is_ours = target.suffix == SAFETENSORS and config.format == "auto"
+    if config.index_buffers and (is_ours or done.kind not in DENSE_KINDS):
+        raise OptionError(
+            "--index_buffers is for a .pth of an official segmenter or detector; leave it out"
+        )
     contents, said = _contents(config, done)
     notes = [*found.notes, *_remarks(config, done), *(done.notes if is_ours else ()), *said]
-    if ours.classes is not None and not is_ours:
+    if ours.classes is not None and not is_ours and done.kind != "segment":
         notes.append(f"a {target.suffix} cannot tell the names of the {len(ours.classes)} classes")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +137,8 @@ def _contents(config: ConvertConfig, done: Converted) -> tuple[dict[str, Any], l
     ours = done.weights
     if done.kind == "spark" and config.output.lower().endswith(OFFICIAL_SUFFIXES):
         return spark_file(ours.model, ours.config, ours.state)
+    if done.kind in DENSE_KINDS and config.output.lower().endswith(OFFICIAL_SUFFIXES):
+        return official_file(ours, config.index_buffers), []
     return {"model": ours.state}, []
 
 

@@ -22,6 +22,7 @@ from convmae.data import EvalTransform, normalise, open_source
 from convmae.data.named import files_of, named_batches
 from convmae.data.source import PhotoSource
 from convmae.data.stream import ShardSource
+from convmae.models.task_names import split_task
 from convmae.records.parts import PartWriter, Rows, WriteError, disk_errors, open_parts
 from convmae.records.row_files import check_format
 from convmae.tasks.accuracy import check_channels
@@ -78,6 +79,12 @@ def load(config: InferenceConfig, device: torch.device) -> Loaded:
     """
     with for_option("checkpoint"):
         weights = encoder_weights(open_weights(config.checkpoint))
+        task = split_task(weights.model)[0].removesuffix(":")
+        if task:
+            raise OptionError(
+                f"--checkpoint {config.checkpoint!r} is a {weights.model}, neither a classifier "
+                f"nor an encoder; `convmae {task} predict` and `convmae {task} evaluate` take it"
+            )
         model: Any = weights.build_model(device)
         statistics = weights.statistics
     if config.size is not None and config.size != model.img_size:

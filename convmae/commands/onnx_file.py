@@ -19,7 +19,11 @@ from convmae.files import replacing
 from convmae.models import ConvViT
 from convmae.models.cnn.classifier import TimmClassifier
 from convmae.models.cnn.names import is_timm_name
+from convmae.models.dense_tasks.segmenter import Segmenter
+from convmae.models.task_names import DETECT, split_task
 from convmae.weights.checkpoint import WEIGHTS, Weights, open_weights
+from convmae.weights.dense_conversion import is_dense
+from convmae.weights.foreign import open_foreign
 from convmae.weights.networks import encoder_weights
 
 if TYPE_CHECKING:
@@ -90,7 +94,7 @@ class _Features(nn.Module):
 
 
 def convert_to_onnx(config: ConvertConfig, convert: Callable[[ConvertConfig], Any]) -> OnnxReport:
-    """Writes `config.output`, an ONNX file of a classifier, or of an encoder where there is none.
+    """Writes `config.output`, an ONNX file of a classifier, a segmenter or else an encoder.
 
     Its metadata are those of our `.safetensors` files (`model`, `config`, and where they are known
     `mean`, `std` and `classes`, as JSON), `input_size` (height and width) and the options of it.
@@ -107,12 +111,12 @@ def convert_to_onnx(config: ConvertConfig, convert: Callable[[ConvertConfig], An
     with for_option("checkpoint"):
         weights, what, notes = _classifier(config, convert)
         model: Any = weights.build_model()
-    assert isinstance(model, ConvViT | TimmClassifier)
-    size = sum(p.numel() for p in model.parameters()) * 4
-    if size > LARGEST:
+    assert isinstance(model, ConvViT | TimmClassifier | Segmenter)
+    needed = sum(p.numel() for p in model.parameters()) * 4
+    if needed > LARGEST:
         raise OptionError(
             f"--output {config.output!r}: one ONNX file holds 2 GiB, but {weights.model} in "
-            f"float32 has {size / 2**30:.1f}; `torch.onnx.export(..., external_data=True)` in "
+            f"float32 has {needed / 2**30:.1f}; `torch.onnx.export(..., external_data=True)` in "
             "Python writes its weights beside it"
         )
     if weights.pictures is None:
@@ -120,13 +124,17 @@ def convert_to_onnx(config: ConvertConfig, convert: Callable[[ConvertConfig], An
     classifies = bool(model.num_classes)
     output = "logits" if classifies else "features"
     module: Any = model.float() if classifies else _Features(model.float())
-    program = _export(module, model, output)
-    program.model.metadata_props.update(_metadata(weights, model))
+    # The other models have taken on another size already.
+    given = config.input_size if isinstance(model, Segmenter) else None
+    size = as_pair(given or tuple(model.img_size))
+    shape = (model.in_chans, *size)
+    program = _export(module, shape, output)
+    program.model.metadata_props.update(_metadata(weights, model, size))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as fresh:
             program.save(fresh, external_data=False)
-            difference = _difference(fresh, module, model)
+            difference = _difference(fresh, module, shape)
             if difference is not None and difference > TOLERANCE:
                 raise OptionError(
                     f"--output {config.output!r}: onnxruntime differs from PyTorch by "
@@ -134,15 +142,14 @@ def convert_to_onnx(config: ConvertConfig, convert: Callable[[ConvertConfig], An
                 )
     except OSError as error:
         raise OptionError(f"--output {config.output!r} cannot be written: {error}") from error
-    height, width = model.img_size
     with torch.no_grad():
-        shape = module(torch.zeros(1, model.in_chans, height, width)).shape[1:]
+        given_back = module(torch.zeros(1, *shape)).shape[1:]
     return OnnxReport(
         checkpoint=what,
         output=target,
         model=weights.model,
-        inputs=f"images [batch, {model.in_chans}, {height}, {width}] (float32, normalised)",
-        outputs=f"{output} [batch, {', '.join(map(str, shape))}]",
+        inputs=f"images [batch, {', '.join(map(str, shape))}] (float32, normalised)",
+        outputs=f"{output} [batch, {', '.join(map(str, given_back))}]",
         difference=difference,
         notes=notes,
     )
@@ -175,13 +182,22 @@ def _target(config: ConvertConfig) -> Path:
 def _classifier(
     config: ConvertConfig, convert: Callable[[ConvertConfig], Any]
 ) -> tuple[Weights, str, list[str]]:
-    """The weights of a classifier or encoder, in words where they are from, and notes."""
+    """The weights of a classifier, segmenter or encoder, where they are from, and notes."""
     try:
         own = encoder_weights(open_weights(config.checkpoint))
     except WeightsError:  # of another origin: `convert` reads those too, or says why not
         own = None
     described = (config.model, config.num_heads, config.decoder_num_heads, config.key)
     of_network = own is not None and is_timm_name(own.model)
+    if own is not None and split_task(own.model)[0]:
+        return _segmenter(config, own, f"{own.path}: weights of convmae: {own.model}")
+    if own is None and is_dense(open_foreign(config.checkpoint, config.key)):
+        with tempfile.TemporaryDirectory() as folder:
+            report = convert(replace(config, output=str(Path(folder) / WEIGHTS), input_size=None))
+            weights, what, notes = _segmenter(
+                config, open_weights(report.output), report.checkpoint
+            )
+        return weights, what, [*report.notes, *notes]
     if own is None or not (own.model.startswith("convvit") or of_network) or any(described):
         with tempfile.TemporaryDirectory() as folder:
             file = str(Path(folder) / WEIGHTS)
@@ -191,13 +207,7 @@ def _classifier(
             weights = open_weights(report.output)
         head = [] if weights.config["num_classes"] else ["no classifier is in it: an encoder alone"]
         return weights, report.checkpoint, [*head, *report.notes]
-    if config.mean is not None and config.std is not None:
-        channels = own.config.get("in_chans", 3)
-        if len(config.mean) != channels:
-            raise OptionError(
-                f"--mean has {len(config.mean)} numbers, but {own.path} is of {channels} channels"
-            )
-        own.pictures = Statistics(config.mean, config.std)
+    _take_statistics(config, own)
     if config.input_size is not None:
         model: Any = own.build_model()
         model.set_input_size(as_pair(config.input_size))
@@ -207,8 +217,38 @@ def _classifier(
     return own, f"{own.path}: weights of convmae: {own.model}", notes
 
 
-def _export(module: nn.Module, model: Any, output: str) -> Any:
-    images = torch.zeros(2, model.in_chans, *model.img_size)
+def _take_statistics(config: ConvertConfig, weights: Weights) -> None:
+    """Gives the weights the mean and deviation of the options, if there are any."""
+    if config.mean is None or config.std is None:
+        return
+    channels = weights.config.get("in_chans", 3)
+    if len(config.mean) != channels:
+        raise OptionError(
+            f"--mean has {len(config.mean)} numbers, but {weights.path} is of {channels} channels"
+        )
+    weights.pictures = Statistics(config.mean, config.std)
+
+
+def _segmenter(
+    config: ConvertConfig, weights: Weights, what: str
+) -> tuple[Weights, str, list[str]]:
+    """Weights of a segmenter, in words where they are from, and notes.
+
+    Raises:
+        OptionError: they are of a detector.
+    """
+    if split_task(weights.model)[0] == DETECT:
+        raise OptionError(
+            f"--checkpoint {config.checkpoint!r} is of {weights.model}: what a detector gives is "
+            "of another length for each picture, which convert writes no ONNX file of; "
+            "docs/export.md has one with outputs of fixed length, in Python"
+        )
+    _take_statistics(config, weights)
+    return weights, what, ["logits are of a quarter of the pictures' size: enlarge them (bilinear)"]
+
+
+def _export(module: nn.Module, shape: tuple[int, ...], output: str) -> Any:
+    images = torch.zeros(2, *shape)
     with torch.no_grad():
         return torch.onnx.export(
             module.eval(),
@@ -222,9 +262,9 @@ def _export(module: nn.Module, model: Any, output: str) -> Any:
         )
 
 
-def _metadata(weights: Weights, model: Any) -> dict[str, str]:
+def _metadata(weights: Weights, model: Any, size: tuple[int, int]) -> dict[str, str]:
     """Names of the file's metadata and their values, JSON but for `model`."""
-    values: dict[str, Any] = {"config": model.config, "input_size": list(model.img_size)}
+    values: dict[str, Any] = {"config": model.config, "input_size": list(size)}
     if weights.pictures is not None:
         values |= {key: list(value) for key, value in weights.pictures._asdict().items()}
     if weights.classes is not None:
@@ -233,7 +273,7 @@ def _metadata(weights: Weights, model: Any) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _difference(path: Path, module: nn.Module, model: Any) -> float | None:
+def _difference(path: Path, module: nn.Module, shape: tuple[int, ...]) -> float | None:
     """The largest difference of the file's outputs from the module's; None without onnxruntime."""
     if find_spec("onnxruntime") is None:
         return None
@@ -243,7 +283,7 @@ def _difference(path: Path, module: nn.Module, model: Any) -> float | None:
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for batch in (1, 3):
-        images = torch.randn(batch, model.in_chans, *model.img_size, generator=generator)
+        images = torch.randn(batch, *shape, generator=generator)
         expected = module.eval()(images)
         (found,) = session.run(None, {"images": images.numpy()})
         scale = expected.abs().max().clamp_min(1e-30)

@@ -31,7 +31,7 @@ class ConvertConfig:
     """A .pth, .pt, .bin or .safetensors file, or a run's folder."""
     output: str
     """To write: a .safetensors file or a folder is ours, .pth, .pt or .bin the official code's,
-    .onnx a classifier (or an encoder) for ONNX runtimes."""
+    .onnx a classifier, a segmenter or an encoder for ONNX runtimes."""
     kind: Literal["auto", "convmae", "convvit", "spark", "fcmae", "network"] = "auto"
     """What to write: a pretraining model (convmae; spark and fcmae of timm's networks), a
     classifier (convvit; network), or what the file holds (auto)."""
@@ -57,6 +57,9 @@ class ConvertConfig:
     """Deviation of every channel, likewise."""
     key: str | None = None
     """Entry of the file that holds the weights, such as model_ema; found by itself if not given."""
+    index_buffers: bool = False
+    """Write the index buffers of relative positions into a .pth of a segmenter or detector: up to
+    134 MB that the official code computes itself, but asks for where it loads strictly."""
     ignore_digest: bool = False
     """Take a file that was changed on purpose since convmae wrote it, which its digest tells; such
     a change cannot be told from damage."""

@@ -239,6 +239,11 @@ class DetectInferenceConfig(InferenceConfig):
                 f"--crop_pct {self.crop_pct:g} has no effect: pictures are not cropped to detect "
                 "objects in them; leave it out"
             )
+        if self.picture_list is not None:
+            raise OptionError(
+                f"--picture_list {self.picture_list!r} has no effect here: which pictures a split "
+                "has, --train_list and --val_list say; leave it out"
+            )
         if self.input_size is not None:
             check_size(self.input_size, SIZE_UNIT)
         for name in ("box_score_thresh", "box_nms_thresh"):

@@ -43,6 +43,8 @@ class SegmentTrainConfig(LabelMapConfig, RunConfig):
     aux_width: int | None = None
     """Channels of the auxiliary head, 0 for none; by default 256 or what the backbone has if that
     is less, and none beside the light head."""
+    dropout: float = 0.1
+    """Share of the channels that are dropped before the last layer of a head."""
     loss: Literal["ce", "ce+dice"] = "ce"
     """Cross entropy, or with a Dice loss added: for targets that are small."""
     class_weights: tuple[float, ...] | None = None
@@ -121,7 +123,8 @@ class SegmentTrainConfig(LabelMapConfig, RunConfig):
         for weight in self.class_weights or ():
             check_number("class_weights", weight, at_least=0)
         check_number("layer_decay", self.layer_decay, above=0, at_most=1)
-        check_number("drop_path", self.drop_path, at_least=0, below=1)
+        for name in ("drop_path", "dropout"):
+            check_number(name, getattr(self, name), at_least=0, below=1)
         check_number("most_of_one_class", self.most_of_one_class, above=0, at_most=1)
         check_number("eval_every", self.eval_every, above=0)
         check_number("eval_batch_size", self.eval_batch_size, whole=True, above=0)

@@ -45,8 +45,8 @@ def list_models(pattern: str = "*") -> list[str]:
 
     Args:
         pattern: for example `"convmae_*"`; `"timm:*"` are the networks of timm, transformers among
-            them, which `create_model` refuses; `"segment:*"` and
-            `"detect:*"` those that can segment and detect.
+            them, which `create_model` refuses; `"segment:*"` and `"detect:*"` those that can
+            segment and detect.
     """
     task, bare = split_task(pattern)
     if task:

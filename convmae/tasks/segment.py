@@ -171,7 +171,8 @@ class Segmentation(Task):
             "in_chans": channels,
             "drop_path_rate": config.drop_path,
         }
-        for option in ("head", "head_width", "aux_width", "loss", "class_weights", "mean_over"):
+        of_heads = ("head", "head_width", "aux_width", "dropout")
+        for option in (*of_heads, "loss", "class_weights", "mean_over"):
             options[option] = getattr(config, option)
         try:
             return create_model(name, **options)

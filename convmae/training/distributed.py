@@ -166,7 +166,7 @@ def spread(model: nn.Module, world: World) -> nn.Module:
             with _tensors_shown(block):
                 fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        for method in ("reconstruct", "predict"):
+        for method in ("reconstruct", "predict", "detect"):
             if hasattr(model, method):
                 register_fsdp_forward_method(model, method)
     return model
@@ -174,7 +174,8 @@ def spread(model: nn.Module, world: World) -> nn.Module:
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The parts of a model that are divided each for itself; the rest is divided as one."""
-    trunk: Any = getattr(model, "backbone", model)  # of a segmenter
+    # Of a detector, of a segmenter, of others.
+    trunk: Any = getattr(model, "trunk", getattr(model, "backbone", model))
     named = [blocks for name, blocks in trunk.named_children() if "blocks" in name]
     if named:
         return [block for blocks in named for block in blocks.children()]

@@ -16,6 +16,7 @@ from convmae.data.classes import ClassNames, ClassNumbers
 from convmae.files import CHECKPOINT, flush, replaced_folder, replacing
 from convmae.models.adapt import POSITIONS, adapt_channels, adapt_network, fit_position
 from convmae.models.cnn.names import is_timm_name
+from convmae.models.task_names import split_task
 from convmae.weights.configuration import (
     blank_model,
     check_config,
@@ -128,6 +129,12 @@ class Weights:
         """The model for other pictures than those of `model`, which needs no values."""
         from convmae.models import create_model
 
+        if split_task(self.model)[0]:
+            raise ValueError(
+                f"img_size and in_chans are of classifiers and pretraining models, but {self.path} "
+                f"is of {self.model}: it takes pictures of any size as it is, and its channels are "
+                f"{model.in_chans}; training with --init fits a backbone to others"
+            )
         given = {"img_size": img_size, "in_chans": in_chans}
         config = {key: tuple(v) if isinstance(v, list) else v for key, v in self.config.items()}
         config |= {key: value for key, value in given.items() if value is not None}

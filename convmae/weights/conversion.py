@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from convmae.config.checks import as_pair
 from convmae.data import IMAGENET, IMAGENET_MEAN, Statistics
 from convmae.models import ConvMAE, ConvViT
 from convmae.models.adapt import POSITIONS, fit_position
+from convmae.models.dense_tasks.backbone import INDEX_BUFFER
 from convmae.models.registry import ALIASES, create_model
 from convmae.weights.architecture import (
     PATCH,
@@ -24,9 +25,10 @@ from convmae.weights.architecture import (
     shape_of,
 )
 from convmae.weights.checkpoint import Weights
+from convmae.weights.dense_conversion import dense_weights, is_dense
 from convmae.weights.foreign import ENCODER, ForeignWeights, few
 from convmae.weights.network_conversion import NETWORK_KINDS, is_of_network, network_weights
-from convmae.weights.networks import bare_name
+from convmae.weights.networks import COUNTER, bare_name
 from convmae.weights.pretrained import Grid, change, check_shapes
 
 if TYPE_CHECKING:
@@ -45,10 +47,12 @@ class Converted:
     Attributes:
         found: what was in the file.
         weights: the same as weights of a model of ours.
-        kind: `convmae` or `convvit`; of timm's networks `spark`, `fcmae` or `network`.
+        kind: `convmae` or `convvit`; of timm's networks `spark`, `fcmae` or `network`; `segment`
+            or `detect`.
         missing: names of tensors that are not in the file: freshly initialised.
         reshaped: `name: old grid -> new grid`.
         notes: what else there is to say of the mean and deviation of its pictures.
+        read: names of the file's tensors that are in the weights, where they have others there.
     """
 
     found: ForeignWeights
@@ -57,10 +61,13 @@ class Converted:
     missing: list[str]
     reshaped: list[str]
     notes: list[str]
+    read: set[str] | None = None
 
     @property
     def left_out(self) -> list[str]:
         """Names of tensors of the file that the model has not."""
+        if self.read is not None:
+            return [key for key in self.found.state if key not in self.read]
         own = set(self.weights.state)
         if self.kind in NETWORK_KINDS:
             # The same tensor has other prefixes in a network alone and in pretraining models.
@@ -75,6 +82,8 @@ def convert_weights(config: ConvertConfig, found: ForeignWeights) -> Converted:
     Raises:
         OptionError, WeightsError: an option cannot work, or the tensors are of no model of ours.
     """
+    if is_dense(found):
+        return _convert_dense(config, found)
     if is_of_network(config, found):
         return _convert_network(config, found)
     if config.format != "auto":
@@ -110,6 +119,22 @@ def _convert_network(config: ConvertConfig, found: ForeignWeights) -> Converted:
         classes = names if names is not None and len(names) == options.get("num_classes") else None
     weights = Weights(found.path, name, options, state, pictures, classes, reading)
     return Converted(found, weights, kind, missing, [], notes)
+
+
+def _convert_dense(config: ConvertConfig, found: ForeignWeights) -> Converted:
+    """`convert_weights` of a segmenter or a detector."""
+    dense = dense_weights(config, found)
+    pictures, notes = _statistics(config, found, dense.config.get("in_chans", 3))
+    reading = None if found.ours is None else found.ours.reading
+    described = (pictures, dense.classes, reading)
+    weights = Weights(found.path, dense.name, dense.config, dense.state, *described)
+    others = [name for name in found.unexpected if not name.endswith(INDEX_BUFFER)]
+    dropped = len(found.unexpected) - len(others)
+    found = replace(found, unexpected=others)
+    if dropped:
+        notes.append(f"{dropped} index buffers are left out: they follow from the tables")
+    missing = [name for name in dense.missing if not name.endswith(COUNTER)]
+    return Converted(found, weights, dense.kind, missing, [], notes, dense.names)
 
 
 def _classes(found: ForeignWeights, model: ConvMAE | ConvViT) -> ClassNames | None:

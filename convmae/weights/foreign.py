@@ -155,7 +155,7 @@ def _read_pytorch(path: Path, key: str | None) -> ForeignWeights:
         what += f" (not read: {few(others)})"
     args = data.get("args")
     options = dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
-    options |= _spark_options(data, state)
+    options |= _spark_options(data, state) | _segmenter_options(data)
     return ForeignWeights(path, what, known, unexpected, None, options)
 
 
@@ -167,6 +167,15 @@ def _spark_options(data: Mapping[Any, Any], state: Mapping[Any, Any]) -> dict[st
         found |= {key: described[key] for key in ("mask_ratio",) if key in described}
     plain = {key: value for key, value in found.items() if isinstance(value, str | int | float)}
     return plain
+
+
+def _segmenter_options(data: Mapping[Any, Any]) -> dict[str, Any]:
+    """The names of the classes that the code of the official segmenter writes beside tensors."""
+    meta = data.get("meta")
+    names = meta.get("CLASSES") if isinstance(meta, Mapping) else None
+    if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+        return {}
+    return {"classes": tuple(names)}
 
 
 def _entry(data: Mapping[Any, Any], path: Path, key: str | None) -> str | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from convmae.models.dense_tasks.detector import Detector
+from tests.support.small_backbone import SmallBackbone
 
 SIZES: dict[str, Any] = {  # for pictures of 64 pixels
     "width": 32,
@@ -27,45 +28,14 @@ SIZES: dict[str, Any] = {  # for pictures of 64 pixels
 }
 
 
-class Convolutions(nn.Module):
-    """A backbone of four maps of strides 4, 8, 16 and 32, of a convolution each."""
-
-    in_chans, strides, num_layers = 3, (4, 8, 16, 32), 5
-
-    def __init__(self, channels: tuple[int, ...] = (16, 24, 32, 32)) -> None:
-        super().__init__()
-        self.channels = channels
-        widths = (self.in_chans, *channels)
-        self.stages = nn.ModuleList(
-            nn.Conv2d(widths[i], widths[i + 1], 4 if i == 0 else 2, 4 if i == 0 else 2)
-            for i in range(4)
-        )
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        maps = []
-        for stage in self.stages:
-            images = stage(images).relu()
-            maps.append(images)
-        return maps
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        return {"stages.0.bias"}
-
-    def layer_ids(self) -> dict[str, int]:
-        return {name: int(name.split(".")[1]) for name, _ in self.named_parameters()}
-
-
 def small_detector(num_classes: int = 2, seed: int = 0, **options: Any) -> Detector:
     """A detector with fresh parameters, in training."""
     torch.manual_seed(seed)
-    return Detector(Convolutions(), num_classes, **(SIZES | options))
+    return Detector(SmallBackbone(), num_classes, **(SIZES | options))
 
 
 def rectangles(
-    counts: tuple[int, ...] = (1, 2), size: int = 64, seed: int = 0
+    counts: tuple[int, ...] = (2, 2), size: int = 64, seed: int = 0
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Pictures `[N, 3, size, size]` of so many rectangles; class 0 in one channel, 1 in another.
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convmae.config import WeightsWarning
 from convmae.models.dense_tasks.positions import (
     Grid,
     resample_distances,
     resample_table,
     square_grid,
 )
+from convmae.models.image_model import at_least_float
 from convmae.models.layers import add_parameter, resample_pos_embed
 from convmae.models.trunk import PATCH_SIZE, Trunk
 
@@ -106,9 +109,19 @@ class ConvViTBackbone(Trunk):
 
     # -- training ---------------------------------------------------------------------------------
 
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """`torch.compile` of every patch embedding and block, each for itself, in place.
+
+        Args:
+            backend: as in `torch.compile`.
+        """
+        super().compile_blocks(backend)
+        for block in self.blocks3:
+            block.compile(backend=backend, dynamic=False)
+
     @property
     def num_layers(self) -> int:
-        """One more than the blocks of stage 3 have, and one for all that is behind the trunk."""
+        """One for stages 1 and 2, one for each block of stage 3, one for all that is behind them."""
         return len(self.blocks3) + 2
 
     def layer_ids(self) -> dict[str, int]:
@@ -136,9 +149,16 @@ class ConvViTBackbone(Trunk):
     ) -> None:
         """As `torch.nn.Module` has it, before which tables of other grids are resampled.
 
-        Official index buffers are left out.
+        A warning names them. Official index buffers are left out.
         """
-        fit_relative_positions(self, state_dict, prefix)
+        fitted = fit_relative_positions(self, state_dict, prefix)
+        if fitted:
+            warnings.warn(
+                "relative positions are of pictures or windows of another size: resampled "
+                f"({len(fitted)} tables, such as {prefix}{fitted[0]})",
+                WeightsWarning,
+                stacklevel=2,
+            )
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
@@ -166,14 +186,14 @@ def fit_relative_positions(model: nn.Module, state: dict[str, Any], prefix: str 
             if value.shape[1] != own.shape[1] or value.is_meta:
                 continue
             if kind in ("rel_pos_h", "rel_pos_w"):
-                value = resample_distances(value.float(), own.shape[0]).to(value.dtype)
+                fit = resample_distances(at_least_float(value), own.shape[0])
             elif kind == "relative_position_bias_table" and square_grid(value.shape[0]):
                 old: Any = square_grid(value.shape[0])
                 new: Any = module.grid
-                value = resample_table(value.float(), old, new).to(value.dtype)
+                fit = resample_table(at_least_float(value), old, new)
             else:
                 continue
-            state[prefix + name] = value.contiguous()
+            state[prefix + name] = fit.to(value.dtype).contiguous()
             fitted.append(name)
     return fitted
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convmae.models.dense_tasks.backbone import ConvViTBackbone
+from convmae.models.dense_tasks.batch_norm import batch_norm
 from convmae.models.dense_tasks.positions import Grid, RelativePositionTable
 from convmae.models.dense_tasks.token_blocks import (
     DecomposedAttention,
@@ -78,7 +79,9 @@ class SegmentationConvViT(ConvViTBackbone):
         for block in self.blocks3:
             x = self.run_block(block, x)
         stage3 = x.permute(0, 3, 1, 2)
-        return [self.stage_map(y, images) for y in (stage1, stage2)] + [stage3, self.fpn(stage3)]
+        convolution, norm, activation = self.fpn
+        coarsest = activation(batch_norm(norm, convolution(stage3)))
+        return [self.stage_map(y, images) for y in (stage1, stage2)] + [stage3, coarsest]
 
     def _layer_id(self, name: str) -> int:
         return 0 if name == "pos_embed" else super()._layer_id(name)
@@ -139,6 +142,8 @@ class DetectionConvViT(ConvViTBackbone):
         self.channels = (embed_dim[0], embed_dim[1], embed_dim[2], embed_dim[2])
         self.windowed_rel_pos_bias = RelativePositionTable(window, num_heads)
         self.global_rel_pos_bias = RelativePositionTable(self.grid, num_heads)
+        self.windowed_rel_pos_bias.requires_grad_(len(seeing_all) < depth[2])
+        self.global_rel_pos_bias.requires_grad_(bool(seeing_all))
         self.reset_parameters()
 
     @torch.no_grad()

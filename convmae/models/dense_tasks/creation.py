@@ -12,7 +12,7 @@ from convmae.models.dense_tasks.convvit_backbones import (
     ViTDetConvViT,
 )
 from convmae.models.dense_tasks.timm_backbone import TimmBackbone, create_timm_backbone
-from convmae.models.registry import SIZES
+from convmae.models.sizes import SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

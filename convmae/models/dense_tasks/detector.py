@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from convmae.models.cnn.names import check_arguments, is_timm_name
 from convmae.models.dense_tasks.targets import clip_targets
+from convmae.models.task_names import DETECT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     Target = dict[str, Tensor]
     Sizes = list[tuple[int, int]]
 
-PREFIX = "detect:"
 PYRAMIDS = ("fpn", "simple")
 PAD_MULTIPLE = 32  # heights and widths of batches are padded to multiples of it
 LEVELS_WITHOUT_REGIONS = 1  # the coarsest map of the pyramid only proposes
@@ -32,7 +32,8 @@ class Detector(nn.Module):
     published detectors; names of options are torchvision's, where it has them.
 
     What is drawn in training, which anchors and regions count for the losses, comes from PyTorch's
-    default generator of the device: `torch.manual_seed` before a step gives the same step again.
+    default generator of the device: `torch.manual_seed` before a step gives the same step again, to
+    the bit on a CPU; on a GPU gradients of RoIAlign are added up in any order.
 
     Args:
         backbone: maps `[N, C, h, w]` of pictures, finest first; see `create_backbone`.
@@ -72,6 +73,7 @@ class Detector(nn.Module):
     Attributes:
         config: the arguments but `backbone`, as plain values; of a model of `create_detector`, all
             of its own.
+        strides: pixels of the picture to a position of each map of the pyramid, a side.
 
     Raises:
         ModuleNotFoundError: torchvision is not installed.
@@ -123,8 +125,8 @@ class Detector(nn.Module):
                 f"anchor_sizes must be {len(self.strides)} numbers, one for each map of the "
                 f"pyramid (strides {self.strides}), got {list(anchor_sizes)}"
             )
-        self.rpn = _proposal_network(self.config, self.strides)
-        self.roi_heads = _region_heads(self.config, self.strides)
+        self.rpn: Any = _proposal_network(self.config, self.strides)
+        self.roi_heads: Any = _region_heads(self.config, self.strides)
 
     def forward(
         self,
@@ -225,6 +227,16 @@ class Detector(nn.Module):
         """Whether blocks of the backbone forget what is inside them and compute it again."""
         self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
 
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """`torch.compile` of the blocks of the backbone.
+
+        The heads stay as they are: numbers of regions differ from step to step.
+
+        Args:
+            backend: as in `torch.compile`.
+        """
+        self.trunk.compile_blocks(backend)  # type: ignore[operator]
+
     def no_weight_decay(self) -> set[str]:
         """Names of all parameters that the published recipes do not decay; biases are decayed.
 
@@ -305,6 +317,8 @@ def place_detections(
 def create_detector(name: str, num_classes: int, **options: Any) -> Detector:
     """`Detector(create_backbone(name, kind, ...), num_classes, ...)`, with fresh parameters.
 
+    `convmae.create_model("detect:" + name, num_classes=...)` is the same.
+
     Args:
         name: `convvit_{tiny,small,base,large,huge}` or `timm:` and the name of a network of timm;
             with or without `detect:` before it.
@@ -319,14 +333,14 @@ def create_detector(name: str, num_classes: int, **options: Any) -> Detector:
     """
     from convmae.models.dense_tasks.creation import SIZE_OPTIONS, create_backbone
 
-    bare = name.removeprefix(PREFIX)
+    bare = name.removeprefix(DETECT)
     of_backbone = [
         parameter.name
         for parameter in inspect.signature(create_backbone).parameters.values()
         if parameter.name != "name" and parameter.kind is not parameter.VAR_KEYWORD
     ]
     of_backbone += SIZE_OPTIONS
-    check_arguments(PREFIX + bare, options, [*of_backbone, *_ARGUMENTS])
+    check_arguments(DETECT + bare, options, [*of_backbone, *_ARGUMENTS])
     defaults: dict[str, Any] = {"kind": "detection", "img_size": 1024, "in_chans": 3}
     trunk = defaults | {key: options[key] for key in of_backbone if key in options}
     heads = {key: value for key, value in options.items() if key in _ARGUMENTS}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
+
+from convmae.models.dense_tasks.batch_norm import batch_norm
 
 
 class ConvNorm(nn.Module):
@@ -30,28 +31,9 @@ class ConvNorm(nn.Module):
             nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[N, in_channels, H, W] -> [N, channels, H, W]`.
-
-        A batch that has one value for each channel, as one picture pooled to 1 x 1 has, is
-        normalised by the running statistics, which it leaves as they are: it has no variance.
-        """
-        x = self.conv(x)
-        values = x.shape[0] * x.shape[2] * x.shape[3]
-        if self.training and values == 1 and not _shares_statistics(self.bn):
-            bn = self.bn
-            mean, variance = bn.running_mean, bn.running_var
-            x = F.batch_norm(x, mean, variance, bn.weight, bn.bias, training=False, eps=bn.eps)
-        else:
-            x = self.bn(x)
+        """`[N, in_channels, H, W] -> [N, channels, H, W]`."""
+        x = batch_norm(self.bn, self.conv(x))
         return F.relu(x) if self.activation else x
-
-
-def _shares_statistics(norm: nn.Module) -> bool:
-    """Whether a BatchNorm was replaced by one that takes the statistics of several processes."""
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not together or type(norm) is nn.BatchNorm2d:
-        return False
-    return torch.distributed.get_world_size() > 1
 
 
 def class_layer(channels: int, num_classes: int) -> nn.Conv2d:
@@ -63,7 +45,7 @@ def class_layer(channels: int, num_classes: int) -> nn.Conv2d:
     return layer
 
 
-def resized(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+def resized(x: Tensor, size: tuple[int, int] | Size) -> Tensor:
     """A map `[N, C, h, w]` at another size, bilinear; corners are not aligned."""
     if x.shape[2:] == size:
         return x

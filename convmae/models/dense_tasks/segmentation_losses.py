@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = 255  # the label of pixels that count for nothing
+from convmae.config.label_maps import IGNORED
 
 
 def pixel_cross_entropy(

@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from convmae.config.label_maps import IGNORED
 from convmae.models.cnn.names import check_arguments, is_timm_name
 from convmae.models.dense_tasks.creation import SIZE_OPTIONS, create_backbone
 from convmae.models.dense_tasks.head_layers import ConvNorm, resized
 from convmae.models.dense_tasks.light_head import LightHead
-from convmae.models.dense_tasks.segmentation_losses import (
-    IGNORED,
-    dice_loss,
-    pixel_cross_entropy,
-)
+from convmae.models.dense_tasks.segmentation_losses import dice_loss, pixel_cross_entropy
 from convmae.models.dense_tasks.sliding_windows import by_windows
 from convmae.models.dense_tasks.upernet import FCNHead, UPerHead
 from convmae.models.task_names import SEGMENT
@@ -41,7 +38,7 @@ class Segmenter(nn.Module):
 
     The names of parameters are mmseg's: `backbone.*`, `decode_head.*`, `auxiliary_head.*`.
     It trains with batches of one picture too: a BatchNorm that gets a single value for each channel
-    then, behind the pooling of the whole map to 1 x 1, takes its running statistics.
+    then, behind the pooling of the whole map to 1 x 1, takes its running statistics, which stay.
 
     Args:
         backbone: a module, from images `[N, C, H, W]` to a list of maps, finest first; it tells

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from convmae.models.dense_tasks.segmentation_losses import IGNORED
+from convmae.config.label_maps import IGNORED
 
 
 class LabelMeasures(Metric):

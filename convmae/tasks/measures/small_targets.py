@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from convmae.models.dense_tasks.segmentation_losses import IGNORED
+from convmae.config.label_maps import IGNORED
 
 if TYPE_CHECKING:
     import numpy as np

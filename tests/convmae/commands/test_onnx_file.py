@@ -163,3 +163,41 @@ def test_without_the_packages(
     monkeypatch.setattr(onnx_file, "find_spec", without("onnxruntime"))
     report = to_onnx(classifier[0], tmp_path / "a.onnx")
     assert report.difference is None and "onnxruntime is not installed" in str(report)
+
+
+@torch.no_grad()
+def test_a_segmenter_with_any_batch_and_of_another_size(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    sizes = {"embed_dim": (16, 24, 32), "depth": (1, 1, 2), "num_heads": 2}
+    options = {"num_classes": 3, "head": "upernet", "head_width": 8, "aux_width": 8} | sizes
+    name = "segment:convvit_tiny"
+    model: Any = convmae.create_model(name, img_size=64, in_chans=4, **options).eval()
+    for parameter in model.parameters():  # relative positions begin at 0
+        parameter.normal_(std=0.2)
+    save_weights(tmp_path / "run", model, name, pictures=PICTURES, classes=CLASSES)
+    torch.save({"meta": {}, "state_dict": model.state_dict(), "optimizer": {}}, tmp_path / "a.pth")
+    own = to_onnx(tmp_path / "run", tmp_path / "own.onnx")
+    official_one = to_onnx(tmp_path / "a.pth", tmp_path / "a.onnx", input_size=(64, 96))
+    assert own.inputs == "images [batch, 4, 64, 64] (float32, normalised)"
+    assert own.outputs == "logits [batch, 3, 16, 16]"
+    assert official_one.outputs == "logits [batch, 3, 16, 24]"
+    told = metadata(own.output)
+    assert (told["model"], told["classes"], told["input_size"]) == (name, list(CLASSES), [64, 64])
+    assert metadata(official_one.output)["input_size"] == [64, 96]
+    for report, size in ((own, (64, 64)), (official_one, (64, 96))):
+        assert report.difference is not None and report.difference < 1e-4
+        for batch in (1, 3):
+            images = torch.randn(batch, 4, *size)
+            (logits,) = run_onnx(report.output, images)
+            expected = model(images)
+            torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_detector_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    name = "detect:convvit_tiny"
+    model = convmae.create_model(name, num_classes=2, img_size=64, width=16, box_features=16)
+    save_weights(tmp_path / "run", model, name)
+    with pytest.raises(OptionError, match=r"detect:convvit_tiny: .*another length .* docs/export"):
+        to_onnx(tmp_path / "run", tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()

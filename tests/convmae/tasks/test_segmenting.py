@@ -181,15 +181,15 @@ def test_pictures_that_cannot_be_read_are_replaced_and_named(tmp_path: Path) -> 
 
 def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    common = SHORT | {"data_path": data, "steps": 2, "distort": False, "drop_path": 0.0}
-    command = ["segment", "train"]
-    finish(start([*command, *flags(**common, output_dir=one)]))
+    common = SHORT | {"data_path": data, "steps": 2, "distort": False}
+    common |= {"drop_path": 0.0, "dropout": 0.0}
+    segment_train(SegmentTrainConfig(**common | {"data_path": str(data), "output_dir": str(one)}))
     half = common | {"batch_size": 2, "output_dir": two}
-    finish(start([*command, *flags(**half)], processes=2))
+    finish(start(["segment", "train", *flags(**half)], processes=2))
     assert len(losses(two)) == 2 and losses(two)[0][2] == pytest.approx(losses(one)[0][2], rel=1e-5)
     (first,), (second,) = evaluations(one), evaluations(two)
     assert first[0] == second[0] == 2
-    assert second[1:] == pytest.approx(first[1:], abs=0.5)
+    assert second[1:] == pytest.approx(first[1:], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_options_that_cannot_work(
 def test_label_maps_that_do_not_fit_are_refused_before_training(tmp_path: Path) -> None:
     """The cases are those of tests/convmae/data/test_label_maps.py; here, that a run asks."""
     root = ade_layout(tmp_path / "data", 4, 2)
-    with pytest.raises(DataError, match="3 of 4|4 of 4|2 of 4|1 of 4"):
+    with pytest.raises(DataError, match="4 of 4 label maps .* beyond the 2 classes"):
         segment_train(options(root, tmp_path / "run", nb_classes=2))
     (root / "annotations" / "validation" / "p101.png").unlink()
     with pytest.raises(DataError, match="1 of 2 label maps are missing .*: p101;"):
@@ -241,9 +241,10 @@ def test_the_published_recipe_is_the_default() -> None:
 
 def test_layers_learn_at_the_published_rates() -> None:
     """Factors and decays that the official optimizer gives, recorded in dense_tasks.md."""
-    model = create_model(
-        "segment:convvit_base", num_classes=3, img_size=32, head_width=8, aux_width=8
-    )
+    with torch.device("meta"):
+        model = create_model(
+            "segment:convvit_base", num_classes=3, img_size=32, head_width=8, aux_width=8
+        )
     groups = layered_groups(model, 0.05, 0.75)
     rates = {}
     for group in groups:

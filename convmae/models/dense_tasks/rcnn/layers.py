@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from convmae.models.layers import TOKEN_EPS
+from convmae.models.dense_tasks.simple_pyramid import ChannelNorm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,7 +31,7 @@ def norm_layer(norm: str) -> Callable[[int], nn.Module]:
     if norm == "batch":
         return nn.BatchNorm2d
     if norm == "layer":
-        return partial(LayerNorm2d, eps=TOKEN_EPS)
+        return ChannelNorm
     if norm == "group":
         return lambda channels: nn.GroupNorm(math.gcd(GROUPS, channels), channels)
     raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")

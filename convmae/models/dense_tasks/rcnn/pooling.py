@@ -60,9 +60,8 @@ class RegionPooling(nn.Module):
             `[sum R_n, C, output_size, output_size]`.
         """
         corners = torch.cat(regions)
-        counts = torch.tensor([len(r) for r in regions], device=corners.device)
-        image = torch.arange(len(regions), device=corners.device).repeat_interleave(counts)
-        rows = torch.cat([image[:, None].to(corners.dtype), corners], dim=1)
+        image = torch.cat([torch.full_like(r[:, :1], n) for n, r in enumerate(regions)])
+        rows = torch.cat([image, corners], dim=1)
         levels = self.levels(corners)
         first = features[0]
         size = (self.output_size, self.output_size)

@@ -57,6 +57,11 @@ class Anchors(AnchorGenerator):
         h = (scale[None, :] * root[:, None]).flatten()
         return torch.stack([-w, -h, w, h], dim=1) / 2
 
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        """As in torchvision; nothing is set where nothing changes, as exported programs ask."""
+        if any((cells.dtype, cells.device) != (dtype, device) for cells in self.cell_anchors):
+            super().set_cell_anchors(dtype, device)
+
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """For each image the anchors `[A, 4]` of all maps: map, row, column, ratio; float32."""
         first = feature_maps[0]

@@ -1,8 +1,8 @@
-"""The segmenter around a small backbone: heads, losses, windows, what it refuses, exports."""
+"""The segmenter around a small backbone: heads, losses, windows, what it refuses."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +12,7 @@ from torch import Tensor
 from convmae.models.dense_tasks.segmentation_losses import dice_loss, pixel_cross_entropy
 from convmae.models.dense_tasks.segmenter import Segmenter
 from convmae.models.dense_tasks.sliding_windows import by_windows, window_starts
-from tests.support.onnx_files import check_plain, export_onnx, run_onnx
 from tests.support.small_backbone import SmallBackbone
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CLASSES = 4
 
@@ -240,7 +236,7 @@ def test_inputs_that_do_not_fit() -> None:
         model.predict(images, window=(64, 0))
 
 
-# -- training and other programs ----------------------------------------------------------------
+# -- training ----------------------------------------------------------------
 
 
 def test_layers_and_decay() -> None:
@@ -253,33 +249,3 @@ def test_layers_and_decay() -> None:
     assert {n for n in undecayed if n.startswith("backbone.")} == {"backbone.stages.0.bias"}
     assert {"decode_head.conv_seg.bias", "auxiliary_head.convs.0.bn.weight"} <= undecayed
     assert "decode_head.conv_seg.weight" not in undecayed
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_compiled_blocks_train_as_uncompiled_ones(batch: int) -> None:
-    images, labels = torch.randn(batch, 3, 64, 64), labels_of(batch, 64, 64)
-    losses = []
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        model = small(dropout=0.0).train()
-        if compiled:
-            model.compile_blocks(backend="eager")
-        losses.append(model(images, labels))
-    torch.testing.assert_close(losses[0], losses[1])
-
-
-@pytest.mark.parametrize("head", ["upernet", "light"])
-@torch.no_grad()
-def test_exports_serve_every_batch(tmp_path: Path, head: str) -> None:
-    """96 x 96 pixels give a coarsest map of 3 x 3, which 2 and 6 pooled rows do not divide."""
-    model = small(head=head)
-    images = torch.randn(3, 3, 96, 96)
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},))
-    torch.testing.assert_close(program.module()(images), model(images))
-    path = export_onnx(model, images[:2], tmp_path / "model.onnx")
-    check_plain(path)
-    for some in (images, images[:1]):
-        (logits,), expected = run_onnx(path, some), model(some)
-        difference = (torch.from_numpy(logits) - expected).abs().max()
-        assert difference < 1e-5 * expected.abs().max()
