@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from convmae.records.label_pictures import COLOURS, to_show
+from convmae.records.label_pictures import to_show
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 CELL = 360  # pixels of the longer side of a picture on a sheet
 GAP, LINE = 6, 18
 STRENGTH = 0.45  # of the colour of a mask
+GOLDEN = 0.618  # of a turn of the hues from class to class
 HEADINGS = ("truth", "prediction")
 
 
@@ -38,6 +40,13 @@ class DrawnObjects:
     labels: Tensor
     masks: Tensor | None = None
     scores: Tensor | None = None
+
+
+def class_colour(label: int) -> tuple[int, int, int]:
+    """A bright colour for a class, far from those of the classes before it."""
+    hue = (0.08 + label * GOLDEN) % 1.0
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.75, 1.0))
+    return red, green, blue
 
 
 def picture_with(
@@ -63,17 +72,27 @@ def picture_with(
     labels = objects.labels.tolist()
     if not labels:
         return canvas.permute(1, 2, 0).numpy()
-    colours = [tuple(COLOURS[1 + label % (len(COLOURS) - 2)].tolist()) for label in labels]
+    colours = [class_colour(label) for label in labels]
     if objects.masks is not None:
         masks = F.interpolate(objects.masks[:, None].float().cpu(), canvas.shape[1:])[:, 0] > 0.5
-        canvas = draw_segmentation_masks(canvas, masks, alpha=STRENGTH, colors=list(colours))
+        for mask, colour in zip(masks, colours):  # one by one: they may overlap
+            canvas = draw_segmentation_masks(canvas, mask, alpha=STRENGTH, colors=colour)
     texts = [names[label] for label in labels]
     if objects.scores is not None:
         scores = objects.scores.tolist()
         texts = [f"{text} {100 * score:.0f} %" for text, score in zip(texts, scores)]
     border = torch.tensor([canvas.shape[2], canvas.shape[1]] * 2, dtype=torch.float32)
     boxes = (objects.boxes.cpu().float() * factor).minimum(border - 1)
-    drawn = draw_bounding_boxes(canvas, boxes, labels=texts, colors=list(colours), width=2)
+    drawn = draw_bounding_boxes(
+        canvas,
+        boxes,
+        labels=texts,
+        colors=list(colours),
+        width=2,
+        label_colors="black",
+        label_background_colors=list(colours),
+        fill_labels=True,
+    )
     return drawn.permute(1, 2, 0).numpy()
 
 

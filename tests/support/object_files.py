@@ -212,7 +212,9 @@ class Shapes:
             return
         import tifffile
 
-        tifffile.imwrite(path, picture, photometric="minisblack", planarconfig="separate")
+        bands = {"planarconfig": "separate"} if len(picture) > 1 else {}
+        values = picture if bands else picture[0]
+        tifffile.imwrite(path, values, photometric="minisblack", **bands)
 
 
 def write_shapes(root: Path, train: int = 8, val: int = 4, **kind: Any) -> Path:
