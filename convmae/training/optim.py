@@ -198,7 +198,8 @@ def _scheduler(
     if config.sched == "multistep":
         warmup = common["warmup_t"]
         shares: tuple[float, ...] = config.decay_at  # type: ignore[attr-defined]
-        milestones = [share * (warmup + length) - warmup for share in shares]
+        # timm divides one step before a milestone, and counts from the end of the warm-up
+        milestones = [share * (warmup + length) - warmup + 1 for share in shares]
         return MultiStepLRScheduler(optimizer, milestones, decay_rate=0.1, **common)
     if config.sched == "constant":
         return StepLRScheduler(optimizer, decay_t=length, decay_rate=1.0, **common)
