@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class RunFolder:
             return path
         here = Path(path).expanduser()
         if drawn is None:
-            drawn = next((kind for kind in DRAWN if (here / f"{kind}s").is_dir()), DRAWN[0])
+            drawn = next((kind for kind in DRAWN if os.path.isdir(here / f"{kind}s")), DRAWN[0])
         return cls(here, drawn)
 
     def __str__(self) -> str:

@@ -104,7 +104,8 @@ def test_a_flag_beats_the_file_and_the_file_the_default(tmp_path: Path) -> None:
 def test_recipes_are_read_by_their_command(file: Path) -> None:
     comment = file.read_text().partition("\nmodel")[0]
     (command,) = [name for name in cli.COMMANDS if f"convmae {name} --config" in comment]
-    config = cli._parse([command, "--config", str(file), "--output_dir", "elsewhere"])
+    where = ["--data_path", "pictures", "--output_dir", "elsewhere"]
+    config = cli._parse([command, "--config", str(file), *where])
     config.validate()
     assert config.output_dir == "elsewhere"
     assert command.split()[0] in file.stem or file.stem == "demo"

@@ -32,8 +32,8 @@ class Detector(nn.Module):
     published detectors; names of options are torchvision's, where it has them.
 
     What is drawn in training, which anchors and regions count for the losses, comes from PyTorch's
-    default generator of the device: `torch.manual_seed` before a step gives the same step again, to
-    the bit on a CPU; on a GPU gradients of RoIAlign are added up in any order.
+    default generator of the device: seeded before a step, it gives the same step again, to the bit
+    on a CPU; on a GPU gradients of RoIAlign are added up in any order.
 
     Args:
         backbone: maps `[N, C, h, w]` of pictures, finest first; see `create_backbone`.

@@ -63,8 +63,8 @@ class Crops:
         self.data = PictureDataset(photos, PretrainTransform(size, **options), seed)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, list[Failure]]:
-        (image, _), failures = self.data.sample(*key)
-        return image, failures
+        sample, failures = self.data.sample(*key)
+        return sample.image, failures
 
 
 def picked(photos: FolderPhotos | DemoPhotos, index: int, size: tuple[int, int]) -> torch.Tensor:

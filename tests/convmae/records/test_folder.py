@@ -16,10 +16,10 @@ from tests.support.paths import ROOT
 
 NAMES = [
     *("run.lock", "log.txt", "args.yaml", "environment.json", "wandb_id.txt"),
-    *("report.html", "loss.png", "reconstruction.png", "tensorboard", "reconstructions"),
+    *("report.html", "loss.png", "tensorboard", "val_list.txt"),
 ]
-# Beside records/folder.py: the default of `convmae reconstruct --output`, and a help text.
-ALSO_NAMED = {"reconstruction.png": ["config/tools.py"], "args.yaml": ["cli.py"]}
+# Beside records/folder.py: a help text.
+ALSO_NAMED = {"args.yaml": ["cli.py"]}
 
 
 def refuse(*args: Any) -> None:
@@ -53,7 +53,7 @@ def test_paths_are_in_the_folder_and_differ(tmp_path: Path) -> None:
     folder = RunFolder.of(tmp_path)
     properties = [n for n, value in vars(RunFolder).items() if isinstance(value, property)]
     paths = [value for n in properties if isinstance(value := getattr(folder, n), Path)]
-    assert len(paths) == 12 and len(set(paths)) == len(paths)
+    assert len(paths) == 14 and len(set(paths)) == len(paths)
     assert all(path.parent == tmp_path for path in paths)
     assert RunFolder.of(folder) is folder and str(folder) == str(tmp_path)
     assert RunFolder.of("~/run").path == Path.home() / "run"

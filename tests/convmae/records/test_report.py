@@ -197,7 +197,7 @@ def test_folders_that_lack_something(tmp_path: Path, missing: str) -> None:
     assert page.cards()["Steps"].startswith("30 " if has_log else "0 nothing was logged yet")
     hidden = [("hidden" in attrs) for tag, attrs in page.tags if tag == "section"]
     assert hidden == [
-        *(False, not has_log, True, missing in ("args.yaml", "all")),
+        *(False, not has_log, True, True, missing in ("args.yaml", "all")),
         *(missing in ("environment.json", "all"), True, True),
     ]
 

@@ -247,7 +247,7 @@ def test_an_impossible_folder_is_refused_with_the_reason_before_work_begins(
     monkeypatch.chdir(tmp_path)
     make(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr("convmae.training.setup.open_source", lambda *args, **more: 1 / 0)
+    monkeypatch.setattr("convmae.training.task.open_source", lambda *args, **more: 1 / 0)
     for output in (name, str(tmp_path / name) if name else name):
         with pytest.raises(OptionError) as refusal:
             pretrain(options(pictures, Path("run"), output_dir=output))

@@ -13,7 +13,7 @@ import pytest
 
 from convmae import cli, finetune, pretrain
 from convmae.records.report import Report
-from convmae.training import interrupts, saving, setup
+from convmae.training import interrupts, saving, task
 from tests.convmae.tasks.test_finetuning import evaluations, finetuning
 from tests.support.training_processes import ENVIRONMENT, flags, losses
 from tests.support.training_runs import (
@@ -119,13 +119,13 @@ def test_before_the_first_step_a_signal_acts_at_once_and_leaves_nothing(
     name: str,
     status: int,
 ) -> None:
-    open_source = setup.open_source
+    open_source = task.open_source
 
     def slowly(*args: Any, **more: Any) -> Any:
         os.kill(os.getpid(), getattr(signal, name))
         return open_source(*args, **more)
 
-    monkeypatch.setattr(setup, "open_source", slowly)
+    monkeypatch.setattr(task, "open_source", slowly)
     config = options(pictures, tmp_path / "new" / "run")
     monkeypatch.setattr(cli, "_parse", lambda arguments: config)
     assert cli.main(["pretrain"]) == status
