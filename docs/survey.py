@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "generated" / "survey.json"
 TORCHVISION = "torchvision:"
 BLOCK, GRID, BATCH, VISIBLE = 32, 3, 2, 4  # pixels; blocks a side; pictures; blocks of each
-IN_FLOAT64 = 150e6  # parameters; of larger networks four float64 copies would not fit into memory
+IN_FLOAT64 = 240e6  # parameters; of larger networks four float64 copies may not fit into memory
 LARGEST = 400e6  # parameters; larger networks are wider or deeper kinds of others, and not run
 TOO_LARGE = f"of more than {LARGEST / 1e6:.0f} million parameters"
 SECONDS = 900  # for one network
@@ -162,12 +162,13 @@ def compare(name: str) -> dict[str, Any]:
     """Packed against dense, in training mode."""
     try:
         parameters = _parameters(build(name, "meta")[0])
-    except (NotImplementedError, RuntimeError):
-        parameters = 0  # it cannot be built without values
+        model = None
+    except (NotImplementedError, RuntimeError):  # it cannot be built without values
+        model = build_for_grid(name)
+        parameters = _parameters(model)
     if parameters > LARGEST:
         return {"parameters": parameters, "result": NOT_RUN, "reason": TOO_LARGE}
-    model = build_for_grid(name)
-    parameters = _parameters(model)
+    model = model or build_for_grid(name)
     dtype = torch.float64 if parameters <= IN_FLOAT64 else torch.float32
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH, 3, GRID * BLOCK, GRID * BLOCK, generator=generator)
