@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convmae.commands.detection import load_detector
-from convmae.data.errors import printable
+from convmae.commands.results import named_failures, print_uncounted, write_result
 from convmae.data.objects.open import open_objects
 from convmae.data.objects.transforms import FitTransform
-from convmae.files import replacing
 from convmae.records.scores import scores_text
-from convmae.records.unreadable import NAMED_AT_MOST
 from convmae.tasks.accuracy import check_channels
 from convmae.tasks.detect import match_objects
 from convmae.tasks.detection_steps import measure
@@ -91,12 +87,9 @@ def detect_evaluate(config: DetectEvaluateConfig) -> dict[str, Any]:
             "notes": [note.removeprefix("note: ") for note in notes],
         }
         if failures:
-            result["failures"] = {printable(name): why for name, why in failures[:NAMED_AT_MOST]}
+            result["failures"] = named_failures(failures)
         if config.output and world.main:
-            path = Path(config.output).expanduser()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as new:
-                new.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            write_result(result, config.output)
         return result
 
 
@@ -111,8 +104,5 @@ def main(config: DetectEvaluateConfig) -> int:
         for name, values in result["classes"].items():
             texts = [f"{key.replace('_ap', '')} AP {value:.2f}" for key, value in values.items()]
             print(f"  {name}: {', '.join(texts) or 'no object'}")
-        if "unreadable" in result:
-            print(f"unreadable, not counted: {result['unreadable']:,}")
-            for name, reason in result.get("failures", {}).items():
-                print(f"  {name}: {reason}")
+        print_uncounted(result)
     return 0

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convmae.commands.inference import load
+from convmae.commands.results import named_failures, print_uncounted, write_result
 from convmae.config import OptionError
 from convmae.data import EvalTransform, open_source
-from convmae.data.errors import printable
-from convmae.files import replacing
 from convmae.models import ConvViT
 from convmae.models.cnn.classifier import TimmClassifier
-from convmae.records.unreadable import NAMED_AT_MOST
 from convmae.tasks.accuracy import accuracy, check_channels
 from convmae.tasks.matching import match_labels
 from convmae.training.distributed import join
@@ -100,14 +96,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "notes": notes,
         }
         if failures:
-            result["failures"] = {printable(name): why for name, why in failures[:NAMED_AT_MOST]}
+            result["failures"] = named_failures(failures)
         if source.left_out:
             result["left_out"] = [str(left_out) for left_out in source.left_out]
         if config.output and world.main:
-            path = Path(config.output).expanduser()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as new:
-                new.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            write_result(result, config.output)
         return result
 
 
@@ -122,10 +115,5 @@ def main(config: EvaluateConfig) -> int:
             f"{result['loss']:.4f} on {result['images']} pictures, "
             f"{result['images_per_s']:.1f} images/s"
         )
-        if "unreadable" in result:
-            print(f"unreadable, not counted: {result['unreadable']:,}")
-            for name, reason in result.get("failures", {}).items():
-                print(f"  {name}: {reason}")
-        for left_out in result.get("left_out", ()):
-            print(f"note: {left_out}")
+        print_uncounted(result)
     return 0

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convmae.commands.results import named_failures, print_uncounted, write_result
 from convmae.commands.segmenting import class_names, load_segmenter, windows_of
 from convmae.data import DataError
-from convmae.data.errors import printable
 from convmae.data.label_maps import LabelMapPhotos, open_label_maps
 from convmae.data.label_maps.classes import check_largest, told_classes
 from convmae.data.label_maps.pairs import survey_label_maps
 from convmae.data.segment_transforms import SegmentEvalTransform
-from convmae.files import replacing
 from convmae.records.scores import scores_text
-from convmae.records.unreadable import NAMED_AT_MOST
 from convmae.tasks.accuracy import check_channels
 from convmae.tasks.segment import check_classes
 from convmae.tasks.segment_evaluation import class_table, evaluate_segments
@@ -90,11 +86,11 @@ def segment_evaluate(config: SegmentEvaluateConfig) -> dict[str, Any]:
             "notes": notes,
         }
         if failures:
-            result["failures"] = {printable(name): why for name, why in failures[:NAMED_AT_MOST]}
+            result["failures"] = named_failures(failures)
         if source.left_out:
             result["left_out"] = [str(left_out) for left_out in source.left_out]
         if config.output and world.main:
-            _write(result, Path(config.output).expanduser())
+            write_result(result, config.output)
         return result | {"table": class_table(found, classes)}
 
 
@@ -160,10 +156,8 @@ def _known(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _write(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as new:
-        new.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+def _number(known: float | None) -> float:
+    return math.nan if known is None else known
 
 
 def main(config: SegmentEvaluateConfig) -> int:
@@ -174,13 +168,8 @@ def main(config: SegmentEvaluateConfig) -> int:
             print(note, file=sys.stderr)
         print(result["table"])
         print(
-            f"{scores_text(result)}, loss {result['loss'] or math.nan:.4f} on {result['images']} "
+            f"{scores_text(result)}, loss {_number(result['loss']):.4f} on {result['images']} "
             f"pictures, {result['images_per_s']:.1f} images/s"
         )
-        if "unreadable" in result:
-            print(f"unreadable, not counted: {result['unreadable']:,}")
-            for name, reason in result.get("failures", {}).items():
-                print(f"  {name}: {reason}")
-        for left_out in result.get("left_out", ()):
-            print(f"note: {left_out}")
+        print_uncounted(result)
     return 0

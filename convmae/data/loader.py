@@ -373,6 +373,13 @@ def _shared_memory() -> str:
     return f"/dev/shm ({total / 2**20:,.0f} MiB in all)"
 
 
+def default_workers() -> int:
+    """Loading processes: one for each core that this process may use but one, at most 8."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)) - 1)
+    return min(8, (os.cpu_count() or 1) - 1)
+
+
 def _unchanged(value: Any) -> Any:
     """No collation: the dataset makes whole batches."""
     return value

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from convmae.config.data import ReadOptions
 from convmae.data.arrays import ARRAY_EXTENSION, ArrayPhotos
 from convmae.data.choice import choose_pictures
-from convmae.data.classes import normal_form
+from convmae.data.class_folders import class_folders, empty_folders, why_no_classes
 from convmae.data.demo import CROPS_PER_PHOTO, DEMO_FILES, DemoPhotos
 from convmae.data.errors import DataError, check_share
 from convmae.data.fingerprint import file_entries
@@ -27,6 +27,7 @@ from convmae.data.formats.pillow import EXTENSIONS
 from convmae.data.idx import IdxPhotos, find_idx, is_idx, only_split
 from convmae.data.left_out import LeftOut, kind_of
 from convmae.data.listed import LIST_EXTENSION, listed_paths, one_pattern
+from convmae.data.loader import default_workers
 from convmae.data.picture import WithChannels
 from convmae.data.sizes import SHARD, SIZES_FILE
 from convmae.data.source import PhotoSource, Source, choose_balanced
@@ -374,7 +375,7 @@ def _folder_source(
     source.left_out = [*source.left_out, *names]
     source.empty_classes = empty
     if classes is None:
-        source.no_classes = _why_no_classes(paths, here)
+        source.no_classes = why_no_classes(paths, here)
     return source
 
 
@@ -459,39 +460,6 @@ def _without_effect(names: tuple[str, ...], reading: ReadOptions, what: str) -> 
     return [f"--{name} {given[name]} has no effect on {what}" for name in names if name in given]
 
 
-def class_folders(paths: list[Path], here: Path) -> tuple[list[str], list[int]] | None:
-    """The sub-folders of `here` that pictures lie in, sorted, and the number of that of each.
-
-    They are sorted by the form of Unicode in which names are compared: on all machines alike.
-
-    Returns:
-        None where a picture lies in no sub-folder.
-    """
-    tops = [path.relative_to(here).parts[:-1][:1] for path in paths]
-    if () in tops:
-        return None
-    names = sorted({name for (name,) in tops}, key=normal_form)
-    number = {name: index for index, name in enumerate(names)}
-    return names, [number[name] for (name,) in tops]
-
-
-def _why_no_classes(paths: list[Path], here: Path) -> str:
-    """Why pictures of which some lie in sub-folders have no classes; empty if none does."""
-    beside = [path for path in paths if path.parent == here]
-    if len(beside) == len(paths):
-        return ""
-    return (
-        f"{len(beside)} of {len(paths)} pictures lie in no class folder, the first {beside[0]}; "
-        f"expected each in a sub-folder of {here} that has the name of its class"
-    )
-
-
-def empty_folders(here: Path, classes: list[str]) -> tuple[str, ...]:
-    """The sub-folders of `here` that are none of `classes`; hidden ones are left out."""
-    names = {path.name for path in here.iterdir() if path.is_dir()}
-    return tuple(sorted(name for name in names - set(classes) if not name.startswith(".")))
-
-
 def _photo_source(
     photos: Photos,
     description: str,
@@ -525,10 +493,3 @@ def _photo_source(
         left_out=left_out,
         root=root,
     )
-
-
-def default_workers() -> int:
-    """Loading processes: one for each core that this process may use but one, at most 8."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(8, len(os.sched_getaffinity(0)) - 1)
-    return min(8, (os.cpu_count() or 1) - 1)

@@ -21,7 +21,8 @@ from convmae.data.fingerprint import file_entries
 from convmae.data.formats.decode import EncodedPicture
 from convmae.data.label_maps.layout import NAMED_AT_MOST, find_files, find_places
 from convmae.data.label_maps.values import LabelError, LabelReading, read_label_map
-from convmae.data.open import default_workers, open_files
+from convmae.data.loader import default_workers
+from convmae.data.open import open_files
 from convmae.data.picture import NO_LABEL
 from convmae.data.source import PhotoSource
 from convmae.seeds import Stream, generator_for

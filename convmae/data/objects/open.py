@@ -17,11 +17,12 @@ from convmae.data.fingerprint import file_entries
 from convmae.data.folder import even_sample
 from convmae.data.formats.decode import EncodedPicture
 from convmae.data.label_maps.pairs import StackedPhotos
+from convmae.data.loader import default_workers
 from convmae.data.objects.coco import read_coco
 from convmae.data.objects.layouts import Layout, find_layout, picture_names
 from convmae.data.objects.voc import read_voc
 from convmae.data.objects.yolo import read_yolo
-from convmae.data.open import default_workers, open_files
+from convmae.data.open import open_files
 from convmae.data.picture import NO_LABEL
 from convmae.data.source import PhotoSource, choose_balanced
 
