@@ -14,8 +14,7 @@ from convmae.data.objects.transforms import FitTransform
 from convmae.records.scores import scores_text
 from convmae.tasks.accuracy import check_channels
 from convmae.tasks.detect import match_objects
-from convmae.tasks.detection_steps import measure
-from convmae.tasks.measures.average_precision import AveragePrecision
+from convmae.tasks.detection_evaluation import evaluate_detections
 from convmae.training.distributed import join
 
 if TYPE_CHECKING:
@@ -67,10 +66,11 @@ def detect_evaluate(config: DetectEvaluateConfig) -> dict[str, Any]:
         )
         began = time.perf_counter()
         failures: list[Failure] = []
-        figures, of_classes = measure(
+        found = evaluate_detections(
             loaded.model,
             world.together(batches),
-            AveragePrecision(source.annotations, masks),
+            source,
+            masks,
             loaded.statistics,
             loaded.padding,
             world,
@@ -78,9 +78,10 @@ def detect_evaluate(config: DetectEvaluateConfig) -> dict[str, Any]:
             failures,
         )
         seconds = time.perf_counter() - began
-        result: dict[str, Any] = figures | {
-            "classes": of_classes,
-            "images": source.pictures - int(figures.get("unreadable", 0)),
+        result: dict[str, Any] = found.scores | {
+            "classes": found.by_class,
+            "confusion": found.confusion.tolist(),
+            "images": source.pictures - int(found.scores.get("unreadable", 0)),
             "images_per_s": round(source.pictures / seconds, 2),
             "model": loaded.weights.model,
             "checkpoint": str(loaded.weights.path),

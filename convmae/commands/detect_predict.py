@@ -23,7 +23,7 @@ from convmae.data.objects.transforms import FitTransform
 from convmae.files import replacing
 from convmae.records.object_pictures import picture_with
 from convmae.tasks.accuracy import check_channels
-from convmae.tasks.detect import found_objects
+from convmae.tasks.detection_evaluation import found_objects
 from convmae.tasks.detection_steps import canvas, detections
 from convmae.tasks.measures.average_precision import result_entries
 from convmae.training.distributed import join

@@ -33,7 +33,6 @@ HEADS = (*WHOLE, "norm", "anchor_sizes", "canonical_size", "box_score_thresh", "
 # What of the options of all trainings means nothing here.
 WITHOUT_EFFECT = {
     "min_crop": "pictures are not cropped but resized at random (--scale_min, --scale_max)",
-    "torchcompile": "what a detector computes depends on what it finds",
 }
 
 
@@ -198,10 +197,11 @@ class DetectTrainConfig(ObjectConfig, RunConfig):
                     f"--{name} {getattr(self, name)} has no effect in detect train: {why}; leave "
                     "it out"
                 )
-        if self.strategy == "fsdp2":
+        if self.torchcompile not in (None, "blocks"):
             raise OptionError(
-                "--strategy fsdp2 divides a model block by block, which the parts of a detector "
-                "cannot be; use --strategy ddp"
+                f"--torchcompile {self.torchcompile} compiles the whole model, but what the heads "
+                "of a detector compute depends on what it finds; give --torchcompile blocks, which "
+                "compiles the blocks of the backbone"
             )
         if self.pyramid == "simple" and (self.model or "").startswith(TIMM):
             raise OptionError(

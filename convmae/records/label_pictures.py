@@ -1,4 +1,4 @@
-"""Label maps as pictures: colours of classes, overlays, sheets to compare, a confusion matrix."""
+"""Label maps as pictures: colours of classes, overlays, sheets to compare."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CELL = 220  # pixels of the longer side of a picture on a sheet
 GAP, LINE, SQUARE = 6, 18, 11
 STRENGTH = 0.55  # of the colours in an overlay
-MOST_NAMED = 40  # classes that a sheet or a confusion matrix has names for
+MOST_NAMED = 40  # classes that a sheet has names for
 HEADINGS = ("picture", "truth", "prediction")
 
 
@@ -140,39 +140,3 @@ def _fitting(draw: object, text: str, room: int) -> str:
     while text and length(text) > room:
         text = "..." + text.removeprefix("...")[1:]
     return text
-
-
-def confusion_picture(matrix: Tensor, names: Sequence[str]) -> PILImage.Image:
-    """A confusion matrix: of the pixels of each true class (rows) the share of each prediction.
-
-    Args:
-        matrix: int64 `[K, K]`, true classes in rows.
-        names: of the classes.
-    """
-    import io
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    count = len(names)
-    shares = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
-    side = min(12.0, 3.2 + 0.3 * count)
-    figure = Figure(figsize=(side + 1, side), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    drawn = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues")
-    axes.set(xlabel="predicted class", ylabel="true class")
-    if count <= MOST_NAMED:
-        axes.set_xticks(range(count), names, rotation=90)
-        axes.set_yticks(range(count), names)
-    if count <= 12:
-        for row in range(count):
-            for column in range(count):
-                share = float(shares[row, column])
-                colour = "white" if share > 0.5 else "black"
-                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour)
-    figure.colorbar(drawn, ax=axes, label="share of the pixels of the true class")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")

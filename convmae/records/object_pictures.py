@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,15 @@ class DrawnObjects:
     labels: Tensor
     masks: Tensor | None = None
     scores: Tensor | None = None
+
+
+class ComparedObjects(NamedTuple):
+    """A picture `[C, h, w]` as stored, its true and its found objects, and a line below it."""
+
+    image: Tensor
+    truth: DrawnObjects
+    found: DrawnObjects
+    caption: str = ""
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
@@ -96,13 +105,11 @@ def picture_with(
     return drawn.permute(1, 2, 0).numpy()
 
 
-def object_sheet(
-    rows: Sequence[tuple[Tensor, DrawnObjects, DrawnObjects, str]], names: Sequence[str]
-) -> PILImage.Image:
-    """One row a picture: the truth on the left, what was found on the right; its name below.
+def object_sheet(rows: Sequence[ComparedObjects], names: Sequence[str]) -> PILImage.Image:
+    """One row a picture: the truth on the left, what was found on the right; a line below.
 
     Args:
-        rows: of each the stored picture, what is true, what was found, and a caption.
+        rows: at least one.
         names: of the classes.
     """
     from PIL import Image, ImageDraw

@@ -11,26 +11,17 @@ from convmae.config import OptionError, for_option
 from convmae.data import DataError, normalise
 from convmae.data.classes import ClassNames, listed, match_classes
 from convmae.data.objects.open import open_objects
-from convmae.data.objects.shapes import shape_mask
 from convmae.data.objects.transforms import FitTransform, JitterTransform
 from convmae.data.picture import ChosenPicture
 from convmae.data.source import evenly_spaced
 from convmae.models import create_model
 from convmae.models.task_names import DETECT
-from convmae.records.evaluation import EvaluationDetails
 from convmae.records.folder import RunFolder
-from convmae.records.object_pictures import DrawnObjects, object_sheet
+from convmae.records.object_pictures import object_sheet
 from convmae.records.unreadable import UnreadableTally
 from convmae.tasks.accuracy import check_channels
-from convmae.tasks.detection_steps import (
-    canvas,
-    detections,
-    learned,
-    measure,
-    padding_of,
-    sizes_seen,
-)
-from convmae.tasks.measures.average_precision import AveragePrecision
+from convmae.tasks.detection_evaluation import compared, details, evaluate_detections
+from convmae.tasks.detection_steps import canvas, detections, learned, padding_of, sizes_seen
 from convmae.training.distributed import whole_model
 from convmae.training.optim import Groups, adamw, layered_groups
 from convmae.training.run import RunSummary, run_task
@@ -46,7 +37,6 @@ if TYPE_CHECKING:
 
     from convmae.config import DetectTrainConfig, ReadOptions
     from convmae.data import Batch, Failure, Source, Statistics
-    from convmae.data.objects.annotations import ObjectPicture
     from convmae.data.objects.open import ObjectSource
     from convmae.records.log import RunLog
     from convmae.training.distributed import World
@@ -57,7 +47,6 @@ if TYPE_CHECKING:
 DEFAULT_BACKBONE = "convvit_base"
 BETAS = (0.9, 0.999)
 PREVIEWS = 6  # pictures of the val split that are drawn with each checkpoint
-DRAWN_SCORE = 0.5  # the least score of what is drawn
 # Arguments of a model whose option has another name.
 FLAGS = {"img_size": "input_size", "drop_path_rate": "drop_path", "kind": "pyramid"}
 
@@ -255,10 +244,11 @@ class Detection(Task):
             pin=config.pin_mem and run.world.device.type == "cuda",
         )
         failures: list[Failure] = []
-        figures, of_classes = measure(
+        found = evaluate_detections(
             run.model,
             run.world.together(batches),
-            AveragePrecision(self.val.annotations, config.masks),
+            self.val,
+            config.masks,
             run.statistics,
             padding_of(config.kind),
             run.world,
@@ -266,21 +256,20 @@ class Detection(Task):
             failures,
         )
         self.val_tally.add(failures, log, run.step)
-        figures["seconds"] = round(time.perf_counter() - began, 2)
-        log.evaluation(run.step, run.epoch, figures)
+        scores = found.scores | {"seconds": round(time.perf_counter() - began, 2)}
+        log.evaluation(run.step, run.epoch, scores)
         if run.world.main:
             try:
-                details(figures, of_classes, run.step).write(run.folder.evaluation)
+                details(found, self.val.annotations.classes, run.step).write(run.folder.evaluation)
             except OSError as error:
                 log.say(f"warning: the details of this evaluation were not written: {error}")
-        found = figures.get("box_ap", 0.0)
-        if self.best is None or found > self.best:
-            self.best = found
+        main = scores.get("box_ap", 0.0)
+        if self.best is None or main > self.best:
+            self.best = main
             save_best(run, whole_model(run.model), self.classes)
 
     def draw(self, run: Run) -> PILImage.Image | None:
-        transform, names = FitTransform(run.config.size), self.val.annotations.classes
-        padding = padding_of(run.config.kind)
+        transform, padding = FitTransform(run.config.size), padding_of(run.config.kind)
         photos: Any = self.val.photos
         broken = {failure.name for failure in self.val.failures}
         readable = [i for i in range(len(photos)) if photos.name(i) not in broken]
@@ -289,18 +278,14 @@ class Detection(Task):
         rows = []
         for place in evenly_spaced(len(readable), PREVIEWS):
             index = readable[place]
-            picture = ChosenPicture(photos, index)
-            image, target = transform(picture)
+            image, target = transform(ChosenPicture(photos, index))
             images = normalise(image[None].to(run.world.device), *run.statistics)
             images = canvas(images, [target], run.statistics, padding)
             (found,) = detections(run.model, images, [target], padding, run.autocast())
             assert found is not None
-            stored = picture.load()
-            truth = true_objects(photos.target(index), run.config.masks)
-            caption = photos.name(index).removeprefix(self.val.root)
-            rows.append((stored, truth, found_objects(found, DRAWN_SCORE), caption))
+            rows.append(compared(self.val, index, found, run.config.masks))
         run.model.train(was_training)
-        return object_sheet(rows, names) if rows else None
+        return object_sheet(rows, self.val.annotations.classes) if rows else None
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -349,55 +334,3 @@ def match_objects(
     assert match.numbers is not None
     source.annotations.renumber(match.numbers, classes)
     return [f"note: {note}" for note in match.notes]
-
-
-def true_objects(objects: ObjectPicture, masks: bool) -> DrawnObjects:
-    """What is annotated of a picture, to be drawn; without crowds."""
-    objects = objects.only(~objects.crowd)
-    made = None
-    if masks and len(objects):
-        each = [torch.from_numpy(shape_mask(shape, objects.size)) for shape in objects.shapes]
-        made = torch.stack(each).bool()
-    return DrawnObjects(torch.from_numpy(objects.boxes), torch.from_numpy(objects.labels), made)
-
-
-def found_objects(found: dict[str, Tensor], least: float) -> DrawnObjects:
-    """Detections of at least some score, to be drawn."""
-    kept = found["scores"] >= least
-    masks = found["masks"][kept][:, 0].cpu() if "masks" in found else None
-    boxes, labels, scores = (found[name][kept].cpu() for name in ("boxes", "labels", "scores"))
-    return DrawnObjects(boxes, labels, masks, scores)
-
-
-def details(
-    figures: dict[str, float], of_classes: dict[str, dict[str, float]], step: int
-) -> EvaluationDetails:
-    """An evaluation for the page of its run: a table of all figures, and one of the classes."""
-    kinds = ("box", "mask") if "mask_ap" in figures else ("box",)
-    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
-    columns = ["", "AP", "AP50", "AP75", "small", "medium", "large", "recall"]
-    whole = [
-        [f"{kind}es" if kind == "box" else "masks"]
-        + [_percent(figures.get(f"{kind}_{name}")) for name in names]
-        for kind in kinds
-    ]
-    classes = [
-        [name, *(_percent(values.get(f"{kind}_ap")) for kind in kinds)]
-        for name, values in of_classes.items()
-    ]
-    return EvaluationDetails(
-        step,
-        tables=[
-            ("Average precision as COCO defines it, in per cent", columns, whole),
-            (
-                "Average precision of each class, in per cent",
-                ["class", *(f"{kind} AP" for kind in kinds)],
-                classes,
-            ),
-        ],
-        figures=figures | {"classes": of_classes},
-    )
-
-
-def _percent(value: float | None) -> str:
-    return "none" if value is None else f"{value:.2f}"

@@ -6,17 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.data import normalise
 from convmae.models.dense_tasks.detector import place_detections
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import Tensor
 
-    from convmae.data import Batch, Failure, Statistics
-    from convmae.tasks.measures.average_precision import AveragePrecision
-    from convmae.training.distributed import World
+    from convmae.data import Statistics
 
 GREY = 128 / 255  # of full scale, as the published recipe pads
 LEARNED = ("boxes", "labels", "masks")
@@ -104,36 +99,3 @@ def detections(
         whole = {k: v.float() if v.is_floating_point() else v for k, v in each.items()}
         results += place_detections([whole], [filled], [(height, width)], padding == "grey")
     return results
-
-
-def measure(
-    model: Any,
-    batches: Iterable[Batch],
-    measures: AveragePrecision,
-    statistics: Statistics,
-    padding: str,
-    world: World,
-    autocast: Any,
-    failures: list[Failure],
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """`measures` over all batches of all processes.
-
-    Args:
-        model, batches, measures, statistics, padding, world, autocast: what is evaluated, and how.
-        failures: the pictures that this process could not read are added here.
-    """
-    was_training = model.training
-    model.eval()
-    before = len(failures)
-    for batch in batches:
-        failures += batch.failures
-        images = normalise(batch.images.to(world.device), *statistics)
-        images = canvas(images, batch.targets, statistics, padding)
-        found = detections(model, images, batch.targets, padding, autocast)
-        for (_, place), each in zip(batch.keys.tolist(), found):
-            if each is not None:
-                measures.update(place, each)
-    model.train(was_training)
-    figures, of_classes = measures.compute(world)
-    unreadable = round(world.mean(float(len(failures) - before))[0] * world.size)
-    return figures | ({"unreadable": unreadable} if unreadable else {}), of_classes

@@ -11,14 +11,12 @@ import torch.nn.functional as F
 from convmae.config.label_maps import IGNORED
 from convmae.data import normalise
 from convmae.data.segment_transforms import fitted_size
+from convmae.records.confusion import confusion_picture
 from convmae.records.evaluation import EvaluationDetails
-from convmae.records.label_pictures import (
-    ComparedPicture,
-    comparison_sheet,
-    confusion_picture,
-)
+from convmae.records.label_pictures import ComparedPicture, comparison_sheet
 from convmae.tasks.measures.label_measures import LabelMeasures, confusion_matrix, figures
 from convmae.tasks.measures.small_targets import SmallTargets
+from convmae.tasks.measures.worst import Worst
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from convmae.data import Batch, Failure, PhotoSource, Statistics
     from convmae.training.distributed import World
 
-WORST = 6  # pictures that are kept to be shown
 SHOWN_SIDE = 512  # pixels of them at most
 MILLION = 1e6
 PERCENT = ("miou", "miou_foreground", "macc", "macc_foreground", "aacc", "iou", "niou", "pd")
@@ -120,7 +117,8 @@ def evaluate_segments(
         targets.to(world.device)
     total = torch.zeros(2, dtype=torch.float64)  # loss, pixels
     failures = [] if failures is None else failures
-    before, worst = len(failures), _Worst(source)
+    worst: Worst[ComparedPicture] = Worst()
+    before = len(failures)
     was_training = model.training
     model.eval()
     for batch in batches:
@@ -135,7 +133,7 @@ def evaluate_segments(
             targets.update(prediction, truth)
         entropy = F.cross_entropy(logits, truth, ignore_index=IGNORED, reduction="sum")
         total += torch.tensor([float(entropy), int((truth != IGNORED).sum())])
-        worst.look(batch, prediction, truth, num_classes)
+        _keep_worst(worst, source, batch, prediction, num_classes)
     model.train(was_training)
     scores, by_class = _scores(measures.compute())
     count = None
@@ -147,9 +145,8 @@ def evaluate_segments(
     scores["loss"] = loss / max(pixels, 1e-12)
     if unreadable:
         scores["unreadable"] = round(unreadable * world.size)
-    kept = [entry for part in world.gather(worst.kept) for entry in part]
-    kept = sorted(kept, key=lambda entry: entry[0])[:WORST]
-    return SegmentFigures(scores, measures_matrix(measures, world), by_class, count, kept)
+    matrix = measures_matrix(measures, world)
+    return SegmentFigures(scores, matrix, by_class, count, worst.of_all(world))
 
 
 def measures_matrix(measures: LabelMeasures, world: World) -> Tensor:
@@ -173,27 +170,24 @@ def _scores(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, list[flo
     return scores, lists
 
 
-class _Worst:
-    """Keeps the pictures with the lowest mean IoU of the classes in them."""
-
-    def __init__(self, source: PhotoSource) -> None:
-        self.photos, self.root = source.photos, source.root
-        self.kept: list[tuple[float, ComparedPicture]] = []
-
-    def look(self, batch: Batch, prediction: Tensor, truth: Tensor, num_classes: int) -> None:
-        for place, (found, real) in enumerate(zip(prediction, truth)):
-            matrix = confusion_matrix(found[None], real[None], num_classes)
-            if not int(matrix.sum()):
-                continue
-            score = 100 * figures(matrix)["miou"]
-            if len(self.kept) == WORST and score >= self.kept[-1][0]:
-                continue
-            index = int(batch.keys[place, 1])
-            name = self.photos.name(index).removeprefix(self.root)
+def _keep_worst(
+    worst: Worst[ComparedPicture],
+    source: PhotoSource,
+    batch: Batch,
+    prediction: Tensor,
+    num_classes: int,
+) -> None:
+    """Keeps the pictures of a batch with the lowest mean IoU of the classes in them."""
+    for place, found in enumerate(prediction):
+        truth = batch.targets[place]
+        matrix = confusion_matrix(found[None].cpu(), truth[None], num_classes)
+        if not int(matrix.sum()):
+            continue
+        score = 100 * figures(matrix)["miou"]
+        if worst.wants(score):
+            name = source.photos.name(int(batch.keys[place, 1])).removeprefix(source.root)
             caption = f"{name}: mIoU {score:.1f} %"
-            compared = _smaller(batch.images[place], real.cpu(), found.cpu(), caption)
-            self.kept.append((score, compared))
-            self.kept = sorted(self.kept, key=lambda entry: entry[0])[:WORST]
+            worst.keep(score, _smaller(batch.images[place], truth, found.cpu(), caption))
 
 
 def _smaller(image: Tensor, truth: Tensor, prediction: Tensor, caption: str) -> ComparedPicture:
@@ -217,7 +211,9 @@ def details(found: SegmentFigures, classes: Sequence[str], step: int) -> Evaluat
     ]
     pictures = {}
     if int(found.matrix.sum()):
-        pictures["Confusion matrix"] = confusion_picture(found.matrix, classes)
+        pictures["Confusion matrix"] = confusion_picture(
+            found.matrix, classes, "share of the pixels of the true class"
+        )
     if found.worst:
         sheet = comparison_sheet([compared for _, compared in found.worst], classes)
         pictures["The worst pictures"] = sheet

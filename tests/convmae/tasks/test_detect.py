@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import convmae
-from convmae.config import OptionError
+from convmae.commands.detect_evaluate import detect_evaluate
+from convmae.config import DetectEvaluateConfig, OptionError
 from convmae.data import DataError, Statistics
 from convmae.records.log import read_log
 from convmae.tasks.detect import Detection, detect_train
@@ -19,6 +20,7 @@ from convmae.tasks.detection_steps import canvas, sizes_seen
 from convmae.training.optim import layered_groups
 from tests.support.detection_runs import SMALL, detection_config
 from tests.support.object_files import CLASSES, write_m3fd, write_shapes
+from tests.support.training_processes import finish, flags, start
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +48,7 @@ def figures(run: Path) -> dict[str, float]:
     return {name: value for name, value in entry.items() if "_a" in name}
 
 
-def test_a_run_leaves_losses_figures_weights_and_a_page(whole):
+def test_a_run_leaves_losses_figures_weights_and_a_page(data, whole):
     assert len(losses(whole)) == 4
     assert all(map(math.isfinite, losses(whole)))
     found = figures(whole)
@@ -59,6 +61,12 @@ def test_a_run_leaves_losses_figures_weights_and_a_page(whole):
     assert set(told["figures"]["classes"]) == set(CLASSES)
     page = (whole / "report.html").read_text()
     assert "Average precision of each class" in page
+    assert "Objects by true and found class" in page
+    assert "The worst pictures" in page
+    objects = json.loads((data / "annotations" / "instances_val.json").read_text())["annotations"]
+    confusion = np.array(told["figures"]["confusion"])
+    assert confusion.shape == (len(CLASSES) + 1, len(CLASSES) + 1)
+    assert confusion[:-1].sum() == len(objects)
     assert (whole / "prediction.png").is_file()
 
 
@@ -78,6 +86,23 @@ def test_an_interrupted_run_goes_on_to_the_same_losses_and_figures(data, whole, 
     one = convmae.open_weights(tmp_path / "parts").state
     other = convmae.open_weights(tmp_path / "constant").state
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_two_processes_copy_or_divide_the_model_and_find_the_same(data, tmp_path):
+    """What is drawn differs from process to process, but not with the strategy."""
+    options = SMALL | {"data_path": data, "norm": "batch", "batch_size": 1, "steps": 2}
+    for strategy in ("ddp", "fsdp2"):
+        options |= {"strategy": strategy, "output_dir": tmp_path / strategy}
+        output = finish(start(["detect", "train", *flags(**options)], processes=2))
+        assert "BatchNorms share their statistics over the processes" in output
+    assert losses(tmp_path / "fsdp2") == pytest.approx(losses(tmp_path / "ddp"), rel=1e-5)
+    found = figures(tmp_path / "ddp")
+    assert figures(tmp_path / "fsdp2") == pytest.approx(found, abs=0.1)
+    alone = DetectEvaluateConfig(
+        str(tmp_path / "ddp"), data_path=str(data), num_workers=0, amp="float32", device="cpu"
+    )
+    result = detect_evaluate(alone)
+    assert {name: result[name] for name in found} == pytest.approx(found, abs=1e-6)
 
 
 def test_changed_boxes_and_classes_are_told_on_resuming(tmp_path):
@@ -182,8 +207,7 @@ def test_decay_and_layers_are_those_of_the_published_recipes():
         ({"data_path": "demo"}, "data_path must name a folder"),
         ({"annotations": "boxes.json"}, "the same for train and val"),
         ({"min_crop": 0.5}, "min_crop 0.5 has no effect"),
-        ({"torchcompile": "blocks"}, "torchcompile blocks has no effect"),
-        ({"strategy": "fsdp2"}, "use strategy ddp|use --strategy ddp"),
+        ({"torchcompile": "inductor"}, "torchcompile inductor compiles the whole model"),
         ({"scale_max": 0.05}, "scale_max must be a number at least 0.1"),
         ({"sched": "step"}, "sched must be one of cosine, linear, constant, multistep"),
         ({"second_chans": 2}, "without second_images"),
