@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from convmae.weights.checkpoint import Weights
 
 BLOCKS = "blocks"  # a mode of --torchcompile
+RECOMPILE_LIMIT = 64  # programs of one function, beyond which it is no longer compiled
 MEASURED = 1000  # pictures whose mean and deviation stand for all
 COMPARED = 64  # pictures that tell whether a given mean is of such pictures at all
 
@@ -264,6 +265,8 @@ def _prepare_model(model: Any, config: RunConfig, world: World) -> None:
             f"--torchcompile must be {BLOCKS}, which compiles block by block, or a backend for the "
             f"whole model, {', '.join(known)}; got {mode!r}"
         )
+    # Blocks share the code of their class: one program for each size, in training and evaluation.
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     if mode == BLOCKS:
         model.compile_blocks()
     elif world.strategy == "fsdp2":  # block by block, as the parameters are gathered
