@@ -7,46 +7,37 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import OptionError, for_option
+from convmae.config import OptionError
 from convmae.data import DataError, normalise
 from convmae.data.classes import ClassNames, listed, match_classes
 from convmae.data.objects.open import open_objects
 from convmae.data.objects.transforms import FitTransform, JitterTransform
 from convmae.data.picture import ChosenPicture
-from convmae.data.source import evenly_spaced
 from convmae.models import create_model
 from convmae.models.task_names import DETECT
 from convmae.records.folder import RunFolder
 from convmae.records.object_pictures import object_sheet
 from convmae.records.unreadable import UnreadableTally
 from convmae.tasks.accuracy import check_channels
+from convmae.tasks.dense_task import DenseTask
 from convmae.tasks.detection_evaluation import compared, details, evaluate_detections
 from convmae.tasks.detection_steps import canvas, detections, learned, padding_of, sizes_seen
-from convmae.training.distributed import whole_model
-from convmae.training.optim import Groups, adamw, layered_groups
+from convmae.training.optim import Groups, layered_groups
 from convmae.training.run import RunSummary, run_task
-from convmae.training.saving import save_best
-from convmae.training.task import Task
 from convmae.weights.checkpoint import WEIGHTS
-from convmae.weights.dense_names import backbone_of, load_trunk
-from convmae.weights.foreign import open_foreign
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
     from torch import Tensor, nn
 
     from convmae.config import DetectTrainConfig, ReadOptions
-    from convmae.data import Batch, Failure, Source, Statistics
+    from convmae.data import Batch, Failure, Source
     from convmae.data.objects.open import ObjectSource
     from convmae.records.log import RunLog
     from convmae.training.distributed import World
     from convmae.training.state import Run
     from convmae.weights.checkpoint import Weights
-    from convmae.weights.foreign import ForeignWeights
 
-DEFAULT_BACKBONE = "convvit_base"
-BETAS = (0.9, 0.999)
-PREVIEWS = 6  # pictures of the val split that are drawn with each checkpoint
 # Arguments of a model whose option has another name.
 FLAGS = {"img_size": "input_size", "drop_path_rate": "drop_path", "kind": "pyramid"}
 
@@ -74,16 +65,11 @@ def main(config: DetectTrainConfig) -> int:
     return summary.report(folder.best / WEIGHTS, folder.report)
 
 
-class Detection(Task):
+class Detection(DenseTask):
     """A detector learns objects on pictures that are resized at random."""
 
     command = "detect train"
-    drawn = "prediction"
-
-    def __init__(self) -> None:
-        self.best: float | None = None
-        self.statistics_learnt: Statistics | None = None
-        self.initial: ForeignWeights | None = None
+    val: ObjectSource
 
     # -- data -------------------------------------------------------------------------------------
 
@@ -133,8 +119,8 @@ class Detection(Task):
     # -- building ---------------------------------------------------------------------------------
 
     def build(self, config: Any, source: Source) -> tuple[nn.Module, str, list[str]]:
-        initial = self._initial(config)
-        name = DETECT + self._backbone(config, initial).removeprefix(DETECT)
+        initial = self.take_initial(config)
+        name = DETECT + self.backbone_name(config, initial).removeprefix(DETECT)
         model = self._create(name, config, source.channels)
         check_channels(self.val, model, config.data_path)
         if self.val.dtype != source.dtype:
@@ -143,7 +129,8 @@ class Detection(Task):
                 f"those of val of {self.val.dtype}; expected one type of values"
             )
         self.val_tally = UnreadableTally(self.val, config.max_unreadable)
-        return model, name, [*self.notes, *self._start(model, config, initial)]
+        started = self.start_backbone(model, config, initial, source.channels)
+        return model, name, [*self.notes, *started]
 
     def _create(self, name: str, config: DetectTrainConfig, channels: int) -> Any:
         assert self.classes is not None
@@ -167,54 +154,8 @@ class Detection(Task):
                 raise OptionError(f"--{option}: {message}") from error
             raise OptionError(f"--model {config.model!r}: {message}") from error
 
-    def _backbone(self, config: DetectTrainConfig, initial: ForeignWeights | None) -> str:
-        """The name of the backbone: what was asked for, else that of the weights to start from."""
-        if config.model is not None or initial is None:
-            return config.model or DEFAULT_BACKBONE
-        with for_option("init"):
-            found = backbone_of(initial)
-        if found is None:
-            raise OptionError(
-                f"--init {config.init!r} is of no known size; give the backbone by --model"
-            )
-        return found
-
-    def _initial(self, config: DetectTrainConfig) -> ForeignWeights | None:
-        """The weights to start from, opened once; `build` lets go of them."""
-        initial, self.initial = self.initial, None
-        if initial is None and config.init is not None:
-            with for_option("init"):
-                initial = open_foreign(config.init)
-        return initial
-
-    def _start(
-        self, model: Any, config: DetectTrainConfig, initial: ForeignWeights | None
-    ) -> list[str]:
-        """Puts the weights to start from into the backbone, unless the run goes on."""
-        if initial is None:
-            return ["starting from random weights (no --init)"]
-        if self.resumed is not None:
-            return [
-                f"note: --init {config.init!r} is not read: the run goes on from its own weights"
-            ]
-        with for_option("init"):
-            report = load_trunk(model.backbone, initial, config.adapt_input)
-        self.statistics_learnt = report.statistics
-        return report.lines()
-
-    def learnt_reading(self, config: DetectTrainConfig) -> ReadOptions | None:
-        self.initial = self._initial(config)
-        ours = None if self.initial is None else self.initial.ours
-        return None if ours is None else ours.reading
-
-    def statistics(self, config: DetectTrainConfig) -> Statistics | None:
-        return self.statistics_learnt
-
     def groups(self, model: nn.Module, config: DetectTrainConfig) -> Groups:
         return layered_groups(model, config.weight_decay, config.layer_decay, decay_all=True)
-
-    def optimizer(self, groups: Groups, config: DetectTrainConfig) -> torch.optim.Optimizer:
-        return adamw(groups, BETAS)
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -226,12 +167,6 @@ class Detection(Task):
         return torch.stack([loss.float() for loss in losses.values()]).sum()
 
     # -- evaluation -------------------------------------------------------------------------------
-
-    def evaluation_due(self, run: Run) -> bool:
-        return run.due(run.config.eval_every)
-
-    def folder_lost(self, run: Run) -> None:
-        self.best = None  # the next evaluation writes the best weights again
 
     def evaluate(self, run: Run, log: RunLog) -> None:
         config, began = run.config, time.perf_counter()
@@ -258,27 +193,16 @@ class Detection(Task):
         self.val_tally.add(failures, log, run.step)
         scores = found.scores | {"seconds": round(time.perf_counter() - began, 2)}
         log.evaluation(run.step, run.epoch, scores)
-        if run.world.main:
-            try:
-                details(found, self.val.annotations.classes, run.step).write(run.folder.evaluation)
-            except OSError as error:
-                log.say(f"warning: the details of this evaluation were not written: {error}")
-        main = scores.get("box_ap", 0.0)
-        if self.best is None or main > self.best:
-            self.best = main
-            save_best(run, whole_model(run.model), self.classes)
+        shown = details(found, self.val.annotations.classes, run.step)
+        self.record(run, log, shown, scores.get("box_ap", 0.0))
 
     def draw(self, run: Run) -> PILImage.Image | None:
         transform, padding = FitTransform(run.config.size), padding_of(run.config.kind)
-        photos: Any = self.val.photos
-        broken = {failure.name for failure in self.val.failures}
-        readable = [i for i in range(len(photos)) if photos.name(i) not in broken]
         was_training = run.model.training
         run.model.eval()
         rows = []
-        for place in evenly_spaced(len(readable), PREVIEWS):
-            index = readable[place]
-            image, target = transform(ChosenPicture(photos, index))
+        for index in self.drawn_places():
+            image, target = transform(ChosenPicture(self.val.photos, index))
             images = normalise(image[None].to(run.world.device), *run.statistics)
             images = canvas(images, [target], run.statistics, padding)
             (found,) = detections(run.model, images, [target], padding, run.autocast())
@@ -288,12 +212,6 @@ class Detection(Task):
         return object_sheet(rows, self.val.annotations.classes) if rows else None
 
     # -- checkpoints ------------------------------------------------------------------------------
-
-    def state(self, run: Run) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state(self, run: Run, state: dict[str, Any]) -> None:
-        self.best = state["best"]
 
     def resume_classes(self, config: DetectTrainConfig, weights: Weights) -> list[str]:
         """Goes on with the classes of a checkpoint, in its order; what to tell about it.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import OptionError, for_option
+from convmae.config import OptionError
 from convmae.data import DataError, full_scale, normalise
 from convmae.data.classes import listed
 from convmae.data.label_maps import LabelMapPhotos, open_label_maps
@@ -15,7 +15,6 @@ from convmae.data.label_maps.classes import classes_of_maps, told_classes
 from convmae.data.label_maps.pairs import survey_label_maps
 from convmae.data.picture import ChosenPicture
 from convmae.data.segment_transforms import SegmentEvalTransform, SegmentTransform
-from convmae.data.source import evenly_spaced
 from convmae.models import create_model
 from convmae.models.task_names import SEGMENT
 from convmae.records.folder import RunFolder
@@ -23,15 +22,11 @@ from convmae.records.label_pictures import ComparedPicture, comparison_sheet
 from convmae.records.scores import main_score
 from convmae.records.unreadable import UnreadableTally
 from convmae.tasks.accuracy import check_channels
+from convmae.tasks.dense_task import DenseTask
 from convmae.tasks.segment_evaluation import Windows, details, evaluate_segments, pixel_logits
-from convmae.training.distributed import whole_model
-from convmae.training.optim import Groups, adamw, layered_groups
+from convmae.training.optim import Groups, layered_groups
 from convmae.training.run import RunSummary, run_task
-from convmae.training.saving import save_best
-from convmae.training.task import Task
 from convmae.weights.checkpoint import WEIGHTS
-from convmae.weights.dense_names import backbone_of, load_trunk
-from convmae.weights.foreign import open_foreign
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -43,10 +38,6 @@ if TYPE_CHECKING:
     from convmae.training.distributed import World
     from convmae.training.state import Run
     from convmae.weights.checkpoint import Weights
-    from convmae.weights.foreign import ForeignWeights
-
-BETAS = (0.9, 0.999)
-PREVIEWS = 6  # pictures of the val split that are drawn with each checkpoint
 
 
 def segment_train(config: SegmentTrainConfig) -> RunSummary:
@@ -72,18 +63,14 @@ def main(config: SegmentTrainConfig) -> int:
     return summary.report(folder.best / WEIGHTS, folder.report)
 
 
-class Segmentation(Task):
+class Segmentation(DenseTask):
     """A segmenter learns label maps, its early layers more slowly."""
 
     command = "segment train"
-    drawn = "prediction"
 
     def __init__(self) -> None:
-        self.best: float | None = None
-        self.initial: ForeignWeights | None = None
-        self.initial_statistics: Statistics | None = None
+        super().__init__()
         self.used_statistics: Statistics | None = None  # known when the run begins
-        self.notes: list[str] = []
 
     # -- data -------------------------------------------------------------------------------------
 
@@ -128,12 +115,8 @@ class Segmentation(Task):
 
     def build(self, config: Any, source: Source) -> tuple[nn.Module, str, list[str]]:
         assert self.classes is not None
-        initial = self._initial(config)
-        known = config.model
-        if known is None and initial is not None:
-            with for_option("init"):
-                known = backbone_of(initial)
-        name = SEGMENT + (known or "convvit_base")
+        initial = self.take_initial(config)
+        name = SEGMENT + self.backbone_name(config, initial).removeprefix(SEGMENT)
         model = self._create(name, config, source.channels)
         check_channels(self.val, model, config.data_path)
         self.val_tally = UnreadableTally(self.val, config.max_unreadable)
@@ -141,27 +124,8 @@ class Segmentation(Task):
         notes += [f"note: {left_out} (val)" for left_out in self.val.left_out]
         if config.distort and (source.channels, source.dtype) != (3, torch.uint8):
             notes.append("note: --distort has no effect: it is for 8-bit pictures of 3 channels")
-        if initial is None:
-            return model, name, [*notes, "starting from random weights (no --init)"]
-        with for_option("init"):
-            report = load_trunk(model.backbone, initial, config.adapt_input)
-        learnt = report.statistics
-        if learnt is not None and len(learnt.mean) == source.channels:
-            self.initial_statistics = learnt
-        return model, name, [*notes, *report.lines()]
-
-    def learnt_reading(self, config: SegmentTrainConfig) -> ReadOptions | None:
-        self.initial = self._initial(config)
-        ours = None if self.initial is None else self.initial.ours
-        return None if ours is None else ours.reading
-
-    def _initial(self, config: SegmentTrainConfig) -> ForeignWeights | None:
-        """The weights to start from, opened once; `build` lets go of them."""
-        initial, self.initial = self.initial, None
-        if initial is None and config.init is not None:
-            with for_option("init"):
-                initial = open_foreign(config.init)
-        return initial
+        notes += self.start_backbone(model, config, initial, source.channels)
+        return model, name, notes
 
     def _create(self, name: str, config: SegmentTrainConfig, channels: int) -> Any:
         assert self.classes is not None
@@ -182,14 +146,8 @@ class Segmentation(Task):
             flag = "" if known else f"model {name.removeprefix(SEGMENT)!r}: "
             raise OptionError(f"--{flag}{error}") from error
 
-    def statistics(self, config: SegmentTrainConfig) -> Statistics | None:
-        return self.initial_statistics
-
     def groups(self, model: nn.Module, config: SegmentTrainConfig) -> Groups:
         return layered_groups(model, config.weight_decay, config.layer_decay)
-
-    def optimizer(self, groups: Groups, config: SegmentTrainConfig) -> torch.optim.Optimizer:
-        return adamw(groups, BETAS)
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -202,12 +160,6 @@ class Segmentation(Task):
         return torch.stack(list(losses.values())).sum()
 
     # -- evaluation -------------------------------------------------------------------------------
-
-    def evaluation_due(self, run: Run) -> bool:
-        return run.due(run.config.eval_every)
-
-    def folder_lost(self, run: Run) -> None:
-        self.best = None  # the next evaluation writes the best weights again
 
     def evaluate(self, run: Run, log: RunLog) -> None:
         assert self.classes is not None
@@ -236,15 +188,9 @@ class Segmentation(Task):
         self.val_tally.add(failures, log, run.step)
         scores = found.scores | {"seconds": round(time.perf_counter() - began, 2)}
         log.evaluation(run.step, run.epoch, scores)
-        if run.world.main:
-            try:
-                details(found, self.classes, run.step).write(run.folder.evaluation)
-            except OSError as error:
-                log.say(f"warning: the details of this evaluation were not written: {error}")
         main = "iou" if config.metrics == "small-targets" else main_score(scores)
-        if main is not None and (self.best is None or scores[main] > self.best):
-            self.best = scores[main]
-            save_best(run, whole_model(run.model), self.classes)
+        figure = None if main is None else scores[main]
+        self.record(run, log, details(found, self.classes, run.step), figure)
 
     @torch.no_grad()
     def draw(self, run: Run) -> PILImage.Image | None:
@@ -253,10 +199,7 @@ class Segmentation(Task):
         was_training = run.model.training
         run.model.eval()
         rows = []
-        broken = {failure.name for failure in self.val.failures}
-        readable = [i for i in range(len(photos)) if photos.name(i) not in broken]
-        for place in evenly_spaced(len(readable), PREVIEWS):
-            index = readable[place]
+        for index in self.drawn_places():
             image, truth = transform(ChosenPicture(photos, index))
             inputs = normalise(image[None].to(run.world.device), *run.statistics)
             with run.autocast():
@@ -267,12 +210,6 @@ class Segmentation(Task):
         return comparison_sheet(rows, self.classes) if rows else None
 
     # -- checkpoints ------------------------------------------------------------------------------
-
-    def state(self, run: Run) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state(self, run: Run, state: dict[str, Any]) -> None:
-        self.best = state["best"]
 
     def resume_classes(self, config: SegmentTrainConfig, weights: Weights) -> list[str]:
         assert self.classes is not None

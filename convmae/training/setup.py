@@ -266,7 +266,8 @@ def _prepare_model(model: Any, config: RunConfig, world: World) -> None:
             f"whole model, {', '.join(known)}; got {mode!r}"
         )
     # Blocks share the code of their class: one program for each size, in training and evaluation.
-    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(RECOMPILE_LIMIT, dynamo.recompile_limit)
     if mode == BLOCKS:
         model.compile_blocks()
     elif world.strategy == "fsdp2":  # block by block, as the parameters are gathered

@@ -219,6 +219,7 @@ LIKE_ANOTHER = (  # and takes long
     "pretrain/spark/convnext_base/memory",
     "pretrain/spark/convnext_base",
     "pretrain/fcmae/resnet50/memory",
+    "pretrain/fcmae/convnextv2_tiny/memory",
     *("decoder/resnet50/densify2", "decoder/resnet50/densify3"),
     *(f"decoder/convnext_tiny/{part}" for part in ("first", "densify1", "densify2", "densify3")),
     *("decoder/merged/384", "decoder/merged/192", "decoder/merged/96"),
