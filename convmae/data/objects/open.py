@@ -14,7 +14,7 @@ from convmae.config.data import ReadOptions
 from convmae.config.objects import ObjectOptions
 from convmae.data.errors import DataError, Failure, UnreadableError, check_share
 from convmae.data.fingerprint import file_entries
-from convmae.data.folder import even_sample
+from convmae.data.folder import even_sample, find_pictures
 from convmae.data.formats.decode import EncodedPicture
 from convmae.data.label_maps.pairs import StackedPhotos
 from convmae.data.loader import default_workers
@@ -133,6 +133,9 @@ def open_objects(
     total = len(annotations.pictures) + len(missing)
     paths = _paths(layout, annotations, missing)
     check_share(missing, total, max_unreadable, "annotated pictures")
+    unnamed = _unnamed(layout, annotations, missing)
+    if unnamed and not _shares_folder(data_path, split, options, layout):
+        annotations.notes.append(unnamed)
     _check_sizes(annotations, paths[0], folders[0])
     if masks:
         annotations.drop_without_masks()
@@ -285,6 +288,36 @@ def read_annotations(
     sizes = _Sizes(folder, reading)
     sizes.read([pictures[stem] for stem in stems if stem in pictures])
     return read_yolo(layout.annotations, stems, pictures, sizes, layout.classes)
+
+
+def _shares_folder(data_path: str, split: str, options: ObjectOptions, layout: Layout) -> bool:
+    """Whether the pictures of the other split lie in the same folder as those of this one."""
+    try:
+        other = find_layout(data_path, "val" if split == "train" else "train", options)
+    except DataError:
+        return False
+    return other.images == layout.images
+
+
+def _unnamed(layout: Layout, annotations: Annotations, missing: list[Failure]) -> str | None:
+    """What to tell of pictures that lie there and that no annotation names.
+
+    Nothing where a list chooses the pictures, or of YOLO, whose pictures without a file of text are
+    those without an object.
+    """
+    if layout.stems is not None or layout.label_format == "yolo":
+        return None
+    folder = layout.images[0]
+    names = [picture.name for picture in annotations.pictures] + [one.name for one in missing]
+    named = {os.path.normpath(folder / name) for name in names}
+    lying = find_pictures(folder)
+    unnamed = [path for path in lying if os.path.normpath(path) not in named]
+    if not unnamed:
+        return None
+    return (
+        f"{len(unnamed):,} of {len(lying):,} pictures in {folder} are named by no annotation of "
+        f"{layout.annotations} and are not used, {min(unnamed).name} first"
+    )
 
 
 def _stems_of(folder: Path, ending: str) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from tests.support.object_files import (
     voc_xml,
     write_coco,
     write_m3fd,
+    write_picture,
     write_voc,
     write_yolo,
     yolo_text,
@@ -316,6 +317,28 @@ def test_missing_pictures(tmp_path):
     source = open_objects(str(root), "train", USUAL, max_unreadable=0.3)
     assert boxes_of(source.annotations) == some("a", "c", "d")
     assert any("train-b.png: there is no picture" in note for note in source.notes)
+
+
+def test_pictures_that_no_annotation_names_are_told(tmp_path):
+    def told(root):
+        notes = open_objects(str(root), "train", USUAL).notes
+        return [note for note in notes if "named by no annotation" in note]
+
+    coco = write_coco(tmp_path / "coco")
+    assert told(coco) == []
+    write_picture(coco / "train2017" / "aa.png")
+    (note,) = told(coco)
+    assert note.startswith("1 of 5 pictures in ") and note.endswith("not used, aa.png first")
+    # A list, or the other split, may have the rest of a folder.
+    assert told(write_voc(tmp_path / "voc")) == []
+    for picture in (coco / "val2017").iterdir():
+        picture.rename(coco / "train2017" / picture.name)
+    (coco / "train2017").rename(coco / "images")
+    places = ObjectOptions(
+        annotations="annotations/instances_{split}2017.json", image_folder="images"
+    )
+    notes = open_objects(str(coco), "train", places).notes
+    assert not any("named by no annotation" in note for note in notes)
 
 
 def test_pictures_of_another_size(tmp_path):
