@@ -205,6 +205,7 @@ def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
         ({"input_size": 40}, "input_size must be multiples of 16"),
         ({"batch_size": 64}, "needs 64 pictures a step, but .* has 8"),
         ({"adapt_input": "sum"}, "adapt_input sum has no effect without init"),
+        ({"strategy": "fsdp2"}, "strategy fsdp2 cannot evaluate a segmenter"),
         ({"eval_batch_size": 0}, "eval_batch_size must be a whole number above 0"),
     ],
 )
