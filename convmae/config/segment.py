@@ -138,12 +138,6 @@ class SegmentTrainConfig(LabelMapConfig, RunConfig):
                 f"--min_crop {self.min_crop:g} has no effect on segment train, whose crops have "
                 "the size --input_size; --scale says how large pictures are then"
             )
-        if self.strategy == "fsdp2":
-            raise OptionError(
-                "--strategy fsdp2 cannot evaluate a segmenter: each window gathers the divided "
-                "model from all processes, whose pictures have different numbers of windows; use "
-                "--strategy ddp"
-            )
         self.check_adapting("init")
 
 

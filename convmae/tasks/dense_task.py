@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from convmae.config import OptionError, for_option
+from convmae.data.errors import UnreadableError
+from convmae.data.picture import ChosenPicture
 from convmae.data.source import evenly_spaced
 from convmae.training.distributed import whole_model
 from convmae.training.optim import Groups, adamw
@@ -14,6 +16,8 @@ from convmae.weights.dense_names import backbone_of, load_trunk
 from convmae.weights.foreign import open_foreign
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from convmae.config import ReadOptions
@@ -132,12 +136,20 @@ class DenseTask(Task):
             self.best = figure
             save_best(run, whole_model(run.model), self.classes)
 
-    def drawn_places(self) -> list[int]:
-        """Numbers of the pictures of the val split that are drawn: readable, evenly spaced."""
+    def drawn_pictures(self, transform: Any) -> Iterator[tuple[int, Any]]:
+        """Number and transformed picture of those of the val split that are drawn.
+
+        They are evenly spaced; what turns out to be unreadable is left out.
+        """
         broken = {failure.name for failure in self.val.failures}
         photos = self.val.photos
         readable = [i for i in range(len(photos)) if photos.name(i) not in broken]
-        return [readable[place] for place in evenly_spaced(len(readable), PREVIEWS)]
+        for place in evenly_spaced(len(readable), PREVIEWS):
+            index = readable[place]
+            try:
+                yield index, transform(ChosenPicture(photos, index))
+            except UnreadableError:  # evaluations tell of it
+                continue
 
     # -- checkpoints ------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ from convmae.data import DataError, normalise
 from convmae.data.classes import ClassNames, listed, match_classes
 from convmae.data.objects.open import open_objects
 from convmae.data.objects.transforms import FitTransform, JitterTransform
-from convmae.data.picture import ChosenPicture
 from convmae.models import create_model
 from convmae.models.task_names import DETECT
 from convmae.records.folder import RunFolder
@@ -201,8 +200,7 @@ class Detection(DenseTask):
         was_training = run.model.training
         run.model.eval()
         rows = []
-        for index in self.drawn_places():
-            image, target = transform(ChosenPicture(self.val.photos, index))
+        for index, (image, target) in self.drawn_pictures(transform):
             images = normalise(image[None].to(run.world.device), *run.statistics)
             images = canvas(images, [target], run.statistics, padding)
             (found,) = detections(run.model, images, [target], padding, run.autocast())

@@ -13,7 +13,6 @@ from convmae.data.classes import listed
 from convmae.data.label_maps import LabelMapPhotos, open_label_maps
 from convmae.data.label_maps.classes import classes_of_maps, told_classes
 from convmae.data.label_maps.pairs import survey_label_maps
-from convmae.data.picture import ChosenPicture
 from convmae.data.segment_transforms import SegmentEvalTransform, SegmentTransform
 from convmae.models import create_model
 from convmae.models.task_names import SEGMENT
@@ -24,6 +23,7 @@ from convmae.records.unreadable import UnreadableTally
 from convmae.tasks.accuracy import check_channels
 from convmae.tasks.dense_task import DenseTask
 from convmae.tasks.segment_evaluation import Windows, details, evaluate_segments, pixel_logits
+from convmae.training.distributed import held_whole
 from convmae.training.optim import Groups, layered_groups
 from convmae.training.run import RunSummary, run_task
 from convmae.weights.checkpoint import WEIGHTS
@@ -173,18 +173,19 @@ class Segmentation(DenseTask):
             pin=config.pin_mem and run.world.device.type == "cuda",
         )
         failures: list[Failure] = []
-        found = evaluate_segments(
-            run.model,
-            run.world.together(batches),
-            len(self.classes),
-            Windows(config.short, config.size),
-            run.statistics,
-            run.world,
-            run.autocast(),
-            self.val,
-            config.metrics == "small-targets",
-            failures,
-        )
+        with held_whole(run.model, run.world):  # pictures have different numbers of windows
+            found = evaluate_segments(
+                run.model,
+                run.world.together(batches),
+                len(self.classes),
+                Windows(config.short, config.size),
+                run.statistics,
+                run.world,
+                run.autocast(),
+                self.val,
+                config.metrics == "small-targets",
+                failures,
+            )
         self.val_tally.add(failures, log, run.step)
         scores = found.scores | {"seconds": round(time.perf_counter() - began, 2)}
         log.evaluation(run.step, run.epoch, scores)
@@ -199,8 +200,7 @@ class Segmentation(DenseTask):
         was_training = run.model.training
         run.model.eval()
         rows = []
-        for index in self.drawn_places():
-            image, truth = transform(ChosenPicture(photos, index))
+        for index, (image, truth) in self.drawn_pictures(transform):
             inputs = normalise(image[None].to(run.world.device), *run.statistics)
             with run.autocast():
                 logits = pixel_logits(run.model, inputs, Windows(run.config.short, run.config.size))

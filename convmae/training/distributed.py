@@ -186,6 +186,33 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
+def held_whole(model: nn.Module, world: World) -> Iterator[None]:
+    """Every process holds the whole model meanwhile: a call of it waits for no other process.
+
+    Otherwise each call of a model that `fsdp2` divides gathers it, so that all processes must call
+    it equally often. For evaluation; every process must enter and leave.
+    """
+    if world.strategy != "fsdp2":
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    divided = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    blocks = [module for module in divided if module is not model]
+    for module in divided:
+        module.unshard()
+    for block in blocks:
+        block.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.set_reshard_after_forward(True, recurse=False)
+        for module in divided:
+            module.reshard()
+
+
+@contextmanager
 def _tensors_shown(block: nn.Module) -> Iterator[None]:
     """Lets what is hooked to a block within see tensors in place of a `Packed` that holds them.
 

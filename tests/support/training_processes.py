@@ -63,7 +63,7 @@ def losses(folder: Path) -> list[tuple[Any, ...]]:
 
 def kill_at(process: subprocess.Popen[str], folder: Path, step: int) -> int:
     """`kill -9`, as soon as the log shows `step`; the last step that it shows then."""
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         logged = losses(folder) if folder.exists() else []
         if process.poll() is not None or (logged and logged[-1][0] >= step):
