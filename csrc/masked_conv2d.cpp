@@ -164,8 +164,7 @@ Tensor convolve_cuda(const OnDevice& device, const Tensor& x, const Tensor& weig
   p.weight = weight.const_data_ptr();
   p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
   p.y = y.mutable_data_ptr();
-  cuda::plan_forward(p);
-  if (p.tile_side > 0) cuda::cut_forward(p, cuda::masked_conv2d_warps(p));
+  cuda::plan_forward(p, cuda::masked_conv2d_blocks);
   device.check(cuda::masked_conv2d(p, device.stream()));
   return y;
 }
@@ -237,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_grads_cuda(const Tensor& grad_,
   p.weight = weight.const_data_ptr();
   p.grad_x = grad_x.mutable_data_ptr();
   cuda::plan_grads(p);
-  if (p.tile_side == 0) {  // one after the other
+  if (p.kernel == cuda::Kernel::Any) {  // one after the other
     grad_x = convolve_cuda(device, grad, weight, std::nullopt, neighbours, dilation, true);
     const auto [grad_weight, grad_bias] =
         reduce_cuda(device, grad, x, neighbours, weight.size(2), weight.size(3), dilation);

@@ -53,6 +53,9 @@ void masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, void* partial, i
 
 namespace cuda {
 
+// For any shape; on tiles, see tiles.cuh.
+enum class Kernel : int { Any, Tiles };
+
 // How the work is cut for the kernels on tiles (see tiles.cuh): a block is 4^log_tiles tiles, a run
 // the consecutive tiles that one thread block works on, a slice 128 bytes of channels. The weight
 // gradient for any shape has runs too, of whole blocks (log_tiles = 0).
@@ -60,6 +63,7 @@ struct MaskedConv2dRuns : MaskedConv2dParams {
   int64_t tiles, tiles_per_run, runs, slices;
   int tile_side;  // 2 or 4; 0: the kernel for any shape
   int log_tiles;
+  Kernel kernel;
   bool wide;  // features can be read 16 bytes at a time
 };
 
@@ -91,10 +95,11 @@ struct MaskedConv2dGrads : MaskedConv2dWeightGrad {
 };
 
 LaunchError masked_conv2d(const MaskedConv2dForward& p, Stream stream);
-// How many warps of the kernel on tiles the current GPU holds at a time; 0: it cannot run it.
-int64_t masked_conv2d_warps(const MaskedConv2dForward& p);
 LaunchError masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, Stream stream);
 LaunchError masked_conv2d_weight_grad_sum(const MaskedConv2dWeightGrad& p, Stream stream);
 LaunchError masked_conv2d_grads(const MaskedConv2dGrads& p, Stream stream);
+// How many thread blocks of the kernel on tiles the current GPU holds at a time; 0: it cannot run
+// it.
+int64_t masked_conv2d_blocks(const MaskedConv2dForward& p);
 }  // namespace cuda
 }  // namespace convmae

@@ -19,7 +19,6 @@ from docs import sass
 
 DTYPES = ["float", "bfloat16", "half"]  # as DType of csrc/numbers.h counts them
 _ROOM = 1 << 18  # bytes for each array
-_GRADS_WARPS = 8  # kGradsWarps of csrc/cuda/tile_memory.h
 
 
 class Params(ctypes.Structure):
@@ -39,6 +38,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tiles", "tiles_per_run", "runs", "slices")),
         ("tile_side", ctypes.c_int),
         ("log_tiles", ctypes.c_int),
+        ("kernel", ctypes.c_int),
         ("wide", ctypes.c_bool),
         ("flipped", ctypes.c_bool),
         ("rest", ctypes.c_uint64 * 7),
@@ -56,10 +56,15 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, name: str) -> Shape:
         """From a kernel's name, such as `masked_conv2d_tiles<bfloat16, 4, 5>`."""
-        match = re.fullmatch(r"masked_conv2d(_weight_grad|_grads|)_tiles<(\w+), (\d), (\d)>", name)
+        match = re.fullmatch(r"masked_conv2d(|_weight_grad|_grads)_tiles<(\w+), (\d), (\d)>", name)
         if match is None:
             raise ValueError(f"{name!r} is no tiled kernel")
         return cls(match[1], match[2], int(match[3]), int(match[4]))
+
+    @property
+    def step(self) -> int:
+        """How far apart the tiles of a warp are: the warps of csrc/cuda/tile_memory.h."""
+        return {4: 8, 2: 4}[self.side] if self.op == "_grads" else 1
 
     @property
     def reach(self) -> int:
@@ -84,16 +89,25 @@ class Problem:
         visible: bool [tiles, neighbours].
         warps: of the thread block. They share the tiles.
         alone: the first warp takes all of them.
+        reach: how far a tile is from those that it sees, at most.
     """
 
-    def __init__(self, name: str, visible: np.ndarray, warps: int = 1, alone: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        visible: np.ndarray,
+        warps: int = 1,
+        alone: bool = False,
+        reach: int = 8,
+    ) -> None:
         self.warps = warps
         self.shape = shape = Shape.of(name)
-        if alone and shape.op == "_grads":  # the tiles of the first warp are so far apart
-            visible = np.repeat(visible, _GRADS_WARPS, 0)
+        if alone:
+            visible = np.repeat(visible, shape.step, 0)
         tiles, channels, taps = len(visible), shape.channels, shape.kernel**2
         rng = np.random.default_rng(0)
-        self.table = np.where(visible, rng.integers(tiles, size=visible.shape), -1).astype(np.int32)
+        near = np.arange(tiles)[:, None] + rng.integers(-reach, reach + 1, size=visible.shape)
+        self.table = np.where(visible, np.clip(near, 0, tiles - 1), -1).astype(np.int32)
         self.table[:, shape.neighbours // 2] = np.arange(tiles)  # a tile sees itself
         features = (tiles, shape.side**2, channels)
         self.x, self.grad = (rng.standard_normal(features).astype(np.float32) for _ in range(2))
@@ -101,7 +115,7 @@ class Problem:
         self.bias = rng.standard_normal(channels).astype(np.float32)
         self.memory = np.full(8 * _ROOM, 0xFF, np.uint8)
         self._next = 0
-        self.shares = _GRADS_WARPS // warps if shape.op == "_grads" and not alone else 1
+        self.shares = shape.step // warps if shape.op == "_grads" and not alone else 1
         params = Params(
             dtype=DTYPES.index(shape.dtype),
             x=self._put(self._encode("x")),
@@ -121,6 +135,7 @@ class Problem:
             slices=1,
             tile_side=shape.side,
             log_tiles=0,
+            kernel=1,
             wide=True,
             flipped=False,
         )
@@ -158,7 +173,7 @@ class Problem:
         return memory[: self.shares * size].reshape(self.shares, rows, -1).sum(0)
 
     def grad_x(self) -> np.ndarray:
-        """float32, like x: the other output of `masked_conv2d_grads_tiles`."""
+        """float32, like x: the other output of `masked_conv2d_grads`."""
         return self._features(self._outputs[1])
 
     def _features(self, address: int) -> np.ndarray:
@@ -229,6 +244,12 @@ class Walk:
 
         self._few, self._many = run(alone[:4]), run(alone)
         self._all, self._one_each = run(~alone[:4]), run(np.concatenate([alone[:4], one]))
+
+    @property
+    def each_tile(self) -> list[sass.Instruction]:
+        """Those that are issued for every tile, in the order of the code."""
+        pairs = zip(self._few.code, self._few.issued, self._many.issued, strict=True)
+        return [instruction for instruction, few, many in pairs if many > few]
 
     def count(self, *kinds: str) -> Counts:
         """All instructions, or those of some kinds (`FFMA`).

@@ -27,6 +27,18 @@ __device__ CONVMAE_INLINE void convolve(uint32_t visible, const Window& window,
                        });
 }
 
+// The bias of the lane's channels.
+template <class T>
+__device__ CONVMAE_INLINE void load_bias(const MaskedConv2dForward& p, const Lane& lane,
+                                         int64_t slice, float (&bias)[kWordChannels<T>]) {
+#pragma unroll
+  for (int v = 0; v < kWordChannels<T>; ++v) {
+    const bool exists = lane.has_word && p.bias != nullptr;
+    const int64_t channel = slice * kWarpChannels<T> + lane.lane * kWordChannels<T> + v;
+    bias[v] = exists ? load(static_cast<const T*>(p.bias) + channel) : 0;
+  }
+}
+
 // A square kernel of dilation 1 on blocks of side S or, for S = 4, larger. The weights of a lane's
 // channels stay in registers for a whole run of tiles, and a position that is read serves every
 // output of the tile that it reaches.
@@ -43,12 +55,7 @@ __global__ void __launch_bounds__(32) masked_conv2d_tiles(MaskedConv2dForward p)
   Weights<T, K> weight;
   weight.start(p.weight, p.channels, p.wide, p.flipped, lane, slice, memory.places[1]);
   float bias[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const bool exists = lane.has_word && p.bias != nullptr;
-    const int64_t channel = slice * kWarpChannels<T> + lane.lane * V + v;
-    bias[v] = exists ? load(static_cast<const T*>(p.bias) + channel) : 0;
-  }
+  load_bias<T>(p, lane, slice, bias);
   char* const y = lane.of(p.y);
   uint32_t* const words = lane.words(memory.places[0]);
   const Chunk* const copies = lane.copies(memory.places[0]);

@@ -11,6 +11,8 @@ namespace convmae::cuda {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline const char* name_of(Kernel kernel) { return kernel == Kernel::Any ? "any" : "tiles"; }
+
 inline bool aligned(const void* pointer, int bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
@@ -33,6 +35,7 @@ inline void plan_tiles(MaskedConv2dRuns& p, std::initializer_list<const void*> t
   const bool runs_on_tiles =
       p.dtype != DType::Double && square && dense && side >= 2 && small && all_aligned(4);
   p.tile_side = runs_on_tiles ? side : 0;
+  p.kernel = runs_on_tiles ? Kernel::Tiles : Kernel::Any;
   p.slices = ceil_div(bytes, 128);
   p.wide = all_aligned(16);
   if (!runs_on_tiles) {
@@ -48,16 +51,13 @@ inline void cut_runs(MaskedConv2dRuns& p, int64_t runs) {
   p.runs = std::max<int64_t>(1, ceil_div(p.tiles, p.tiles_per_run));
 }
 
-// The first step of a plan: which kernel. The second one cuts runs for the GPU.
-inline void plan_forward(MaskedConv2dForward& p) {
-  plan_tiles(p, {p.x, p.y});
-  cut_runs(p, 1);
-}
-
 // A run loads its weights once and fills its pipeline once, so it should be long; and as many as
-// the GPU holds warps should be there at once, so that they end together.
-inline void cut_forward(MaskedConv2dForward& p, int64_t warps) {
-  cut_runs(p, warps / std::max<int64_t>(1, p.slices));
+// the GPU holds thread blocks should be there at once, so that they end together: held(p), of the
+// kernel on tiles.
+template <class Held>
+void plan_forward(MaskedConv2dForward& p, Held&& held) {
+  plan_tiles(p, {p.x, p.y});
+  cut_runs(p, p.kernel == Kernel::Any ? 1 : held(p) / std::max<int64_t>(1, p.slices));
 }
 
 // The number of runs depends on the problem only, so that the order of the sum does: as many thread
@@ -77,13 +77,14 @@ inline void plan_weight_grad(MaskedConv2dWeightGrad& p) {
   p.shares = p.runs;
 }
 
-// Whether one kernel gives all gradients; then the runs follow from the problem only, as above.
+// Which kernel gives all gradients; `Any`: several do. The runs follow from the problem only, as
+// above.
 inline void plan_grads(MaskedConv2dGrads& p) {
   plan_tiles(p, {p.x, p.grad, p.grad_x});
-  if (p.tile_side > 0 && !fits_grads(p.tile_side, p.kernel_rows, 4 / size_of(p.dtype))) {
-    p.tile_side = 0;
+  if (p.kernel == Kernel::Any || !fits_grads(p.tile_side, p.kernel_rows, 4 / size_of(p.dtype))) {
+    p.kernel = Kernel::Any;
+    return;
   }
-  if (p.tile_side == 0) return;
   with_tile_shape(p, [&](auto side, auto kernel) {
     const int64_t most = std::max<int64_t>(1, p.tiles / (4 * kGradsWarps<side, kernel>));
     const int64_t runs = kGradsRuns<side, kernel> / std::max<int64_t>(1, p.slices);

@@ -58,15 +58,26 @@ struct Lane {
 };
 
 // Finds the surroundings of tiles: lane n the n-th of them. Lanes beyond find the last one.
+//
+// What `load` has read from the table goes through `position` only when it is needed: nothing waits
+// for it while a tile is computed.
 template <int S, int K>
 struct Finder {
   using Around = Surroundings<S, K>;
+
+  // What the table says, and the first position in that block.
+  struct Found {
+    int32_t block, inside;
+  };
+
   int below, right;
+  int shift;          // 1 << shift: the positions of a block
   const char* entry;  // of block 0 in the neighbour table, where a block is a tile
 
   __device__ Finder(const MaskedConv2dRuns& p, int lane)
       : below(Around::below(min(lane, Around::kTiles - 1))),
-        right(Around::right(min(lane, Around::kTiles - 1))) {
+        right(Around::right(min(lane, Around::kTiles - 1))),
+        shift(int(kept(uint32_t(2 * p.log_tiles + 2 * log2_side(S))))) {
     entry = reinterpret_cast<const char*>(p.neighbours + at(p, below, right));
   }
 
@@ -75,19 +86,20 @@ struct Finder {
     return (down + p.radius) * (2 * p.radius + 1) + across + p.radius;
   }
 
-  // The first position of the lane's tile of the surroundings of `tile`; negative: hidden or
-  // outside.
-  __device__ int32_t find(const MaskedConv2dRuns& p, int32_t tile) const {
+  __device__ Found load(const MaskedConv2dRuns& p, int32_t tile) const {
     const int log = p.log_tiles;  // tiles in a row of a block: 1 << log
     const uint32_t row_bytes = uint32_t(p.table_columns) * uint32_t(sizeof(int32_t));
-    if (log == 0) {
-      return int32_t(load_word(advance(entry, tile, row_bytes))) * (S * S);
-    }
+    if (log == 0) return {int32_t(load_word(advance(entry, tile, row_bytes))), 0};
     const int last = (1 << log) - 1, inside = tile & ((1 << 2 * log) - 1);
     const int row = zorder_row(inside) + below, column = zorder_column(inside) + right;
-    const int32_t block =
-        p.neighbours[(tile >> 2 * log) * p.table_columns + at(p, row >> log, column >> log)];
-    return ((block << 2 * log) + zorder(row & last, column & last)) * (S * S);
+    const int32_t* const table = p.neighbours + (tile >> 2 * log) * p.table_columns;
+    return {int32_t(load_word(table + at(p, row >> log, column >> log))),
+            zorder(row & last, column & last) * (S * S)};
+  }
+
+  // The first position of the lane's tile of the surroundings; negative: hidden or outside.
+  __device__ int32_t position(const Found& found) const {
+    return int32_t(uint32_t(found.block) << shift) + found.inside;
   }
 };
 
@@ -183,18 +195,19 @@ __device__ CONVMAE_INLINE void walk_tiles(const MaskedConv2dRuns& p, const void*
   const char* const from = lane.of(features);
   Chunk* const places = lane.copies(memory.places[0]);
   const Finder<S, K> finder(p, lane.lane);
-  int32_t position = finder.find(p, first);  // of a neighbour of the next tile
-  uint32_t visible = 0, next = 0;            // which places are for the next tile
+  auto found = finder.load(p, first);  // a neighbour of the next tile
+  uint32_t visible = 0, next = 0;      // which places are for the next tile
   constexpr int kOther = memory.kPlaces * 8;
   // The first round starts copies only.
   for (int32_t tile = first - step; tile < last; tile += step) {
     copies_wait();
     __syncwarp();
+    const int32_t position = finder.position(found);
     const uint32_t coming = __ballot_sync(0xffffffffu, position >= 0);
     if (tile + step < last) {
       start_copies<S, K>(lane, from, position, coming, places + next);
       start_extra(tile + step, places + next + Around::kPlaces * 8);
-      position = finder.find(p, min(tile + 2 * step, last - 1));
+      found = finder.load(p, min(tile + 2 * step, last - 1));
     }
     next = kOther - next;
     if (tile >= first) {

@@ -9,6 +9,8 @@
 #include <memory>
 #include <vector>
 
+#include "device_memory.h"
+
 namespace simt {
 
 namespace py = pybind11;
@@ -23,6 +25,7 @@ class DeviceArray {
         skip_(offset * array_.itemsize()),
         memory_(new char[skip_ + array_.nbytes()]) {
     std::memcpy(memory_.get() + skip_, array_.data(), array_.nbytes());
+    DeviceMemory::get().add(data(), array_.nbytes());
   }
   // Room for results, poisoned: every byte is 0xff, a NaN in every floating type.
   DeviceArray(const py::dtype& type, const Shape& shape, size_t offset = 0)
@@ -30,7 +33,10 @@ class DeviceArray {
         skip_(offset * array_.itemsize()),
         memory_(new char[skip_ + array_.nbytes()]) {
     std::memset(memory_.get() + skip_, 0xff, array_.nbytes());
+    DeviceMemory::get().add(data(), array_.nbytes());
   }
+  DeviceArray(const DeviceArray&) = delete;
+  ~DeviceArray() { DeviceMemory::get().remove(data()); }
 
   void* data() const { return memory_.get() + skip_; }
 

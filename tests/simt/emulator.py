@@ -25,7 +25,7 @@ FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno
 CHECKERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     + ["--param", "asan-instrumentation-with-call-threshold=0"],
-    "races": ["-fsanitize=thread"],  # scheduler.cpp takes the place of its runtime library
+    "races": ["-fsanitize=thread"],  # hooks.cpp takes the place of its runtime library
 }
 
 
@@ -127,7 +127,7 @@ def build(name: str, checker: str = "address", removed: Removed | None = None) -
     python = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
     check, define = CHECKERS[checker], f"-DSIMT_CHECK_{checker.upper()}"
     units = {
-        "scheduler.cpp": ["-O2", define],  # as it is
+        **{unit: ["-O2", define] for unit in ("scheduler.cpp", "device_memory.cpp", "hooks.cpp")},
         f"{name}_module.cpp": ["-O0", *python],
     } | {unit: ["-O1", "-g1", *check] for unit in MODULES[name]}
     if removed is not None:

@@ -21,6 +21,7 @@ void neighbour_table(const convmae::NeighbourTableParams& p, unsigned seed);
 void masked_conv2d(const convmae::cuda::MaskedConv2dForward& p, unsigned seed);
 void masked_conv2d_weight_grad(const convmae::cuda::MaskedConv2dWeightGrad& p, unsigned seed);
 void masked_conv2d_weight_grad_sum(const convmae::cuda::MaskedConv2dWeightGrad& p, unsigned seed);
+// Without adding up the shares.
 void masked_conv2d_grads(const convmae::cuda::MaskedConv2dGrads& p, unsigned seed);
 
 }  // namespace simt

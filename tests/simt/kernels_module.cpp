@@ -9,6 +9,7 @@
 namespace {
 
 namespace py = pybind11;
+using convmae::cuda::Kernel;
 using simt::DeviceArray;
 using simt::Shape;
 using Pair = std::array<int, 2>;
@@ -160,11 +161,29 @@ std::pair<py::array, int> masked_conv2d(int dtype, const py::array& x, const py:
   p.weight = taps.data();
   p.bias = bias_row ? bias_row->data() : nullptr;
   p.y = y.data();
-  convmae::cuda::plan_forward(p);
-  convmae::cuda::cut_forward(p, warps);
+  convmae::cuda::plan_forward(p, [&](auto&) { return warps; });
   if (runs > 0) convmae::cuda::cut_runs(p, runs);
   simt::masked_conv2d(p, seed);
   return {y.numpy(), p.tile_side};
+}
+
+// The kernels that are chosen, forward and for all gradients, on a GPU that holds `held` thread
+// blocks of any; and how many runs they have.
+std::tuple<std::string, int64_t, std::string, int64_t> plan(int dtype, int64_t blocks,
+                                                            int64_t channels, int side, int kernel,
+                                                            int64_t held) {
+  convmae::cuda::MaskedConv2dForward f = {};
+  f.dtype = convmae::DType(dtype);
+  f.blocks = blocks;
+  f.channels = channels;
+  f.side = side;
+  f.kernel_rows = f.kernel_columns = kernel;
+  f.dilation_rows = f.dilation_columns = 1;
+  convmae::cuda::MaskedConv2dGrads g = {};
+  static_cast<convmae::MaskedConv2dParams&>(g) = f;
+  convmae::cuda::plan_forward(f, [&](auto&) { return held; });
+  convmae::cuda::plan_grads(g);
+  return {convmae::cuda::name_of(f.kernel), f.runs, convmae::cuda::name_of(g.kernel), g.runs};
 }
 
 // The results of a weight gradient, and the shares that it sums.
@@ -215,15 +234,14 @@ py::tuple masked_conv2d_grads(int dtype, const py::array& grad, const py::array&
   p.weight = taps.data();
   p.grad_x = grad_x.data();
   convmae::cuda::plan_grads(p);
-  if (p.tile_side == 0) {
+  if (p.kernel == Kernel::Any) {
     convmae::cuda::MaskedConv2dForward f;
     fill_params(f, dtype, x, grad_in, neighbours, table, kernel, dilation);
     f.flipped = true;
     f.weight = taps.data();
     f.bias = nullptr;
     f.y = grad_x.data();
-    convmae::cuda::plan_forward(f);
-    convmae::cuda::cut_forward(f, 40);
+    convmae::cuda::plan_forward(f, [](auto&) { return 40; });
     simt::masked_conv2d(f, seed);
     return py::make_tuple(grad_x.numpy(), 0);
   }
@@ -234,12 +252,23 @@ py::tuple masked_conv2d_grads(int dtype, const py::array& grad, const py::array&
   }
   const WeightGradArrays results(p, x);
   simt::masked_conv2d_grads(p, seed);
+  simt::masked_conv2d_weight_grad_sum(p, seed);
   return py::make_tuple(grad_x.numpy(), results.weight.numpy(), results.bias.numpy(), p.tile_side);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(simt_kernels, m) {
+  // Of the arrays of the calls since the last one: their bytes, those read and written, counted
+  // once for each kernel, and all that were read and written. With the checker "races".
+  m.def("take_traffic", [] {
+    std::vector<std::array<uint64_t, 5>> log;
+    for (const simt::Traffic& t : simt::DeviceMemory::get().take_log()) {
+      log.push_back({t.bytes, t.read_once, t.written_once, t.read, t.written});
+    }
+    return log;
+  });
+  m.def("plan", &plan);
   m.def("divide", [](uint64_t x, uint64_t divisor, unsigned) { return simt::divide(x, divisor); });
   m.def("gather_visible", &gather_visible);
   m.def("scatter_visible", &scatter_visible);

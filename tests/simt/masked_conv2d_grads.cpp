@@ -12,7 +12,6 @@ void masked_conv2d_grads(const convmae::cuda::MaskedConv2dGrads& p, unsigned see
 #else
   convmae::cuda::launch_masked_conv2d_grads(p, Launcher{seed});
 #endif
-  masked_conv2d_weight_grad_sum(p, seed);
 }
 
 }  // namespace simt

@@ -1,6 +1,4 @@
-// The fibers, their scheduler, and the calls that the compiler makes before every memory access.
-//
-// This source alone is compiled without a sanitizer.
+// The fibers and their scheduler. Compiled without a sanitizer.
 #include "scheduler.h"
 
 #include <sys/mman.h>
@@ -16,6 +14,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "device_memory.h"
 
 #if defined(SIMT_CHECK_ADDRESS)
 #include <sanitizer/asan_interface.h>
@@ -95,9 +95,13 @@ class Scheduler {
     return scheduler;
   }
 
-  void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed,
+  void launch(dim3 grid, dim3 block, size_t shared_bytes, size_t most_shared, unsigned seed,
               const std::function<void()>& kernel) {
-    check_limits(grid, block, shared_bytes);
+    check_limits(grid, block, shared_bytes, most_shared);
+    most_shared_ = most_shared;
+#if defined(SIMT_CHECK_RACES)
+    DeviceMemory::get().begin_kernel();
+#endif
     seed_ = seed;
     random_.seed(seed);
     patience_ = 1;
@@ -112,6 +116,7 @@ class Scheduler {
     for (uint64_t number : order) {
       blockIdx = {unsigned(number % grid.x), unsigned(number / grid.x % grid.y),
                   unsigned(number / grid.x / grid.y)};
+      block_number_ = number;
       run_block(int(block.x * block.y * block.z));
     }
     shared_.clear();
@@ -133,9 +138,9 @@ class Scheduler {
       std::memset(found->memory.get(), 0xff, bytes);
       size_t total = 0;
       for (const SharedArray& array : shared_) total += array.bytes;
-      if (total > kMaxSharedBytes) {
+      if (total > most_shared_) {
         fail("asks for " + std::to_string(total) + " bytes of shared memory, more than " +
-             std::to_string(kMaxSharedBytes));
+             std::to_string(most_shared_));
       }
     }
     in_kernel = before;
@@ -171,6 +176,7 @@ class Scheduler {
       fail("copies " + std::to_string(bytes) + " bytes from or to a misaligned address");
     }
     touch_bytes(to, bytes, true);
+    touch_global(from, bytes, false);
     current_->copies.push_back({to, from, bytes, current_->groups});
     if (seed_ > 2 && random_() % 4 == 0) copy_now(current_->copies.size());
     in_kernel = true;
@@ -197,12 +203,11 @@ class Scheduler {
       in_kernel = false;
     }
     touch_bytes(address, bytes, write);
+    touch_global(address, bytes, write);
   }
 
  private:
-  static constexpr size_t kMaxSharedBytes = 48 << 10;  // what a kernel gets without asking for more
-
-  static void check_limits(dim3 grid, dim3 block, size_t shared_bytes) {
+  static void check_limits(dim3 grid, dim3 block, size_t shared_bytes, size_t most_shared) {
     const auto inside = [](dim3 d, uint64_t x, uint64_t y, uint64_t z) {
       return d.x >= 1 && d.y >= 1 && d.z >= 1 && d.x <= x && d.y <= y && d.z <= z;
     };
@@ -213,7 +218,7 @@ class Scheduler {
     if (!inside(block, 1024, 1024, 64) || uint64_t(block.x) * block.y * block.z > 1024) {
       throw std::runtime_error("blocks of " + shape(block) + " threads cannot be launched");
     }
-    if (shared_bytes > kMaxSharedBytes) {
+    if (shared_bytes > most_shared) {
       throw std::runtime_error(std::to_string(shared_bytes) +
                                " bytes of shared memory are too many");
     }
@@ -461,6 +466,15 @@ class Scheduler {
     }
   }
 
+  // Thread blocks run at the same time on a GPU, so none may write what another reads or writes.
+  void touch_global([[maybe_unused]] const void* address, [[maybe_unused]] size_t bytes,
+                    [[maybe_unused]] bool write) {
+#if defined(SIMT_CHECK_RACES)
+    const std::string wrong = DeviceMemory::get().access(address, bytes, write, block_number_);
+    if (!wrong.empty()) fail(wrong);
+#endif
+  }
+
   void touch(Touched& byte, bool write) {
     const Moment now{current_->number, clock_};
     const auto report = [&](const Moment& other, const char* before) {
@@ -491,6 +505,8 @@ class Scheduler {
   std::mt19937 random_;
   uint32_t clock_ = 0, barrier_time_ = 0;  // clock_ counts barriers
   unsigned seed_ = 0;
+  uint64_t block_number_ = 0;
+  size_t most_shared_ = 0;
   int threads_ = 0, live_ = 0, patience_ = 1;
   void* resume_[5];
   const void* stack_ = nullptr;
@@ -499,9 +515,9 @@ class Scheduler {
 
 }  // namespace
 
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed,
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, size_t most_shared, unsigned seed,
               const std::function<void()>& kernel) {
-  Scheduler::get().launch(grid, block, shared_bytes, seed, kernel);
+  Scheduler::get().launch(grid, block, shared_bytes, most_shared, seed, kernel);
 }
 
 uint64_t wait(const Call& call) { return Scheduler::get().wait(call); }
@@ -513,8 +529,6 @@ void copy_later(void* to, const void* from, size_t bytes) {
 void commit_copies() { Scheduler::get().commit_copies(); }
 void wait_copies(int pending) { Scheduler::get().wait_copies(pending); }
 
-namespace {
-
 void on_access(const void* address, size_t bytes, bool write) {
   if (!in_kernel) return;
   in_kernel = false;
@@ -522,55 +536,4 @@ void on_access(const void* address, size_t bytes, bool write) {
   in_kernel = true;
 }
 
-}  // namespace
 }  // namespace simt
-
-// -- the compiler's calls before every memory access ---------------------------------------------
-//
-// -fsanitize=address, told to call functions, checks the bounds of all memory here.
-// -fsanitize=thread, without its runtime library, finds races on shared memory here: two accesses
-// by two threads, one of them a write, with no barrier in between, whatever the schedule.
-
-#define SIMT_HOOK extern "C" void
-
-#if defined(SIMT_CHECK_ADDRESS)
-
-extern "C" void __asan_report_load_n(void* address, size_t bytes);
-extern "C" void __asan_report_store_n(void* address, size_t bytes);
-
-#define SIMT_ACCESS(kind, write, bytes)                       \
-  simt::on_access(address, bytes, write);                     \
-  if (__asan_region_is_poisoned(address, bytes) != nullptr) { \
-    __asan_report_##kind##_n(address, bytes);                 \
-  }
-#define SIMT_HOOKS(bytes)                                                             \
-  SIMT_HOOK __asan_load##bytes(void* address){                                        \
-      SIMT_ACCESS(load, false, bytes)} SIMT_HOOK __asan_store##bytes(void* address) { \
-    SIMT_ACCESS(store, true, bytes)                                                   \
-  }
-
-SIMT_HOOK __asan_loadN(void* address, size_t bytes){SIMT_ACCESS(load, false, bytes)} SIMT_HOOK
-    __asan_storeN(void* address, size_t bytes){SIMT_ACCESS(store, true, bytes)}
-
-#elif defined(SIMT_CHECK_RACES)
-
-#define SIMT_ACCESS(write, bytes) simt::on_access(address, bytes, write);
-#define SIMT_HOOKS(bytes)                                                                 \
-  SIMT_HOOK __tsan_read##bytes(void* address){                                            \
-      SIMT_ACCESS(false, bytes)} SIMT_HOOK __tsan_write##bytes(void* address){            \
-      SIMT_ACCESS(true, bytes)} SIMT_HOOK __tsan_unaligned_read##bytes(void* address){    \
-      SIMT_ACCESS(false, bytes)} SIMT_HOOK __tsan_unaligned_write##bytes(void* address) { \
-    SIMT_ACCESS(true, bytes)                                                              \
-  }
-
-SIMT_HOOK __tsan_read_range(void* address, size_t bytes){SIMT_ACCESS(false, bytes)} SIMT_HOOK
-    __tsan_write_range(void* address, size_t bytes){SIMT_ACCESS(true, bytes)} SIMT_HOOK
-    __tsan_vptr_update(void**, void*) {}
-SIMT_HOOK __tsan_vptr_read(void**) {}
-SIMT_HOOK __tsan_func_entry(void*) {}
-SIMT_HOOK __tsan_func_exit() {}
-SIMT_HOOK __tsan_init() {}
-
-#endif
-
-SIMT_HOOKS(1) SIMT_HOOKS(2) SIMT_HOOKS(4) SIMT_HOOKS(8) SIMT_HOOKS(16)

@@ -44,9 +44,13 @@ constexpr int kAll = -1;
 //
 // Throws std::runtime_error, with the block and the thread, if the launch is beyond CUDA's limits
 // or a thread does what is undefined: waits for ever or at another barrier than the rest, shuffles
-// with lanes that take no part, copies to misaligned addresses, races on shared memory.
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed,
+// with lanes that take no part, copies to misaligned addresses, races on shared memory, or touches
+// what another thread block writes.
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, size_t most_shared, unsigned seed,
               const std::function<void()>& kernel);
+
+// Shared memory of a thread block: what a kernel gets, and what it gets if it asks for more.
+constexpr size_t kSharedBytes = 48 << 10, kMostSharedBytes = 227 << 10;
 
 // Waits until every thread that the call concerns makes it; returns what the thread asked for.
 uint64_t wait(const Call& call);
@@ -59,5 +63,7 @@ char* dynamic_shared();
 void copy_later(void* to, const void* from, size_t bytes);
 void commit_copies();
 void wait_copies(int pending);  // until all but the last `pending` groups are done
+
+void on_access(const void* address, size_t bytes, bool write);  // before every access of a kernel
 
 }  // namespace simt

@@ -105,7 +105,7 @@ def test_the_machine_code_gives_the_reference(name, compiled):
     shape = tile_walk.Shape.of(name)
     code, warps = compiled[name]
     visible = np.random.default_rng(1).random((9, shape.neighbours)) < 0.5
-    problem = tile_walk.Problem(name, visible, warps)
+    problem = tile_walk.Problem(name, visible, warps, reach=9)
     problem.run(code)
     x, table = positions(problem.x), torch.from_numpy(problem.table)
     kernel = [shape.kernel, shape.kernel]
@@ -190,6 +190,19 @@ def test_the_generated_page_has_every_kernel():
     tiled = {kernel.name for kernel in kernels if kernel.is_specialised}
     assert set(re.findall("^[|] `(.*?)`", compiled, re.M)) == {kernel.name for kernel in kernels}
     assert set(re.findall("^[|] `(.*?)`", walked, re.M)) == tiled
+
+
+@needs_code_for_sm_90
+@pytest.mark.parametrize("name", KERNELS[::5])
+def test_nothing_waits_for_the_table_while_a_tile_is_computed(name, compiled):
+    """What the load of a table entry brings is used after the tile: a warp would wait for it."""
+    code = tile_walk.Walk(name, *compiled[name]).each_tile
+    (load,) = (i for i, instruction in enumerate(code) if instruction.name.startswith("LDG.E"))
+    last = max(i for i, instruction in enumerate(code) if instruction.kind == "FFMA")
+    assert load < last
+    register = re.compile(rf"\b{code[load].operands[0]}\b")
+    for instruction in code[load + 1 : last]:
+        assert not any(register.search(operand) for operand in instruction.operands), instruction
 
 
 def test_predicted_and_measured_shares():

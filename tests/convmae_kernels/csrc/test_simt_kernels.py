@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from simt.emulator import ROOT, EmulatorError, Removed, why_not
+from simt.emulator import ROOT, EmulatorError, Removed, module, why_not
 
 import convmae_kernels as ck
 from convmae_kernels.ops import reference
@@ -280,6 +280,42 @@ def test_hidden_pixels_change_no_bit_of_all_gradients():
     for clean, dirty in zip(through(0.0), through(NAN), strict=True):
         assert clean.isfinite().all()
         same(clean, dirty)
+
+
+# -- what moves, and which kernel moves it -------------------------------------------------------
+
+
+def test_bytes_that_move():
+    """Forward reads and writes the features once; all gradients at once read twice as much."""
+    mask = ck.BlockMask.random(2, (7, 7), 0.5, generator=torch.Generator().manual_seed(0))
+    (x, weight, bias, grad), *_ = problem(mask, 4, 64, (5, 5), torch.bfloat16, (1, 1), 0)
+    emulator, options = module("kernels", "races"), {"checker": "races", "seeds": (0,)}
+
+    def traffic():
+        """Of the arrays that are like x: bytes once for each kernel, and all, in sizes of x."""
+        found = [array for array in emulator.call("take_traffic") if array[0] == array_bytes]
+        return [sum(array[i] + array[i + 1] for array in found) / array_bytes for i in (1, 3)]
+
+    array_bytes = x.nbytes
+    traffic()
+    forward(x, weight, bias, mask, **options)
+    once, total = traffic()
+    assert once == 2 and 2 < total < 4  # with the surroundings of tiles
+    grads(grad, x, weight, mask, **options)
+    once, total = traffic()
+    assert once == 3 and 3 < total < 5
+
+
+def test_which_kernels_are_chosen():
+    def plan(dtype, side, kernel):
+        """ConvMAE-Base, batch 128, on a GPU that holds 1,716 thread blocks of one warp."""
+        return tuple(module("kernels").call("plan", dtype, 6272, 256, side, kernel, 1716))
+
+    assert plan(1, 4, 5) == ("tiles", 419, "tiles", 33)
+    assert plan(1, 2, 5) == ("tiles", 419, "tiles", 98)
+    assert plan(1, 8, 7)[::2] == ("tiles", "any")  # too few registers
+    assert plan(0, 8, 7)[::2] == ("tiles", "tiles")
+    assert plan(3, 4, 5)[::2] == plan(1, 4, 9)[::2] == ("any", "any")
 
 
 # -- hidden means hidden ------------------------------------------------------------------------
