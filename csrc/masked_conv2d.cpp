@@ -164,7 +164,8 @@ Tensor convolve_cuda(const OnDevice& device, const Tensor& x, const Tensor& weig
   p.weight = weight.const_data_ptr();
   p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
   p.y = y.mutable_data_ptr();
-  cuda::plan_forward(p, cuda::masked_conv2d_blocks);
+  cuda::plan_forward(p);
+  if (p.kernel == cuda::Kernel::Tiles) cuda::cut_forward(p, cuda::masked_conv2d_warps(p));
   device.check(cuda::masked_conv2d(p, device.stream()));
   return y;
 }

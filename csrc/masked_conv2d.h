@@ -95,11 +95,10 @@ struct MaskedConv2dGrads : MaskedConv2dWeightGrad {
 };
 
 LaunchError masked_conv2d(const MaskedConv2dForward& p, Stream stream);
+// How many warps of the kernel on tiles the current GPU holds at a time; 0: it cannot run it.
+int64_t masked_conv2d_warps(const MaskedConv2dForward& p);
 LaunchError masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, Stream stream);
 LaunchError masked_conv2d_weight_grad_sum(const MaskedConv2dWeightGrad& p, Stream stream);
 LaunchError masked_conv2d_grads(const MaskedConv2dGrads& p, Stream stream);
-// How many thread blocks of the kernel on tiles the current GPU holds at a time; 0: it cannot run
-// it.
-int64_t masked_conv2d_blocks(const MaskedConv2dForward& p);
 }  // namespace cuda
 }  // namespace convmae

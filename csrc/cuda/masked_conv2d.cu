@@ -10,7 +10,7 @@ LaunchError masked_conv2d(const MaskedConv2dForward& p, Stream stream) {
   return launcher.error;
 }
 
-int64_t masked_conv2d_blocks(const MaskedConv2dForward& p) {
+int64_t masked_conv2d_warps(const MaskedConv2dForward& p) {
   BlocksHeld held;
   launch_masked_conv2d(p, held);
   return held.count;

@@ -51,13 +51,16 @@ inline void cut_runs(MaskedConv2dRuns& p, int64_t runs) {
   p.runs = std::max<int64_t>(1, ceil_div(p.tiles, p.tiles_per_run));
 }
 
-// A run loads its weights once and fills its pipeline once, so it should be long; and as many as
-// the GPU holds thread blocks should be there at once, so that they end together: held(p), of the
-// kernel on tiles.
-template <class Held>
-void plan_forward(MaskedConv2dForward& p, Held&& held) {
+// The first step of a plan: which kernel. The second one cuts runs for the GPU.
+inline void plan_forward(MaskedConv2dForward& p) {
   plan_tiles(p, {p.x, p.y});
-  cut_runs(p, p.kernel == Kernel::Any ? 1 : held(p) / std::max<int64_t>(1, p.slices));
+  cut_runs(p, 1);
+}
+
+// A run loads its weights once and fills its pipeline once, so it should be long; and as many as
+// the GPU holds warps should be there at once, so that they end together.
+inline void cut_forward(MaskedConv2dForward& p, int64_t warps) {
+  cut_runs(p, warps / std::max<int64_t>(1, p.slices));
 }
 
 // The number of runs depends on the problem only, so that the order of the sum does: as many thread

@@ -161,17 +161,18 @@ std::pair<py::array, int> masked_conv2d(int dtype, const py::array& x, const py:
   p.weight = taps.data();
   p.bias = bias_row ? bias_row->data() : nullptr;
   p.y = y.data();
-  convmae::cuda::plan_forward(p, [&](auto&) { return warps; });
+  convmae::cuda::plan_forward(p);
+  convmae::cuda::cut_forward(p, warps);
   if (runs > 0) convmae::cuda::cut_runs(p, runs);
   simt::masked_conv2d(p, seed);
   return {y.numpy(), p.tile_side};
 }
 
-// The kernels that are chosen, forward and for all gradients, on a GPU that holds `held` thread
-// blocks of any; and how many runs they have.
+// The kernels that are chosen, forward and for all gradients, on a GPU that holds so many
+// warps; and how many runs they have.
 std::tuple<std::string, int64_t, std::string, int64_t> plan(int dtype, int64_t blocks,
                                                             int64_t channels, int side, int kernel,
-                                                            int64_t held) {
+                                                            int64_t warps) {
   convmae::cuda::MaskedConv2dForward f = {};
   f.dtype = convmae::DType(dtype);
   f.blocks = blocks;
@@ -181,7 +182,8 @@ std::tuple<std::string, int64_t, std::string, int64_t> plan(int dtype, int64_t b
   f.dilation_rows = f.dilation_columns = 1;
   convmae::cuda::MaskedConv2dGrads g = {};
   static_cast<convmae::MaskedConv2dParams&>(g) = f;
-  convmae::cuda::plan_forward(f, [&](auto&) { return held; });
+  convmae::cuda::plan_forward(f);
+  if (f.kernel == Kernel::Tiles) convmae::cuda::cut_forward(f, warps);
   convmae::cuda::plan_grads(g);
   return {convmae::cuda::name_of(f.kernel), f.runs, convmae::cuda::name_of(g.kernel), g.runs};
 }
@@ -241,7 +243,8 @@ py::tuple masked_conv2d_grads(int dtype, const py::array& grad, const py::array&
     f.weight = taps.data();
     f.bias = nullptr;
     f.y = grad_x.data();
-    convmae::cuda::plan_forward(f, [](auto&) { return 40; });
+    convmae::cuda::plan_forward(f);
+    convmae::cuda::cut_forward(f, 40);
     simt::masked_conv2d(f, seed);
     return py::make_tuple(grad_x.numpy(), 0);
   }
