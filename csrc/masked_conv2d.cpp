@@ -2,6 +2,7 @@
 #include "masked_conv2d.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -149,6 +150,26 @@ std::tuple<Tensor, Tensor> masked_conv2d_weight_grad(const Tensor& grad_, const 
   return {torch::stable::reshape(by_channel, {p.channels, 1, kernel[0], kernel[1]}), bias};
 }
 
+// Both axes of the kernel the other way round.
+Tensor flip(const Tensor& weight) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(std::vector<int64_t>{2, 3})};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::flip", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_conv2d_grads(const Tensor& grad, const Tensor& x,
+                                                       const Tensor& weight,
+                                                       const Tensor& neighbours,
+                                                       std::vector<int64_t> dilation) {
+  check_weight(x, weight, std::nullopt);
+  auto [grad_weight, grad_bias] = masked_conv2d_weight_grad(
+      grad, x, neighbours, {weight.size(2), weight.size(3)}, dilation);
+  return {masked_conv2d(grad, flip(weight), std::nullopt, neighbours, dilation), grad_weight,
+          grad_bias};
+}
+
 #ifdef WITH_CUDA
 Tensor masked_conv2d_cuda(const Tensor& x_, const Tensor& weight_, std::optional<Tensor> bias,
                           const Tensor& neighbours_, std::vector<int64_t> dilation) {
@@ -193,6 +214,18 @@ std::tuple<Tensor, Tensor> masked_conv2d_weight_grad_cuda(const Tensor& grad_, c
   device.check(cuda::masked_conv2d_weight_grad(p, device.stream()));
   return {grad_weight, grad_bias};
 }
+
+std::tuple<Tensor, Tensor, Tensor> masked_conv2d_grads_cuda(const Tensor& grad, const Tensor& x,
+                                                            const Tensor& weight,
+                                                            const Tensor& neighbours,
+                                                            std::vector<int64_t> dilation) {
+  const OnDevice device(x);
+  check_weight(x, weight, std::nullopt);
+  auto [grad_weight, grad_bias] = masked_conv2d_weight_grad_cuda(
+      grad, x, neighbours, {weight.size(2), weight.size(3)}, dilation);
+  return {masked_conv2d_cuda(grad, flip(weight), std::nullopt, neighbours, dilation), grad_weight,
+          grad_bias};
+}
 #endif
 
 }  // namespace
@@ -201,11 +234,13 @@ std::tuple<Tensor, Tensor> masked_conv2d_weight_grad_cuda(const Tensor& grad_, c
 STABLE_TORCH_LIBRARY_IMPL(convmae, CPU, m) {
   m.impl("masked_conv2d", TORCH_BOX(&convmae::masked_conv2d));
   m.impl("masked_conv2d_weight_grad", TORCH_BOX(&convmae::masked_conv2d_weight_grad));
+  m.impl("masked_conv2d_grads", TORCH_BOX(&convmae::masked_conv2d_grads));
 }
 
 #ifdef WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(convmae, CUDA, m) {
   m.impl("masked_conv2d", TORCH_BOX(&convmae::masked_conv2d_cuda));
   m.impl("masked_conv2d_weight_grad", TORCH_BOX(&convmae::masked_conv2d_weight_grad_cuda));
+  m.impl("masked_conv2d_grads", TORCH_BOX(&convmae::masked_conv2d_grads_cuda));
 }
 #endif

@@ -15,7 +15,11 @@ from convmae_kernels.ops.support.autocast import autocast_dtype, autocast_is_on
 from convmae_kernels.ops.support.checks import check_packed
 from convmae_kernels.ops.support.conv_plan import ConvPlan, plan_conv2d
 from convmae_kernels.ops.support.dispatch import Impl, check_impl, register, select
-from convmae_kernels.ops.support.flops import depthwise_flops, weight_gradient_flops
+from convmae_kernels.ops.support.flops import (
+    both_gradients_flops,
+    depthwise_flops,
+    weight_gradient_flops,
+)
 from convmae_kernels.ops.support.geometry import pair
 from convmae_kernels.zorder import BLOCK_SIZES, to_zorder
 
@@ -31,9 +35,16 @@ def _fake_weight_grad(grad, x, neighbours, kernel, dilation):
     return x.new_empty(x.shape[2], 1, *kernel), x.new_empty(x.shape[2])
 
 
+def _fake_grads(grad, x, weight, neighbours, dilation):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(x.shape[2])
+
+
 # The ops are closed under differentiation. With w the weight, g a gradient and ~ a flip of both
 # axes: conv(x, w) has the gradients conv(g, ~w) and weight_grad(g, x); and weight_grad(g, x), given
 # the gradients (u, v) of its two outputs, has conv(x, u, v) in g and conv(g, ~u) in x.
+# grads(g, x, w) is both at once, conv(g, ~w) and weight_grad(g, x). Given the gradients (t, u, v)
+# of its three outputs, it has conv(t, w) + conv(x, u, v) in g, conv(g, ~u) in x and
+# weight_grad(g, t) in w.
 
 
 def _derivatives(ops):
@@ -45,9 +56,13 @@ def _derivatives(ops):
     def backward(ctx, grad):
         x, weight, neighbours = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
+            grad_x, grad_weight, grad_bias = ops.masked_conv2d_grads(
+                grad, x, weight, neighbours, ctx.dilation
+            )
+        elif ctx.needs_input_grad[0]:
             grad_x = ops.masked_conv2d(grad, weight.flip(2, 3), None, neighbours, ctx.dilation)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if grad_weight is None and any(ctx.needs_input_grad[1:3]):
             grad_weight, grad_bias = ops.masked_conv2d_weight_grad(
                 grad, x, neighbours, weight.shape[2:], ctx.dilation
             )
@@ -73,6 +88,37 @@ def _derivatives_weight_grad(ops):
     return backward, setup_context
 
 
+def _derivatives_grads(ops):
+    def setup_context(ctx, inputs, output):
+        grad, x, weight, neighbours, ctx.dilation = inputs
+        ctx.save_for_backward(grad, x, weight, neighbours)
+        # Of three outputs often one is differentiated: zeros for the others would cost as much.
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad_of_x, grad_of_weight, grad_of_bias):
+        grad, x, weight, neighbours = ctx.saved_tensors
+        grad_grad = grad_x = grad_weight = None
+        if grad_of_x is not None:
+            if ctx.needs_input_grad[0]:
+                grad_grad = ops.masked_conv2d(grad_of_x, weight, None, neighbours, ctx.dilation)
+            if ctx.needs_input_grad[2]:
+                grad_weight, _ = ops.masked_conv2d_weight_grad(
+                    grad, grad_of_x, neighbours, weight.shape[2:], ctx.dilation
+                )
+        if grad_of_weight is None and grad_of_bias is not None:
+            grad_of_weight = torch.zeros_like(weight)
+        if grad_of_weight is not None:
+            if ctx.needs_input_grad[0]:
+                more = ops.masked_conv2d(x, grad_of_weight, grad_of_bias, neighbours, ctx.dilation)
+                grad_grad = more if grad_grad is None else grad_grad + more
+            if ctx.needs_input_grad[1]:
+                flipped = grad_of_weight.flip(2, 3)
+                grad_x = ops.masked_conv2d(grad, flipped, None, neighbours, ctx.dilation)
+        return grad_grad, grad_x, grad_weight, None, None
+
+    return backward, setup_context
+
+
 register(
     "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor neighbours, SymInt[2] dilation)"
     " -> Tensor",
@@ -88,6 +134,14 @@ register(
     _fake_weight_grad,
     _derivatives_weight_grad,
     flops=weight_gradient_flops,
+)
+register(
+    "masked_conv2d_grads(Tensor grad, Tensor x, Tensor weight, Tensor neighbours,"
+    " SymInt[2] dilation) -> (Tensor, Tensor, Tensor)",
+    reference.masked_conv2d_grads,
+    _fake_grads,
+    _derivatives_grads,
+    flops=both_gradients_flops,
 )
 
 

@@ -149,6 +149,15 @@ def masked_conv2d_weight_grad(
     return grad_weight.to(result), grad.sum((0, 1, 2)).to(result)
 
 
+def masked_conv2d_grads(
+    grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, dilation: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `masked_conv2d` in `x`, its weight `[C, 1, kh, kw]` and its bias `[C]`."""
+    grad_x = masked_conv2d(grad, weight.flip(2, 3), None, neighbours, dilation)
+    kernel = list(weight.shape[2:])
+    return grad_x, *masked_conv2d_weight_grad(grad, x, neighbours, kernel, dilation)
+
+
 def window_conv2d(
     x: Tensor,
     weight: Tensor,

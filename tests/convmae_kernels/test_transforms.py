@@ -75,6 +75,7 @@ def samples(dtype, requires_grad):
         (OPS.masked_conv2d.default, (x, weight, bias, far, [1, 1])),
         (OPS.masked_conv2d.default, (x, weight, None, far, [2, 1])),
         (OPS.masked_conv2d_weight_grad.default, (grad, x, far, list(kernel), [1, 1])),
+        (OPS.masked_conv2d_grads.default, (grad, x, weight, far, [1, 1])),
         (OPS.neighbour_table.default, (mask.visible, mask.block_index, 2)),
         (OPS.gather_windows.default, (x, far, halo, 0.5)),
         (OPS.gather_windows_grad.default, (tensor(t, 6, 1, 7), far, halo)),
@@ -90,7 +91,7 @@ def samples(dtype, requires_grad):
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("number", range(16))
+@pytest.mark.parametrize("number", range(17))
 def test_opcheck(number, dtype, requires_grad):
     op, arguments = samples(dtype, requires_grad)[number]
     opcheck(op, arguments)

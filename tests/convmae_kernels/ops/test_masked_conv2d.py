@@ -272,6 +272,21 @@ def test_derivatives_of_the_weight_gradient(bias_only):
     assert torch.autograd.gradgradcheck(weight_grad, inputs)
 
 
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_derivatives_of_both_gradients(wanted):
+    mask = make_mask("corner")
+    x, weight, _, grad = make_inputs(mask, 2, 2, (3, 5), torch.float64)
+
+    def grads(*inputs):
+        table = mask.neighbours(1)
+        results = torch.ops.convmae.masked_conv2d_grads(*inputs, table, [1, 1])
+        return tuple(results[i] for i in wanted)
+
+    inputs = [t.requires_grad_() for t in (grad, x, weight)]
+    assert torch.autograd.gradcheck(grads, inputs)
+    assert torch.autograd.gradgradcheck(grads, inputs)
+
+
 # -- hidden means hidden ------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ NAMES = (
     "gather_windows",
     "gather_windows_grad",
     "masked_conv2d",
+    "masked_conv2d_grads",
     "masked_conv2d_weight_grad",
     "scatter_visible",
 )
@@ -34,6 +35,7 @@ def samples(requires_grad):
         "gather_windows": (x, table, [1, 2, 0, -1], 0.5),
         "gather_windows_grad": (tensor(8, 5, 1, 3), table, [1, 2, 0, -1]),
         "masked_conv2d": (x, tensor(3, 1, 3, 3), tensor(3), table, [1, 1]),
+        "masked_conv2d_grads": (grad, x, tensor(3, 1, 3, 3), table, [1, 1]),
         "masked_conv2d_weight_grad": (grad, x, table, [3, 3], [1, 1]),
     }
 
