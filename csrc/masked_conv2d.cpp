@@ -164,8 +164,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_grads(const Tensor& grad, const
                                                        const Tensor& neighbours,
                                                        std::vector<int64_t> dilation) {
   check_weight(x, weight, std::nullopt);
-  auto [grad_weight, grad_bias] = masked_conv2d_weight_grad(
-      grad, x, neighbours, {weight.size(2), weight.size(3)}, dilation);
+  auto [grad_weight, grad_bias] =
+      masked_conv2d_weight_grad(grad, x, neighbours, {weight.size(2), weight.size(3)}, dilation);
   return {masked_conv2d(grad, flip(weight), std::nullopt, neighbours, dilation), grad_weight,
           grad_bias};
 }
