@@ -17,6 +17,7 @@ from convmae_kernels.triton import (  # noqa: E402
     gather_windows,
     gather_windows_grad,
     masked_conv2d,
+    masked_conv2d_grads,
     masked_conv2d_weight_grad,
     scatter_visible,
 )
@@ -125,6 +126,17 @@ def compiled_weight_grad(target, dtype, configuration, kernel=(5, 5), side_bits=
     return compiled(function, target, pointers, configuration, **constants)
 
 
+def compiled_grads(target, dtype, configuration, kernel=(5, 5), side_bits=2):
+    accumulator = "fp64" if dtype == "fp64" else "fp32"
+    pointers = {f"{name}_ptr": f"*{dtype}" for name in ("grad", "x", "weight", "grad_x")}
+    pointers |= {"neighbours_ptr": "*i32", "parts_ptr": f"*{accumulator}"}
+    constants = kernel_constants(dtype, kernel, side_bits)
+    constants["LANES"] = masked_conv2d_grads.LANES
+    constants["ROWS"] = triton.next_power_of_2(kernel[0])
+    function = masked_conv2d_grads.masked_conv2d_grads_kernel
+    return compiled(function, target, pointers, configuration, **constants)
+
+
 def compiled_sum_parts(target, dtype, kernel=(5, 5)):
     accumulator = "fp64" if dtype == "fp64" else "fp32"
     pointers = {"parts_ptr": f"*{accumulator}", "weight_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
@@ -171,6 +183,18 @@ def test_convolutions_stay_in_registers(architecture, kernel, tmp_path):
     target = GPUTarget("cuda", architecture, 32)
     for found in compiled_convolutions(target, "bf16", (kernel, kernel)):
         assert_in_registers(found, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "kernel", "configurations"),
+    [(80, "bf16", 7, slice(1)), (90, "bf16", 5, slice(1, 2)), (100, "fp64", 3, slice(2, None))],
+)
+def test_all_gradients_stay_in_registers(architecture, dtype, kernel, configurations, tmp_path):
+    target = GPUTarget("cuda", architecture, 32)
+    for configuration in masked_conv2d_grads.CONFIGURATIONS[configurations]:
+        found = compiled_grads(target, dtype, configuration, (kernel, kernel))
+        assert_in_registers(found, tmp_path)
+        assert "atom" not in found.asm["ptx"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "fp64"])

@@ -9,6 +9,7 @@ from convmae_kernels.triton import (
     gather_windows,
     gather_windows_grad,
     masked_conv2d,
+    masked_conv2d_grads,
     masked_conv2d_weight_grad,
     scatter_visible,
 )
@@ -55,7 +56,10 @@ def few_programs(monkeypatch):
             monkeypatch.setattr(module, "CONFIGURATIONS", (tile,))
         tile = Configuration("test", {"TAPS": 16, "CHANNELS": across}, 1)
         monkeypatch.setattr(masked_conv2d_weight_grad, "CONFIGURATIONS", (tile,))
-        monkeypatch.setattr(masked_conv2d_weight_grad, "LANES", down // 4)
+        tile = Configuration("test", {"CHANNELS": across}, 1)
+        monkeypatch.setattr(masked_conv2d_grads, "CONFIGURATIONS", (tile,))
+        for module in (masked_conv2d_grads, masked_conv2d_weight_grad):
+            monkeypatch.setattr(module, "LANES", down // 4)
 
     set_tiles(8)
     return set_tiles

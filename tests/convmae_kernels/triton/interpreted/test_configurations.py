@@ -9,6 +9,7 @@ from convmae_kernels.triton import (
     gather_windows,
     gather_windows_grad,
     masked_conv2d,
+    masked_conv2d_grads,
     masked_conv2d_weight_grad,
     scatter_visible,
 )
@@ -19,12 +20,14 @@ WEIGHT, BIAS = random_tensor((70, 1, 3, 3)), random_tensor((70,))
 IMAGES = random_tensor((2, 70, 6, 8))
 WINDOWS = random_tensor((8, 5, 4, 70))
 TABLE = MASK.neighbours(1)
+FEW = make_mask("corner").neighbours(1)  # 3 blocks
 PROBLEMS = {
     gather_visible: (IMAGES, MASK.block_index, 3, 4),
     scatter_visible: (X, MASK.block_index, 2, 3, 4, 0.5),
     gather_windows: (X, TABLE, [2, 1, -1, 2], 0.5),
     gather_windows_grad: (WINDOWS, TABLE, [2, 1, 0, 2]),
     masked_conv2d: (X, WEIGHT, BIAS, TABLE, [1, 1]),
+    masked_conv2d_grads: (GRAD[:3, :, :18], X[:3, :, :18], WEIGHT[:18, :, :, 1:2], FEW, [1, 1]),
     masked_conv2d_weight_grad: (GRAD, X, TABLE, [3, 3], [1, 1]),
 }
 
