@@ -12,6 +12,9 @@ from convmae_kernels.triton import (
     masked_conv2d_grads,
     masked_conv2d_weight_grad,
     scatter_visible,
+    strided_conv2d,
+    strided_conv2d_input_grad,
+    strided_conv2d_weight_grad,
 )
 
 MASK = make_mask("equal")  # 8 blocks, of 4 positions
@@ -21,6 +24,7 @@ IMAGES = random_tensor((2, 70, 6, 8))
 WINDOWS = random_tensor((8, 5, 4, 70))
 TABLE = MASK.neighbours(1)
 FEW = make_mask("corner").neighbours(1)  # 3 blocks
+SHAPE = (2, [1, 0], [1, 1])  # stride, padding, dilation
 PROBLEMS = {
     gather_visible: (IMAGES, MASK.block_index, 3, 4),
     scatter_visible: (X, MASK.block_index, 2, 3, 4, 0.5),
@@ -29,12 +33,16 @@ PROBLEMS = {
     masked_conv2d: (X, WEIGHT, BIAS, TABLE, [1, 1]),
     masked_conv2d_grads: (GRAD[:3, :, :18], X[:3, :, :18], WEIGHT[:18, :, :, 1:2], FEW, [1, 1]),
     masked_conv2d_weight_grad: (GRAD, X, TABLE, [3, 3], [1, 1]),
+    strided_conv2d: (X, WEIGHT, BIAS, TABLE, *SHAPE),
+    strided_conv2d_input_grad: (GRAD[:, :1], WEIGHT, TABLE, *SHAPE),
+    strided_conv2d_weight_grad: (GRAD[:, :1], X, TABLE, [3, 3], *SHAPE),
 }
 
 
 @pytest.fixture(autouse=True)
 def two_parts(monkeypatch):
     monkeypatch.setattr(masked_conv2d_weight_grad, "MIN_POSITIONS_PER_PART", 16)
+    monkeypatch.setattr(strided_conv2d_weight_grad, "MIN_OUTPUTS_PER_PART", 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
