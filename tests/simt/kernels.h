@@ -19,6 +19,7 @@ void gather_windows(const convmae::GatherWindowsParams& p, unsigned seed);
 void gather_windows_grad(const convmae::GatherWindowsParams& p, unsigned seed);
 void neighbour_table(const convmae::NeighbourTableParams& p, unsigned seed);
 void masked_conv2d(const convmae::cuda::MaskedConv2dForward& p, unsigned seed);
+void masked_conv2d_tensor(const convmae::cuda::MaskedConv2dForward& p, unsigned seed);
 void masked_conv2d_weight_grad(const convmae::cuda::MaskedConv2dWeightGrad& p, unsigned seed);
 
 }  // namespace simt
