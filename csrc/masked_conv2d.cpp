@@ -187,7 +187,16 @@ Tensor masked_conv2d_cuda(const Tensor& x_, const Tensor& weight_, std::optional
   p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
   p.y = y.mutable_data_ptr();
   cuda::plan_forward(p);
-  if (p.tile_side > 0) cuda::cut_forward(p, cuda::masked_conv2d_warps(p));
+  if (p.kernel == cuda::Kernel::Tensor) {
+    const int64_t blocks = cuda::masked_conv2d_tensor_blocks(p);
+    if (blocks > 0) {
+      cuda::cut_forward(p, blocks);
+      device.check(cuda::masked_conv2d_tensor(p, device.stream()));
+      return y;
+    }
+    cuda::plan_forward(p, false);  // a GPU without them, or with too little shared memory
+  }
+  if (p.kernel == cuda::Kernel::Tiles) cuda::cut_forward(p, cuda::masked_conv2d_warps(p));
   device.check(cuda::masked_conv2d(p, device.stream()));
   return y;
 }

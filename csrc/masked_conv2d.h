@@ -63,12 +63,17 @@ struct MaskedConv2dRuns : MaskedConv2dParams {
   bool wide;  // features can be read 16 bytes at a time
 };
 
+// For any shape; on tiles with multiply-adds (masked_conv2d.cuh); on tiles with tensor cores
+// (masked_conv2d_tensor.cuh).
+enum class Kernel { Any, Tiles, Tensor };
+
 // weight is [channels, kernel_rows * kernel_columns], bias [channels] or null, both in the dtype of
 // x; y is like x.
 struct MaskedConv2dForward : MaskedConv2dRuns {
   const void* weight;
   const void* bias;
   void* y;
+  Kernel kernel;
 };
 
 // grad is like x. partial is [runs, 1 + kernel_rows * kernel_columns, channels], every run's share
@@ -84,6 +89,9 @@ struct MaskedConv2dWeightGrad : MaskedConv2dRuns {
 LaunchError masked_conv2d(const MaskedConv2dForward& p, Stream stream);
 // How many warps of the kernel on tiles the current GPU holds at a time; 0: it cannot run it.
 int64_t masked_conv2d_warps(const MaskedConv2dForward& p);
+// The same for Kernel::Tensor, whose thread blocks are counted instead of warps.
+LaunchError masked_conv2d_tensor(const MaskedConv2dForward& p, Stream stream);
+int64_t masked_conv2d_tensor_blocks(const MaskedConv2dForward& p);
 LaunchError masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, Stream stream);
 }  // namespace cuda
 }  // namespace convmae

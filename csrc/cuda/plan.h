@@ -48,16 +48,32 @@ inline void cut_runs(MaskedConv2dRuns& p, int64_t runs) {
   p.runs = std::max<int64_t>(1, ceil_div(p.tiles, p.tiles_per_run));
 }
 
+// Half types and 7x7 on tiles of 4x4: tensor cores, with slices of 64 bytes and four channels for
+// each warp.
+inline bool fits_tensor_cores(const MaskedConv2dForward& p) {
+  return p.tile_side == 4 && p.kernel_rows == 7 && size_of(p.dtype) == 2 && p.channels % 4 == 0 &&
+         aligned(p.x, 8) && aligned(p.y, 8);
+}
+
 // The first step of a plan: which kernel. The second one cuts runs for the GPU.
-inline void plan_forward(MaskedConv2dForward& p) {
+inline void plan_forward(MaskedConv2dForward& p, bool tensor_cores = true) {
   plan_tiles(p, {p.x, p.y});
+  p.kernel = p.tile_side > 0 ? Kernel::Tiles : Kernel::Any;
+  if (tensor_cores && fits_tensor_cores(p)) {
+    p.kernel = Kernel::Tensor;
+    p.slices = ceil_div(p.channels * size_of(p.dtype), 64);
+  }
   cut_runs(p, 1);
 }
 
 // A run loads its weights once and fills its pipeline once, so it should be long; and as many as
-// the GPU holds warps should be there at once, so that they end together.
+// the GPU holds warps (with tensor cores, thread blocks) should be there at once, so that they end
+// together. Tensor cores take eight tiles at a time.
 inline void cut_forward(MaskedConv2dForward& p, int64_t warps) {
   cut_runs(p, warps / std::max<int64_t>(1, p.slices));
+  if (p.kernel != Kernel::Tensor) return;
+  p.tiles_per_run = ceil_div(p.tiles_per_run, 8) * 8;
+  p.runs = std::max<int64_t>(1, ceil_div(p.tiles, p.tiles_per_run));
 }
 
 // The number of runs depends on the problem only, so that the order of the sum does: as many thread

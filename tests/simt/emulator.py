@@ -33,7 +33,10 @@ CHECKERS = {
 MODULES = {
     "selftest": ["selftest.cpp"],
     "kernels": [
-        *("moves.cpp", "masked_conv2d.cpp", "masked_conv2d_weight_grad.cpp"),
+        "moves.cpp",
+        "masked_conv2d.cpp",
+        "masked_conv2d_tensor.cpp",
+        "masked_conv2d_weight_grad.cpp",
         "strided_conv2d.cpp",
     ],
 }

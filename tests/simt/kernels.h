@@ -20,6 +20,7 @@ void gather_windows(const convmae::GatherWindowsParams& p, unsigned seed);
 void gather_windows_grad(const convmae::GatherWindowsParams& p, unsigned seed);
 void neighbour_table(const convmae::NeighbourTableParams& p, unsigned seed);
 void masked_conv2d(const convmae::cuda::MaskedConv2dForward& p, unsigned seed);
+void masked_conv2d_tensor(const convmae::cuda::MaskedConv2dForward& p, unsigned seed);
 void masked_conv2d_weight_grad(const convmae::cuda::MaskedConv2dWeightGrad& p, unsigned seed);
 void strided_conv2d(const convmae::cuda::StridedConv2dProducts& p, unsigned seed);
 void strided_conv2d_weight_grad(const convmae::cuda::StridedConv2dWeightGrad& p, unsigned seed);

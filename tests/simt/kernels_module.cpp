@@ -145,11 +145,14 @@ void fill_params(convmae::MaskedConv2dParams& p, int dtype, const py::array& x,
 }
 
 // `runs`: cut the tiles into that many runs; 0: as for a GPU that holds `warps`. x, weight and y
-// lie `offset` elements after a multiple of 16 bytes. Also returns the side of the tiles.
-std::pair<py::array, int> masked_conv2d(int dtype, const py::array& x, const py::array& weight,
-                                        const std::optional<py::array>& bias,
-                                        const py::array& neighbours, Pair dilation, size_t offset,
-                                        int64_t warps, int64_t runs, unsigned seed) {
+// lie `offset` elements after a multiple of 16 bytes. Also returns the side of the tiles, and
+// whether it was the kernel on tensor cores.
+std::tuple<py::array, int, bool> masked_conv2d(int dtype, const py::array& x,
+                                               const py::array& weight,
+                                               const std::optional<py::array>& bias,
+                                               const py::array& neighbours, Pair dilation,
+                                               size_t offset, int64_t warps, int64_t runs,
+                                               unsigned seed) {
   const DeviceArray in(x, offset), taps(weight, offset), table(neighbours);
   const DeviceArray y(x.dtype(), Shape(x.shape(), x.shape() + 3), offset);
   std::optional<DeviceArray> bias_row;
@@ -163,8 +166,9 @@ std::pair<py::array, int> masked_conv2d(int dtype, const py::array& x, const py:
   convmae::cuda::plan_forward(p);
   convmae::cuda::cut_forward(p, warps);
   if (runs > 0) convmae::cuda::cut_runs(p, runs);
-  simt::masked_conv2d(p, seed);
-  return {y.numpy(), p.tile_side};
+  const bool tensor = p.kernel == convmae::cuda::Kernel::Tensor;
+  tensor ? simt::masked_conv2d_tensor(p, seed) : simt::masked_conv2d(p, seed);
+  return {y.numpy(), p.tile_side, tensor};
 }
 
 // Gradients of weight and bias, and the side of the tiles.

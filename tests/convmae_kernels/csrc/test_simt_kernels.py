@@ -57,7 +57,7 @@ def forward(x, weight, bias, mask, dilation=(1, 1), offset=0, runs=0, warps=1716
         "masked_conv2d", CODES[x.dtype], array(x), array(weight),
         None if bias is None else array(bias), table.numpy(), [*dilation], offset, warps, runs,
         like=x, **options,
-    )  # fmt: skip
+    )[:2]  # fmt: skip
 
 
 def weight_grad(grad, x, mask, kernel, dilation=(1, 1), offset=0, runs=0, **options):
