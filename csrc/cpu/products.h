@@ -8,10 +8,26 @@
 namespace convmae {
 namespace {
 
-// One piece of the rows, from channel `c` on; sums of several vectors do not wait for each other.
+// Calls f(vectors, lanes, channel) until every channel is covered: pieces of four vectors, whose
+// sums do not wait for each other, then of fewer, then channel by channel.
+template <class A, class F>
+__attribute__((always_inline)) inline void for_pieces(int64_t channels, F&& f) {
+  int64_t c = 0;
+  const auto pieces = [&](auto vectors, auto lanes) __attribute__((always_inline)) {
+    for (; c + vectors * lanes <= channels; c += vectors * lanes) f(vectors, lanes, c);
+  };
+  pieces(Index<4>{}, Index<kLanes<A>>{});
+  pieces(Index<2>{}, Index<kLanes<A>>{});
+  pieces(Index<1>{}, Index<kLanes<A>>{});
+  pieces(Index<1>{}, Index<1>{});
+}
+
+// to = from + a[0] * b[0] + a[1] * b[1] + ..., all of them rows of channels, for the piece of them
+// that begins at channel `c`. With FromZero, for sums that go on, the products are added up first:
+// each addition to a long sum rounds anew.
 template <bool FromZero, int Vectors, int N, class T, class U, class O>
-inline void add_piece(int64_t c, int64_t count, const T* const* a, const U* const* b,
-                      const Acc<T>* from, O* to) {
+inline void add_products(int64_t c, int64_t count, const T* const* a, const U* const* b,
+                         const Acc<T>* from, O* to) {
   Vec<Acc<T>, N> sum[Vectors];
   unroll<Vectors>(
       [&](auto v) { sum[v] = FromZero ? Vec<Acc<T>, N>{} : load<N>(from + c + v * N); });
@@ -24,23 +40,6 @@ inline void add_piece(int64_t c, int64_t count, const T* const* a, const U* cons
     if constexpr (FromZero) sum[v] += load<N>(from + c + v * N);
     store<N>(to + c + v * N, sum[v]);
   });
-}
-
-// to = from + a[0] * b[0] + a[1] * b[1] + ..., all of them rows of channels. With FromZero, for
-// sums that go on, the products are added up first: each addition to a long sum rounds anew.
-template <bool FromZero, class T, class U, class O>
-inline void add_products(int64_t channels, int64_t count, const T* const* a, const U* const* b,
-                         const Acc<T>* from, O* to) {
-  constexpr int n = kLanes<Acc<T>>;
-  int64_t c = 0;
-  const auto pieces = [&](auto vectors, auto lanes) {
-    constexpr int V = decltype(vectors)::value, N = decltype(lanes)::value;
-    for (; c + V * N <= channels; c += V * N) add_piece<FromZero, V, N>(c, count, a, b, from, to);
-  };
-  pieces(Index<4>{}, Index<n>{});
-  pieces(Index<2>{}, Index<n>{});
-  pieces(Index<1>{}, Index<n>{});
-  pieces(Index<1>{}, Index<1>{});
 }
 
 // Calls f(tap, row of the source) for what is visible of what a position meets.

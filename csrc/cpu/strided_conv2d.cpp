@@ -21,7 +21,9 @@ void convolve_blocks(const cpu::StridedConv2dProducts& p, int64_t begin, int64_t
         met.get()[count] = x;
         weight.get()[count++] = taps + tap * p.channels;
       });
-      add_products<false>(p.channels, count, met.get(), weight.get(), bias, to);
+      for_pieces<A>(p.channels, [&](auto vectors, auto lanes, int64_t c) {
+        add_products<false, vectors, lanes>(c, count, met.get(), weight.get(), bias, to);
+      });
     }
   }
 }

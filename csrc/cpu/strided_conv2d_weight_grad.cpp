@@ -6,8 +6,8 @@
 namespace convmae {
 namespace {
 
-// Blocks are taken together until so many outputs are: their features stay in the nearest caches
-// while every tap goes over them.
+// Blocks are taken together until so many outputs are: a piece of their channels stays in the
+// nearest cache while every tap goes over it.
 constexpr int64_t kOutputs = 32;
 
 // sum += all rows, added up first.
@@ -42,11 +42,14 @@ void weight_grad_blocks(const cpu::StridedConv2dWeightGrad& p, Acc<T>* partial, 
       }
     }
     add_rows(channels, (last - first) * p.positions, rows, partial);
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      Acc<T>* const sum = partial + (1 + tap) * channels;
-      add_products<true>(channels, counts.get()[tap], x.get() + tap * capacity,
-                         grad.get() + tap * capacity, sum, sum);
-    }
+    for_pieces<Acc<T>>(channels, [&](auto vectors, auto lanes, int64_t c) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        Acc<T>* const sum = partial + (1 + tap) * channels;
+        const int64_t at = tap * capacity;
+        add_products<true, vectors, lanes>(c, counts.get()[tap], x.get() + at, grad.get() + at, sum,
+                                           sum);
+      }
+    });
   }
 }
 

@@ -9,13 +9,12 @@ from convmae_kernels.ops.support.dispatch import WHY_NOT_COMPILED
 from convmae_kernels.testing import (
     DTYPES,
     MASKS,
-    assert_within_budget,
     make_mask,
 )
 from tests.support.conv_results import check_close
 from tests.support.convolutions import Case, make_inputs, run, run_dense
 from tests.support.instruction_sets import LOWER, run_tests
-from tests.support.strided_conv2d import SHAPES, make_problem
+from tests.support.strided_conv2d import SHAPES, check_results, make_problem, strided_results
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 compiled = pytest.mark.skipif(
@@ -27,16 +26,6 @@ NAN = float("nan")
 CHANNELS = [1, 5, 16, 51, 96]  # with and without a rest, of vectors and of several of them
 
 
-def everything(ops, tensors, neighbours, shape):
-    """The convolution and its gradients."""
-    x, weight, bias, grad = tensors
-    return [
-        ops.strided_conv2d(x, weight, bias, neighbours, *shape),
-        ops.strided_conv2d_input_grad(grad, weight, neighbours, *shape),
-        *ops.strided_conv2d_weight_grad(grad, x, neighbours, weight.shape[2:], *shape),
-    ]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_shape(dtype):
     torch.manual_seed(0)
@@ -44,17 +33,9 @@ def test_every_shape(dtype):
     neighbours = mask.neighbours(2)
     for i, shape in enumerate(SHAPES):
         for channels in CHANNELS if i == 0 else CHANNELS[i % 3 :: 2]:
-            tensors, options = make_problem(mask, channels, shape, dtype)
-            wide = [t.double() for t in tensors]
-            found = everything(OPS, tensors, neighbours, options)
-            plain = everything(reference, tensors, neighbours, options)
-            exact = everything(reference, wide, neighbours, options)
-            terms = everything(reference, [t.abs() for t in wide], neighbours, options)
-            if dtype == torch.float64:  # then `plain` is `exact`, and errs by nothing
-                check_close(found, exact)
-                continue
-            for values in zip(found, exact, plain, terms, strict=True):
-                assert_within_budget(*values, name=f"{shape}, {channels} channels")
+            tensors, rest = make_problem(mask, channels, shape, dtype)
+            found = strided_results(OPS, tensors, neighbours, rest)
+            check_results(found, tensors, neighbours, rest)
 
 
 DENSE = [
@@ -79,7 +60,7 @@ def test_the_reference_is_the_derivative_of_the_convolution():
         (*leaves, grad), options = make_problem(mask, 3, shape)
         leaves = [t.requires_grad_() for t in leaves]
         y = reference.strided_conv2d(*leaves, neighbours, *options)
-        found = everything(reference, [*leaves, grad], neighbours, options)[1:]
+        found = strided_results(reference, [*leaves, grad], neighbours, options)[1:]
         expected = torch.autograd.grad(y, leaves, grad)
         torch.testing.assert_close(found, list(expected))
 
@@ -109,7 +90,7 @@ def test_threads_change_no_bit(side, threads):
     results = []
     for number in (1, 2, 3):
         threads(number)
-        results.append(everything(OPS, tensors, mask.neighbours(1), options))
+        results.append(strided_results(OPS, tensors, mask.neighbours(1), options))
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
 
@@ -126,7 +107,7 @@ def test_hidden_positions_are_not_read():
     clean = [torch.where(hidden[:, None, None], 0, t) if t.dim() == 3 else t for t in tensors]
     dirty = [torch.where(hidden[:, None, None], NAN, t) if t.dim() == 3 else t for t in tensors]
     for i in (0, 1):  # what hidden rows give themselves is nobody's
-        a, b = (everything(OPS, ts, table, options)[i] for ts in (clean, dirty))
+        a, b = (strided_results(OPS, ts, table, options)[i] for ts in (clean, dirty))
         assert torch.equal(a[~hidden], b[~hidden])
     assert b[~hidden].isfinite().all()
 
@@ -136,8 +117,8 @@ def test_arguments_that_do_not_fit_are_refused():
     mask = make_mask("ragged")
     tensors, options = make_problem(mask, 2, (2, (7, 7), 2, (3, 3), (1, 1)), torch.float32)
     with pytest.raises(RuntimeError, match="neighbours does not reach as far as the kernel"):
-        everything(OPS, tensors, mask.neighbours(1), options)
-    everything(OPS, tensors, mask.neighbours(2), options)
+        strided_results(OPS, tensors, mask.neighbours(1), options)
+    strided_results(OPS, tensors, mask.neighbours(2), options)
     x, weight, bias, grad = tensors
     table, kernel = mask.neighbours(2), weight.shape[2:]
     for call, message in (

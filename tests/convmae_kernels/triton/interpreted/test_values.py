@@ -22,7 +22,7 @@ from convmae_kernels.testing import (
 )
 from convmae_kernels.triton import masked_conv2d_grads as grads_module
 from convmae_kernels.triton import masked_conv2d_weight_grad as weight_grad_module
-from tests.support.strided_conv2d import SHAPES, make_problem
+from tests.support.strided_conv2d import SHAPES, check_results, make_problem, strided_results
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "few_programs")
 
@@ -184,31 +184,16 @@ def test_all_gradients_at_once(
     assert torch.equal(found[2], bias)  # summed in the same order
 
 
-@pytest.mark.parametrize(("i", "dtype"), enumerate(DTYPES), ids=str)
+@pytest.mark.parametrize(("i", "dtype"), list(enumerate(DTYPES)), ids=str)
 def test_strided_conv2d(i, dtype, few_programs):
     """Every shape in a dtype, and every dtype with two shapes."""
     few_programs(5)
     mask = make_mask("ragged")
-    table, ops = mask.neighbours(2), torch.ops.convmae_triton
-
-    def everything(ops, shape, x, weight, bias, grad):
-        return [
-            ops.strided_conv2d(x, weight, bias, table, *shape),
-            ops.strided_conv2d_input_grad(grad, weight, table, *shape),
-            *ops.strided_conv2d_weight_grad(grad, x, table, weight.shape[2:], *shape),
-        ]
-
+    table = mask.neighbours(2)
     for shape in (SHAPES[i], SHAPES[i + 4]):
-        inputs, rest = make_problem(mask, 5, shape, dtype)
-        wide = [t.double() for t in inputs]
-        results = [
-            everything(ops, rest, *inputs),
-            everything(reference, rest, *wide),
-            everything(reference, rest, *inputs),
-            everything(reference, rest, *(t.abs() for t in wide)),
-        ]
-        for values in zip(*results, strict=True):
-            assert_within_budget(*values, name=str(shape))
+        tensors, rest = make_problem(mask, 5, shape, dtype)
+        found = strided_results(torch.ops.convmae_triton, tensors, table, rest)
+        check_results(found, tensors, table, rest)
 
 
 @dtypes
