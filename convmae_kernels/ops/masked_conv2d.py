@@ -12,7 +12,6 @@ from torch.nn.functional import linear, pad
 from convmae_kernels.ops import (  # noqa: F401  (registers the ops)
     reference,
     strided_conv2d,
-    window_conv2d,
 )
 from convmae_kernels.ops.support.arithmetic import as_cast, multiply, patch_conv2d
 from convmae_kernels.ops.support.autocast import autocast_dtype, autocast_is_on
@@ -25,6 +24,7 @@ from convmae_kernels.ops.support.flops import (
     weight_gradient_flops,
 )
 from convmae_kernels.ops.support.geometry import pair
+from convmae_kernels.ops.window_conv2d import goes_without_windows
 from convmae_kernels.zorder import BLOCK_SIZES, to_zorder
 
 if TYPE_CHECKING:
@@ -182,17 +182,20 @@ def masked_conv2d(
             stride, have 0. Of four numbers some may be negative: positions that are left out.
         impl: which implementation runs; "auto" is the fastest that is there, "reference" always
             applies. The other names choose kernels of this package: for depthwise convolutions with
-            a kernel up to 15, and for groups on a CPU, those that convolve, for others those that
-            gather the windows, which PyTorch then multiplies or convolves. A convolution without
-            groups whose kernel is its stride, or 1 x 1, is a matrix product of packed features:
-            there are no kernels to choose from, and these names are refused.
+            a kernel up to 15, for groups on a CPU, and of Triton's for 16 channels of a group or
+            more, those that convolve, for others those that gather the windows, which PyTorch then
+            multiplies or convolves. "auto" takes those of Triton on a GPU, for half types and for
+            groups. A convolution without groups whose kernel is its stride, or 1 x 1, is a matrix
+            product of packed features: there are no kernels to choose from, and these names are
+            refused.
 
     Returns:
         `[T, (s / stride) ** 2, C_out]` in the dtype of `x`, for the same mask. Differentiable any
         number of times. Half types are accumulated in float32. Under autocast it runs in the
-        autocast dtype. Of depthwise convolutions with a kernel up to 15, and of groups on a CPU,
-        the same input gives the same bits whatever the number of threads; others are PyTorch's
-        matrix products and convolutions of what `gather_windows` gives, and as repeatable as these.
+        autocast dtype. Of depthwise convolutions with a kernel up to 15, of groups on a CPU, and
+        of Triton's kernels, the same input gives the same bits whatever the number of threads;
+        others are PyTorch's matrix products and convolutions of what `gather_windows` gives, and as
+        repeatable as these.
 
     Raises:
         TypeError: an argument is not a tensor of one of the dtypes, or dtypes differ.
@@ -220,7 +223,9 @@ def masked_conv2d(
     if plan.way == "strided" and not plain:
         run = select(impl, "strided_conv2d", reference.strided_conv2d, x, mask)
         return run(x, weight, bias, neighbours, plan.stride, plan.padding, plan.dilation)
-    run = select(impl, "window_conv2d", reference.window_conv2d, x, mask)
+    without_windows = goes_without_windows(impl, x, weight, groups)
+    name = "grouped_conv2d" if without_windows else "window_conv2d"
+    run = select(impl, name, reference.window_conv2d, x, mask)
     return run(x, weight, bias, neighbours, plan.stride, plan.padding, plan.dilation, groups)
 
 

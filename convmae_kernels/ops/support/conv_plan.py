@@ -27,11 +27,13 @@ DESCRIPTIONS: dict[ConvWay, str] = {
     "depthwise": "computed by the depthwise kernels",
     "strided": "computed by the depthwise kernels for strides, even kernels and kernels off their "
     "centre, only where there are outputs",
-    "groups": "computed by the kernels for groups on a CPU, elsewhere by PyTorch's convolution of "
-    "windows that the kernels gather",
+    "groups": "computed by the kernels for groups on a CPU; on a GPU by Triton's where a group has "
+    "16 channels or more, elsewhere by PyTorch's convolution of windows that the kernels gather",
     "windows, product": "a matrix product by PyTorch of windows that the kernels gather; of many "
-    "channels on a CPU, one of what is visible for each tap",
-    "windows, convolution": "PyTorch's convolution of windows that the kernels gather",
+    "channels on a CPU, one of what is visible for each tap; of 16 channels or more on a GPU in "
+    "half types, computed by Triton's kernels",
+    "windows, convolution": "PyTorch's convolution of windows that the kernels gather; of 16 "
+    "channels or more on a GPU in half types, computed by Triton's kernels",
 }
 
 

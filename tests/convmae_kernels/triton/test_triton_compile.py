@@ -16,6 +16,8 @@ from convmae_kernels.triton import (  # noqa: E402
     gather_visible,
     gather_windows,
     gather_windows_grad,
+    grouped_conv2d,
+    grouped_conv2d_weight_grad,
     masked_conv2d,
     masked_conv2d_grads,
     masked_conv2d_weight_grad,
@@ -33,6 +35,7 @@ pytestmark = [
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = (80, 90, 100)
 KERNELS = (3, 5, 7)
+DEPTHS = {"bf16": 64, "fp16": 64, "fp32": 32, "fp64": 16}  # of products, see `depth`
 TYPES = {"bf16": tl.float32, "fp16": tl.float32, "fp32": tl.float32, "fp64": tl.float64}
 
 
@@ -48,7 +51,8 @@ def compiled(kernel, target, pointers, configuration=None, **constants):
     constants = {**constants, **options}
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    aligned = [i for i, name in enumerate(names) if name in pointers or name == "channels"]
+    even = {*pointers, "channels", "inputs", "outputs"}
+    aligned = [i for i, name in enumerate(names) if name in even]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=warps)
@@ -180,6 +184,27 @@ def compiled_strided(target, dtype, kernel=(3, 3), side_bits=3, stride_bits=1, c
             yield compiled(function, target, mine, configuration, **constants, **more)
 
 
+def compiled_products(target, dtype, configuration, is_grad=False, stride_bits=0):
+    """Of `grouped_conv2d` or its input gradient, on blocks of side 4 and many channels."""
+    pointers = {f"{name}_ptr": f"*{dtype}" for name in ("x", "weight", "bias", "y")}
+    pointers["neighbours_ptr"] = "*i32"
+    constants = kernel_constants(dtype, (3, 3), side_bits=2)
+    constants |= {"STRIDE_BITS": stride_bits, "HAS_BIAS": not is_grad, "IS_GRAD": is_grad}
+    constants["INPUTS"] = DEPTHS[dtype]
+    function = grouped_conv2d.sum_taps_kernel
+    return compiled(function, target, pointers, configuration, **constants)
+
+
+def compiled_products_grad(target, dtype, configuration):
+    accumulator = "fp64" if dtype == "fp64" else "fp32"
+    pointers = {"grad_ptr": f"*{dtype}", "x_ptr": f"*{dtype}"}
+    pointers |= {"neighbours_ptr": "*i32", "parts_ptr": f"*{accumulator}"}
+    constants = kernel_constants(dtype, (3, 3), side_bits=2)
+    constants |= {"STRIDE_BITS": 0, "POSITIONS": DEPTHS[dtype]}
+    function = grouped_conv2d_weight_grad.sum_positions_kernel
+    return compiled(function, target, pointers, configuration, **constants)
+
+
 def resources(kernel, folder):
     """What ptxas gave a kernel: registers, and bytes of stack, shared and local memory."""
     file = folder / "kernel.cubin"
@@ -223,6 +248,33 @@ def test_all_gradients_stay_in_registers(architecture, dtype, kernel, configurat
     for configuration in masked_conv2d_grads.CONFIGURATIONS[configurations]:
         found = compiled_grads(target, dtype, configuration, (kernel, kernel))
         assert_in_registers(found, tmp_path)
+        assert "atom" not in found.asm["ptx"]
+
+
+PRODUCTS = {(80, "bf16"): "mma.sync", (90, "bf16"): "wgmma", (100, "bf16"): "tcgen05.mma"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "configuration"),
+    [(80, "bf16", 5), (90, "bf16", 0), (100, "bf16", 1), (90, "fp32", 0)],
+)
+def test_products_stay_in_registers(architecture, dtype, configuration, tmp_path):
+    target = GPUTarget("cuda", architecture, 32)
+    grads = grouped_conv2d_weight_grad.OF_MANY_CHANNELS
+    for found in (
+        compiled_products(
+            target,
+            dtype,
+            grouped_conv2d.CONFIGURATIONS[configuration],
+            is_grad=architecture == 90,
+            stride_bits=architecture == 80,
+        ),
+        compiled_products_grad(target, dtype, grads[configuration % 4]),
+    ):
+        assert_in_registers(found, tmp_path)
+        assert PRODUCTS.get((architecture, dtype), "fma.rn.f32") in found.asm["ptx"]
+        assert "cp.async" in found.asm["ptx"]  # while others are multiplied
+        assert ".tf32" not in found.asm["ptx"]
         assert "atom" not in found.asm["ptx"]
 
 
@@ -328,6 +380,8 @@ def test_for_amd(architecture):
         compiled_windows(target, "bf16", gather_windows.CONFIGURATIONS[0]),
         compiled_windows_grad(target, "bf16", gather_windows_grad.CONFIGURATIONS[0]),
         *compiled_strided(target, "bf16"),
+        compiled_products(target, "bf16", grouped_conv2d.CONFIGURATIONS[0]),
+        compiled_products_grad(target, "bf16", grouped_conv2d_weight_grad.OF_MANY_CHANNELS[0]),
     ]
     for kernel in kernels:
         assert f"amdgcn-amd-amdhsa--{architecture}" in kernel.asm["amdgcn"]
