@@ -171,18 +171,17 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_grads(const Tensor& grad, const
 }
 
 #ifdef WITH_CUDA
-Tensor masked_conv2d_cuda(const Tensor& x_, const Tensor& weight_, std::optional<Tensor> bias,
-                          const Tensor& neighbours_, std::vector<int64_t> dilation) {
-  const OnDevice device(x_);
-  const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
-  const Tensor neighbours = torch::stable::contiguous(neighbours_);
-  check_weight(x, weight, bias);
+// Its tensors must be contiguous.
+Tensor convolve_cuda(const OnDevice& device, const Tensor& x, const Tensor& weight,
+                     std::optional<Tensor> bias, const Tensor& neighbours,
+                     const std::vector<int64_t>& dilation, bool flipped) {
   cuda::MaskedConv2dForward p;
   fill_params(p, x, neighbours, weight.size(2), weight.size(3), dilation);
   if (bias.has_value()) {
     bias = torch::stable::contiguous(torch::stable::to(*bias, x.scalar_type()));
   }
   Tensor y = torch::stable::new_empty(x, x.sizes());
+  p.flipped = flipped;
   p.weight = weight.const_data_ptr();
   p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
   p.y = y.mutable_data_ptr();
@@ -201,6 +200,45 @@ Tensor masked_conv2d_cuda(const Tensor& x_, const Tensor& weight_, std::optional
   return y;
 }
 
+Tensor masked_conv2d_cuda(const Tensor& x_, const Tensor& weight_, std::optional<Tensor> bias,
+                          const Tensor& neighbours_, std::vector<int64_t> dilation) {
+  const OnDevice device(x_);
+  const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
+  const Tensor neighbours = torch::stable::contiguous(neighbours_);
+  check_weight(x, weight, bias);
+  return convolve_cuda(device, x, weight, bias, neighbours, dilation, false);
+}
+
+// The results of a weight gradient on the GPU, and the shares that it sums.
+struct WeightGradTensors {
+  Tensor partial, weight, bias;
+
+  WeightGradTensors(cuda::MaskedConv2dWeightGrad& p, const Tensor& x)
+      : partial(torch::stable::new_empty(
+            x, {p.shares, 1 + int64_t(p.kernel_rows) * p.kernel_columns, p.channels},
+            accumulation_type(x))),
+        weight(torch::stable::new_empty(x, {p.channels, 1, p.kernel_rows, p.kernel_columns})),
+        bias(torch::stable::new_empty(x, {p.channels})) {
+    p.partial = partial.mutable_data_ptr();
+    p.grad_weight = weight.mutable_data_ptr();
+    p.grad_bias = bias.mutable_data_ptr();
+  }
+};
+
+// Its tensors must be contiguous.
+std::tuple<Tensor, Tensor> reduce_cuda(const OnDevice& device, const Tensor& grad, const Tensor& x,
+                                       const Tensor& neighbours, int64_t kernel_rows,
+                                       int64_t kernel_columns,
+                                       const std::vector<int64_t>& dilation) {
+  cuda::MaskedConv2dWeightGrad p;
+  fill_params(p, x, neighbours, kernel_rows, kernel_columns, dilation);
+  p.grad = grad.const_data_ptr();
+  cuda::plan_weight_grad(p);
+  const WeightGradTensors results(p, x);
+  device.check(cuda::masked_conv2d_weight_grad(p, device.stream()));
+  return {results.weight, results.bias};
+}
+
 std::tuple<Tensor, Tensor> masked_conv2d_weight_grad_cuda(const Tensor& grad_, const Tensor& x_,
                                                           const Tensor& neighbours_,
                                                           std::vector<int64_t> kernel,
@@ -209,19 +247,35 @@ std::tuple<Tensor, Tensor> masked_conv2d_weight_grad_cuda(const Tensor& grad_, c
   const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
   const Tensor neighbours = torch::stable::contiguous(neighbours_);
   check_grad(grad, x, kernel);
-  cuda::MaskedConv2dWeightGrad p;
-  fill_params(p, x, neighbours, kernel[0], kernel[1], dilation);
+  return reduce_cuda(device, grad, x, neighbours, kernel[0], kernel[1], dilation);
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_conv2d_grads_cuda(const Tensor& grad_, const Tensor& x_,
+                                                            const Tensor& weight_,
+                                                            const Tensor& neighbours_,
+                                                            std::vector<int64_t> dilation) {
+  const OnDevice device(x_);
+  const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
+  const Tensor weight = torch::stable::contiguous(weight_);
+  const Tensor neighbours = torch::stable::contiguous(neighbours_);
+  check_weight(x, weight, std::nullopt);
+  check_grad(grad, x, {weight.size(2), weight.size(3)});
+  cuda::MaskedConv2dGrads p;
+  fill_params(p, x, neighbours, weight.size(2), weight.size(3), dilation);
+  Tensor grad_x = torch::stable::new_empty(x, x.sizes());
   p.grad = grad.const_data_ptr();
-  cuda::plan_weight_grad(p);
-  Tensor partial = torch::stable::new_empty(x, {p.runs, 1 + kernel[0] * kernel[1], p.channels},
-                                            accumulation_type(x));
-  Tensor grad_weight = torch::stable::new_empty(x, {p.channels, 1, kernel[0], kernel[1]});
-  Tensor grad_bias = torch::stable::new_empty(x, {p.channels});
-  p.partial = partial.mutable_data_ptr();
-  p.grad_weight = grad_weight.mutable_data_ptr();
-  p.grad_bias = grad_bias.mutable_data_ptr();
-  device.check(cuda::masked_conv2d_weight_grad(p, device.stream()));
-  return {grad_weight, grad_bias};
+  p.weight = weight.const_data_ptr();
+  p.grad_x = grad_x.mutable_data_ptr();
+  cuda::plan_grads(p);
+  if (p.tile_side == 0) {  // one after the other
+    grad_x = convolve_cuda(device, grad, weight, std::nullopt, neighbours, dilation, true);
+    const auto [grad_weight, grad_bias] =
+        reduce_cuda(device, grad, x, neighbours, weight.size(2), weight.size(3), dilation);
+    return {grad_x, grad_weight, grad_bias};
+  }
+  const WeightGradTensors results(p, x);
+  device.check(cuda::masked_conv2d_grads(p, device.stream()));
+  return {grad_x, results.weight, results.bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_conv2d_grads_cuda(const Tensor& grad, const Tensor& x,

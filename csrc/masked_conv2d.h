@@ -68,22 +68,31 @@ struct MaskedConv2dRuns : MaskedConv2dParams {
 enum class Kernel { Any, Tiles, Tensor };
 
 // weight is [channels, kernel_rows * kernel_columns], bias [channels] or null, both in the dtype of
-// x; y is like x.
+// x; y is like x. `flipped`: the taps in reverse order, for the gradient in x.
 struct MaskedConv2dForward : MaskedConv2dRuns {
+  bool flipped = false;
   const void* weight;
   const void* bias;
   void* y;
   Kernel kernel;
 };
 
-// grad is like x. partial is [runs, 1 + kernel_rows * kernel_columns, channels], every run's share
-// of the gradients of the bias and the taps, in the accumulation type. Their sums go to
+// grad is like x. partial is [shares, 1 + kernel_rows * kernel_columns, channels], every run's
+// share of the gradients of the bias and the taps, in the accumulation type. Their sums go to
 // grad_weight, [channels, kernel_rows * kernel_columns], and grad_bias, [channels].
 struct MaskedConv2dWeightGrad : MaskedConv2dRuns {
+  int64_t shares;
   const void* grad;
   void* partial;
   void* grad_weight;
   void* grad_bias;
+};
+
+// All gradients at once. weight as in MaskedConv2dForward; grad_x is like x. A run has several
+// shares.
+struct MaskedConv2dGrads : MaskedConv2dWeightGrad {
+  const void* weight;
+  void* grad_x;
 };
 
 LaunchError masked_conv2d(const MaskedConv2dForward& p, Stream stream);
@@ -93,5 +102,7 @@ int64_t masked_conv2d_warps(const MaskedConv2dForward& p);
 LaunchError masked_conv2d_tensor(const MaskedConv2dForward& p, Stream stream);
 int64_t masked_conv2d_tensor_blocks(const MaskedConv2dForward& p);
 LaunchError masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, Stream stream);
+LaunchError masked_conv2d_weight_grad_sum(const MaskedConv2dWeightGrad& p, Stream stream);
+LaunchError masked_conv2d_grads(const MaskedConv2dGrads& p, Stream stream);
 }  // namespace cuda
 }  // namespace convmae

@@ -51,8 +51,8 @@ inline void cut_runs(MaskedConv2dRuns& p, int64_t runs) {
 // Half types and 7x7 on tiles of 4x4: tensor cores, with slices of 64 bytes and four channels for
 // each warp.
 inline bool fits_tensor_cores(const MaskedConv2dForward& p) {
-  return p.tile_side == 4 && p.kernel_rows == 7 && size_of(p.dtype) == 2 && p.channels % 4 == 0 &&
-         aligned(p.x, 8) && aligned(p.y, 8);
+  return !p.flipped && p.tile_side == 4 && p.kernel_rows == 7 && size_of(p.dtype) == 2 &&
+         p.channels % 4 == 0 && aligned(p.x, 8) && aligned(p.y, 8);
 }
 
 // The first step of a plan: which kernel. The second one cuts runs for the GPU.
@@ -90,6 +90,22 @@ inline void plan_weight_grad(MaskedConv2dWeightGrad& p) {
   }
   const int64_t most = std::max<int64_t>(1, p.tiles / (4 * warps));
   cut_runs(p, std::clamp<int64_t>(blocks / std::max<int64_t>(1, p.slices), 1, most));
+  p.shares = p.runs;
+}
+
+// Whether one kernel gives all gradients; then the runs follow from the problem only, as above.
+inline void plan_grads(MaskedConv2dGrads& p) {
+  plan_tiles(p, {p.x, p.grad, p.grad_x});
+  if (p.tile_side > 0 && !fits_grads(p.tile_side, p.kernel_rows, 4 / size_of(p.dtype))) {
+    p.tile_side = 0;
+  }
+  if (p.tile_side == 0) return;
+  with_tile_shape(p, [&](auto side, auto kernel) {
+    const int64_t most = std::max<int64_t>(1, p.tiles / (4 * kGradsWarps<side, kernel>));
+    const int64_t runs = kGradsRuns<side, kernel> / std::max<int64_t>(1, p.slices);
+    cut_runs(p, std::clamp<int64_t>(runs, 1, most));
+    p.shares = p.runs * kGradsShares<side, kernel>;
+  });
 }
 
 }  // namespace convmae::cuda

@@ -24,5 +24,7 @@ void masked_conv2d_tensor(const convmae::cuda::MaskedConv2dForward& p, unsigned 
 void masked_conv2d_weight_grad(const convmae::cuda::MaskedConv2dWeightGrad& p, unsigned seed);
 void strided_conv2d(const convmae::cuda::StridedConv2dProducts& p, unsigned seed);
 void strided_conv2d_weight_grad(const convmae::cuda::StridedConv2dWeightGrad& p, unsigned seed);
+void masked_conv2d_weight_grad_sum(const convmae::cuda::MaskedConv2dWeightGrad& p, unsigned seed);
+void masked_conv2d_grads(const convmae::cuda::MaskedConv2dGrads& p, unsigned seed);
 
 }  // namespace simt

@@ -171,6 +171,22 @@ std::tuple<py::array, int, bool> masked_conv2d(int dtype, const py::array& x,
   return {y.numpy(), p.tile_side, tensor};
 }
 
+// The results of a weight gradient, and the shares that it sums.
+struct WeightGradArrays {
+  DeviceArray partial, weight, bias;
+
+  WeightGradArrays(convmae::cuda::MaskedConv2dWeightGrad& p, const py::array& x)
+      : partial(
+            p.dtype == convmae::DType::Double ? py::dtype::of<double>() : py::dtype::of<float>(),
+            {py::ssize_t(p.shares), 1 + p.kernel_rows * p.kernel_columns, py::ssize_t(p.channels)}),
+        weight(x.dtype(), {py::ssize_t(p.channels), 1, p.kernel_rows, p.kernel_columns}),
+        bias(x.dtype(), Shape{py::ssize_t(p.channels)}) {
+    p.partial = partial.data();
+    p.grad_weight = weight.data();
+    p.grad_bias = bias.data();
+  }
+};
+
 // Gradients of weight and bias, and the side of the tiles.
 std::tuple<py::array, py::array, int> masked_conv2d_weight_grad(
     int dtype, const py::array& grad, const py::array& x, const py::array& neighbours, Pair kernel,
@@ -180,18 +196,49 @@ std::tuple<py::array, py::array, int> masked_conv2d_weight_grad(
   fill_params(p, dtype, x, in, neighbours, table, kernel, dilation);
   p.grad = grad_in.data();
   convmae::cuda::plan_weight_grad(p);
-  if (runs > 0) convmae::cuda::cut_runs(p, runs);
-  const py::ssize_t channels = x.shape(2), taps = kernel[0] * kernel[1];
-  const bool wide = p.dtype == convmae::DType::Double;
-  const DeviceArray partial(wide ? py::dtype::of<double>() : py::dtype::of<float>(),
-                            {py::ssize_t(p.runs), 1 + taps, channels});
-  const DeviceArray weight(x.dtype(), {channels, 1, kernel[0], kernel[1]});
-  const DeviceArray bias(x.dtype(), Shape{channels});
-  p.partial = partial.data();
-  p.grad_weight = weight.data();
-  p.grad_bias = bias.data();
+  if (runs > 0) {
+    convmae::cuda::cut_runs(p, runs);
+    p.shares = p.runs;
+  }
+  const WeightGradArrays results(p, x);
   simt::masked_conv2d_weight_grad(p, seed);
-  return {weight.numpy(), bias.numpy(), p.tile_side};
+  return {results.weight.numpy(), results.bias.numpy(), p.tile_side};
+}
+
+// Gradients of x, weight and bias, and the side of the tiles; where that is 0 the input gradient
+// alone, of a forward kernel with flipped taps.
+py::tuple masked_conv2d_grads(int dtype, const py::array& grad, const py::array& x,
+                              const py::array& weight, const py::array& neighbours, Pair dilation,
+                              size_t offset, int64_t runs, unsigned seed) {
+  const DeviceArray grad_in(grad, offset), in(x, offset), taps(weight, offset), table(neighbours);
+  const DeviceArray grad_x(x.dtype(), Shape(x.shape(), x.shape() + 3), offset);
+  const Pair kernel = {int(weight.shape(2)), int(weight.shape(3))};
+  convmae::cuda::MaskedConv2dGrads p;
+  fill_params(p, dtype, x, in, neighbours, table, kernel, dilation);
+  p.grad = grad_in.data();
+  p.weight = taps.data();
+  p.grad_x = grad_x.data();
+  convmae::cuda::plan_grads(p);
+  if (p.tile_side == 0) {
+    convmae::cuda::MaskedConv2dForward f;
+    fill_params(f, dtype, x, grad_in, neighbours, table, kernel, dilation);
+    f.flipped = true;
+    f.weight = taps.data();
+    f.bias = nullptr;
+    f.y = grad_x.data();
+    convmae::cuda::plan_forward(f);
+    convmae::cuda::cut_forward(f, 40);
+    simt::masked_conv2d(f, seed);
+    return py::make_tuple(grad_x.numpy(), 0);
+  }
+  if (runs > 0) {
+    const int64_t shares = p.shares / p.runs;
+    convmae::cuda::cut_runs(p, runs);
+    p.shares = shares * p.runs;
+  }
+  const WeightGradArrays results(p, x);
+  simt::masked_conv2d_grads(p, seed);
+  return py::make_tuple(grad_x.numpy(), results.weight.numpy(), results.bias.numpy(), p.tile_side);
 }
 
 // `side`: of the blocks of the input.
@@ -277,4 +324,5 @@ PYBIND11_MODULE(simt_kernels, m) {
   m.def("masked_conv2d_weight_grad", &masked_conv2d_weight_grad);
   m.def("strided_conv2d", &strided_conv2d);
   m.def("strided_conv2d_weight_grad", &strided_conv2d_weight_grad);
+  m.def("masked_conv2d_grads", &masked_conv2d_grads);
 }
