@@ -277,18 +277,6 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_grads_cuda(const Tensor& grad_,
   device.check(cuda::masked_conv2d_grads(p, device.stream()));
   return {grad_x, results.weight, results.bias};
 }
-
-std::tuple<Tensor, Tensor, Tensor> masked_conv2d_grads_cuda(const Tensor& grad, const Tensor& x,
-                                                            const Tensor& weight,
-                                                            const Tensor& neighbours,
-                                                            std::vector<int64_t> dilation) {
-  const OnDevice device(x);
-  check_weight(x, weight, std::nullopt);
-  auto [grad_weight, grad_bias] = masked_conv2d_weight_grad_cuda(
-      grad, x, neighbours, {weight.size(2), weight.size(3)}, dilation);
-  return {masked_conv2d_cuda(grad, flip(weight), std::nullopt, neighbours, dilation), grad_weight,
-          grad_bias};
-}
 #endif
 
 }  // namespace
