@@ -107,7 +107,7 @@ struct StridedConv2dWeightGrad : StridedConv2dParams {
 // Cuts the blocks into runs: as many as keep a GPU busy, as far as each has some 64 outputs. They
 // follow from the problem alone, as the order of the sums does.
 inline void plan_strided_weight_grad(StridedConv2dWeightGrad& p) {
-  constexpr int64_t kOutputs = 64, kMostRuns = 512;
+  constexpr int64_t kOutputs = 64, kMostRuns = 1024;
   const int64_t outputs = int64_t(p.outputs_side()) * p.outputs_side();
   const int64_t least = outputs < kOutputs ? kOutputs / outputs : 1;
   const int64_t cut = (p.blocks + kMostRuns - 1) / kMostRuns;

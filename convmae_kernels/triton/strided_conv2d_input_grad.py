@@ -16,7 +16,6 @@ from convmae_kernels.triton.zorder import compact, side_bits, spread
 CONFIGURATIONS = (
     Configuration("square", {"POSITIONS": 16, "CHANNELS": 64}, num_warps=4),
     Configuration("wide", {"POSITIONS": 8, "CHANNELS": 128}, num_warps=4),
-    Configuration("small", {"POSITIONS": 16, "CHANNELS": 32}, num_warps=2),
     Configuration("tall", {"POSITIONS": 128, "CHANNELS": 8}, num_warps=4),
 )
 

@@ -20,12 +20,12 @@ __device__ inline void multiply_add(const Values<T, V>& a, const Values<T, V>& b
 // tap, which is read once for them, their loads are in flight together. Each sum has the bias first
 // and then the taps in order.
 // Launch: grid ceil(blocks * ceil(positions / 4) / blockDim.y), block_of_rows.
-template <class T, int V, bool Backwards>
+template <class T, int V>
 __global__ void __launch_bounds__(256) strided_conv2d_rows(StridedConv2dProducts p) {
   using Row = Values<T, V>;
   constexpr int kTogether = 4;
-  const int side = Backwards ? p.side : p.outputs_side();
-  const int source_side = Backwards ? p.outputs_side() : p.side;
+  const int side = p.backwards ? p.side : p.outputs_side();
+  const int source_side = p.backwards ? p.outputs_side() : p.side;
   const int together = side == 1 ? 1 : kTogether, log = log2_side(side);
   const int64_t first = (int64_t(blockIdx.x) * blockDim.y + threadIdx.y) * together;
   const int64_t block = first >> 2 * log;
@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(256) strided_conv2d_rows(StridedConv2dProducts
         for (int o = 0; o < kTogether; ++o) {
           at[o] = -1;
           if (o >= together) continue;
-          const Place met = Backwards ? met_output(p, row + o / 2, column + o % 2, i, j)
-                                      : met_input(p, row + o / 2, column + o % 2, i, j);
+          const Place met = p.backwards ? met_output(p, row + o / 2, column + o % 2, i, j)
+                                        : met_input(p, row + o / 2, column + o % 2, i, j);
           if (met.neighbour < 0) continue;
           const int64_t from = table[met.neighbour];
           if (from >= 0) at[o] = from * (source_side * source_side) + met.rank;
@@ -199,12 +199,7 @@ void launch_strided_conv2d(const StridedConv2dProducts& p, Launch&& launch) {
     const int64_t groups = q.blocks * side * side / (side == 1 ? 1 : 4);
     const dim3 block = block_of_rows(q.channels);
     const dim3 grid(unsigned((groups + block.y - 1) / block.y));
-    using T = decltype(type);
-    if (q.backwards) {
-      launch(strided_conv2d_rows<T, v, true>, grid, block, 0, q);
-    } else {
-      launch(strided_conv2d_rows<T, v, false>, grid, block, 0, q);
-    }
+    launch(strided_conv2d_rows<decltype(type), v>, grid, block, 0, q);
   });
 }
 

@@ -52,11 +52,6 @@ def test_rows_that_are_hidden_are_not_read():
         same(*results)
 
 
-def test_no_races():
-    for shape, dtype in ((SHAPES[0], torch.float16), (SHAPES[3], torch.float32)):
-        check_strided(make_mask("row"), 40, shape, dtype, checker="races", seeds=(0, 3))
-
-
 def test_without_a_bias():
     mask = make_mask("row")
     (x, weight, bias, _), rest = make_problem(mask, 8, SHAPES[0], torch.float32)

@@ -23,7 +23,7 @@ compiled = pytest.mark.skipif(
 
 OPS = torch.ops.convmae
 NAN = float("nan")
-CHANNELS = [1, 5, 16, 51, 96]  # with and without a rest, of vectors and of several of them
+CHANNELS = [1, 5, 16, 51, 96]  # with and without a rest, of vectors and of pieces of several
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -32,7 +32,7 @@ def test_every_shape(dtype):
     mask = make_mask("ragged")
     neighbours = mask.neighbours(2)
     for i, shape in enumerate(SHAPES):
-        for channels in CHANNELS if i == 0 else CHANNELS[i % 3 :: 2]:
+        for channels in CHANNELS if i == 0 else [CHANNELS[i % 5]]:
             tensors, rest = make_problem(mask, channels, shape, dtype)
             found = strided_results(OPS, tensors, neighbours, rest)
             check_results(found, tensors, neighbours, rest)

@@ -288,7 +288,6 @@ def test_other_dtypes_stay_in_registers(dtype, tmp_path):
     ("architecture", "dtype", "kernel", "sizes"),
     [
         (90, "bf16", (3, 3), (3, 1, 4)),
-        (100, "fp32", (7, 4), (2, 1, 1)),
         (80, "fp64", (2, 5), (0, 0, 1)),
     ],
 )
