@@ -222,6 +222,44 @@ def depthwise(setting: Setting, dtype: torch.dtype, stage: int, backward: bool) 
     return _compare(setting, counted, packed, dense)
 
 
+@register("strided/forward_backward", backward=True)
+@register("strided/forward", backward=False)
+def strided(setting: Setting, dtype: torch.dtype, backward: bool) -> Comparison:
+    """Depthwise 3x3 with stride 2 of packed features, against `conv2d` of the map x mask.
+
+    Blocks have a side of 8 positions and 96 channels. Backward has the gradients of input, weight
+    and bias.
+    """
+    mask, side, channels, kernel, stride = setting.block_mask(), 8, 96, 3, 2
+    gh, gw = mask.grid
+
+    def dense_map(side: int, seed: int) -> Tensor:
+        x = setting.randn(setting.batch_size, channels, gh * side, gw * side, seed=seed).to(dtype)
+        return (x * mask.to_dense(side)).contiguous(memory_format=torch.channels_last)
+
+    x, grad = dense_map(side, 1), dense_map(side // stride, 2)
+    weight = setting.randn(channels, 1, kernel, kernel).to(dtype) / kernel
+    bias = setting.randn(channels).to(dtype)
+
+    def dense_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return conv2d(x, weight, bias, stride, padding=1, groups=channels)
+
+    def inputs(features: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.detach().clone().requires_grad_(backward) for t in (features, weight, bias))
+
+    pack = partial(ck.gather_visible, mask=mask)
+
+    def packed(impl: Impl) -> Way:
+        forward = partial(
+            ck.masked_conv2d, mask=mask, stride=stride, groups=channels, padding=1, impl=impl
+        )
+        return Way(forward, inputs(pack(x)), lambda y: y, pack(grad) if backward else None)
+
+    dense = Way(dense_forward, inputs(x), pack, grad if backward else None)
+    counted = work.strided_work(mask, side, channels, kernel, stride, dtype, backward)
+    return _compare(setting, counted, packed, dense)
+
+
 # -- models ---------------------------------------------------------------------------------------
 
 

@@ -113,6 +113,28 @@ def depthwise_work(
     return Work(5 * packed, 3 * flops) if backward else Work(2 * packed, flops)
 
 
+def strided_work(
+    mask: BlockMask,
+    side: int,
+    channels: int,
+    kernel: int,
+    stride: int,
+    dtype: torch.dtype,
+    backward: bool,
+) -> Work:
+    """Depthwise convolution with a stride; `taps` are those of the outputs that it keeps.
+
+    Forward reads x and writes y; backward reads both x and dy once and writes dx.
+    """
+    visible = mask.to_dense(side).double()
+    ones = torch.ones(1, 1, kernel, kernel, dtype=torch.float64, device=mask.device)
+    seen = torch.nn.functional.conv2d(visible, ones, None, stride, (kernel - stride + 1) // 2)
+    flops = 2 * int((seen * mask.to_dense(side // stride)).sum()) * channels
+    x = packed_bytes(mask, side, channels, dtype)
+    y = x // (stride * stride)
+    return Work(3 * x + 2 * y, 3 * flops) if backward else Work(x + y, flops)
+
+
 # -- models ---------------------------------------------------------------------------------------
 
 

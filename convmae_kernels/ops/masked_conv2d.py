@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from convmae_kernels.ops import reference, window_conv2d  # noqa: F401  (registers the op)
+from convmae_kernels.ops import (  # noqa: F401  (registers the ops)
+    reference,
+    strided_conv2d,
+    window_conv2d,
+)
 from convmae_kernels.ops.support.arithmetic import as_cast, multiply, patch_conv2d
 from convmae_kernels.ops.support.autocast import autocast_dtype, autocast_is_on
 from convmae_kernels.ops.support.checks import check_packed
@@ -124,16 +128,16 @@ def masked_conv2d(
             stride, have 0. Of four numbers some may be negative: positions that are left out.
         impl: which implementation runs; "auto" is the fastest that is there, "reference" always
             applies. The other names choose kernels of this package: for depthwise convolutions with
-            an odd kernel up to 15 and "same" padding, and for groups on a CPU, those that convolve,
-            for others those that gather the windows, which PyTorch then multiplies or convolves. A
-            convolution without groups whose kernel is its stride, or 1 x 1, is a matrix product of
-            packed features: there are no kernels to choose from, and these names are refused.
+            a kernel up to 15, and for groups on a CPU, those that convolve, for others those that
+            gather the windows, which PyTorch then multiplies or convolves. A convolution without
+            groups whose kernel is its stride, or 1 x 1, is a matrix product of packed features:
+            there are no kernels to choose from, and these names are refused.
 
     Returns:
         `[T, (s / stride) ** 2, C_out]` in the dtype of `x`, for the same mask. Differentiable any
         number of times. Half types are accumulated in float32. Under autocast it runs in the
-        autocast dtype. Of depthwise convolutions with an odd kernel up to 15, and of groups on a
-        CPU, the same input gives the same bits whatever the number of threads; others are PyTorch's
+        autocast dtype. Of depthwise convolutions with a kernel up to 15, and of groups on a CPU,
+        the same input gives the same bits whatever the number of threads; others are PyTorch's
         matrix products and convolutions of what `gather_windows` gives, and as repeatable as these.
 
     Raises:
@@ -158,11 +162,10 @@ def masked_conv2d(
     plain = impl == "auto" and mask.wants_plain_ops()
     if plan.way == "depthwise" and not plain:
         run = select(impl, "masked_conv2d", reference.masked_conv2d, x, mask)
-        y = run(x, weight, bias, neighbours, plan.dilation)
-        stride = plan.stride
-        if stride == 1:
-            return y
-        return y.unflatten(1, (-1, stride * stride))[:, :, plan.first].contiguous()
+        return run(x, weight, bias, neighbours, plan.dilation)
+    if plan.way == "strided" and not plain:
+        run = select(impl, "strided_conv2d", reference.strided_conv2d, x, mask)
+        return run(x, weight, bias, neighbours, plan.stride, plan.padding, plan.dilation)
     run = select(impl, "window_conv2d", reference.window_conv2d, x, mask)
     return run(x, weight, bias, neighbours, plan.stride, plan.padding, plan.dilation, groups)
 

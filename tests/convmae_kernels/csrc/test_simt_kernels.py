@@ -31,6 +31,7 @@ from tests.support.simt_emulation import (
     same,
     scatter,
 )
+from tests.support.simt_strided import check_strided
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
 
@@ -287,6 +288,10 @@ def convolve_on_tiles(**options):
     check_forward(make_mask("row"), 4, 40, runs=2, **options)
 
 
+def convolve_with_stride(**options):
+    check_strided(make_mask("row"), 4, (2, (3, 3), 2, (1, 1), (1, 1)), blocks_per_run=1, **options)
+
+
 # What runs the statements of synchronisation of each file, and the source that compiles them.
 USES = {
     "gather_visible.cuh": ("moves.cpp", move),
@@ -294,6 +299,7 @@ USES = {
     "tiles.cuh": ("masked_conv2d.cpp", convolve_on_tiles),
     "masked_conv2d.cuh": ("masked_conv2d.cpp", convolve_on_tiles),
     "masked_conv2d_weight_grad.cuh": ("masked_conv2d_weight_grad.cpp", reduce_on_tiles),
+    "strided_conv2d.cuh": ("strided_conv2d.cpp", convolve_with_stride),
 }
 SYNCHRONISATION = [
     (path.name, statement, occurrence)

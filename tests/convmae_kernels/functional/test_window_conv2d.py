@@ -50,6 +50,8 @@ def test_every_path_is_taken(case):
     names = {event.name for event in profile.function_events}
     if "convmae::masked_conv2d" in names:
         path = "depthwise"
+    elif "convmae::strided_conv2d" in names:
+        path = "strided"
     elif "convmae::window_conv2d" not in names:
         path = "linear"
     elif "convmae::grouped_conv2d" in names or (case.groups > 1 and WHY_NOT_COMPILED):
@@ -62,6 +64,7 @@ def test_every_path_is_taken(case):
 WAYS = {
     "linear": "product",
     "depthwise": "depthwise",
+    "strided": "strided",
     "groups": "groups",
     "product": "windows, product",
     "convolution": "windows, convolution",
@@ -249,7 +252,7 @@ SMALL = [
     Case("groups", 2, (2, 4), (3, 3), groups=2),
     Case("groups", 4, (2, 2), (4, 2), stride=2, groups=2),
     Case("linear", 2, (2, 1), (2, 2), stride=2),
-    Case("depthwise", 2, (2, 2), (3, 3), stride=2, groups=2),
+    Case("strided", 2, (2, 2), (3, 3), stride=2, groups=2),
 ]
 
 

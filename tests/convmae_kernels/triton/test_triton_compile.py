@@ -19,6 +19,9 @@ from convmae_kernels.triton import (  # noqa: E402
     masked_conv2d,
     masked_conv2d_weight_grad,
     scatter_visible,
+    strided_conv2d,
+    strided_conv2d_input_grad,
+    strided_conv2d_weight_grad,
 )
 
 pytestmark = [
@@ -139,6 +142,32 @@ def compiled_sum_parts(target, dtype, kernel=(5, 5)):
     )
 
 
+def compiled_strided(target, dtype, kernel=(3, 3), side_bits=3, stride_bits=1, configurations=1):
+    """Some configurations of the kernels that a convolution with a stride and its gradients run."""
+    accumulator = "fp64" if dtype == "fp64" else "fp32"
+    rows, columns = kernel
+    constants = {
+        **{"KERNEL_ROWS": rows, "KERNEL_COLUMNS": columns, "ACCUMULATOR": TYPES[dtype]},
+        **{"RADIUS": -(-(max(kernel) // 2) >> side_bits), "SIDE_BITS": side_bits},
+        **{"STRIDE_BITS": stride_bits, "dilation_rows": 1, "dilation_columns": 1},
+    }
+    tensors = ("x", "weight", "bias", "y", "grad")
+    pointers = {f"{name}_ptr": f"*{dtype}" for name in tensors}
+    pointers |= {"neighbours_ptr": "*i32", "parts_ptr": f"*{accumulator}"}
+    for module, function, more in (
+        (strided_conv2d, strided_conv2d.strided_conv2d_kernel, {"HAS_BIAS": True}),
+        (strided_conv2d_input_grad, strided_conv2d_input_grad.strided_conv2d_input_grad_kernel, {}),
+        (
+            strided_conv2d_weight_grad,
+            strided_conv2d_weight_grad.sum_outputs_kernel,
+            {"LANES": strided_conv2d_weight_grad.LANES},
+        ),
+    ):
+        for configuration in module.CONFIGURATIONS[:configurations]:
+            mine = {n: t for n, t in pointers.items() if n in function.arg_names}
+            yield compiled(function, target, mine, configuration, **constants, **more)
+
+
 def resources(kernel, folder):
     """What ptxas gave a kernel: registers, and bytes of stack, shared and local memory."""
     file = folder / "kernel.cubin"
@@ -176,6 +205,19 @@ def test_convolutions_stay_in_registers(architecture, kernel, tmp_path):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "fp64"])
 def test_other_dtypes_stay_in_registers(dtype, tmp_path):
     for found in compiled_convolutions(GPUTarget("cuda", 90, 32), dtype, (5, 5)):
+        assert_in_registers(found, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "kernel", "sizes"),
+    [
+        (90, "bf16", (3, 3), (3, 1, 4)),
+        (80, "fp64", (2, 5), (0, 0, 1)),
+    ],
+)
+def test_strided_convolutions_stay_in_registers(architecture, dtype, kernel, sizes, tmp_path):
+    target = GPUTarget("cuda", architecture, 32)
+    for found in compiled_strided(target, dtype, kernel, *sizes):
         assert_in_registers(found, tmp_path)
 
 
@@ -243,6 +285,7 @@ def test_global_loads_are_16_bytes_wide():
         compiled_scatter(target, "bf16", scatter_visible.CONFIGURATIONS[0]),
         compiled_windows(target, "bf16", gather_windows.CONFIGURATIONS[0]),
         compiled_windows_grad(target, "bf16", gather_windows_grad.CONFIGURATIONS[0]),
+        *compiled_strided(target, "bf16"),
     ):
         assert "ld.global.v4.b32" in kernel.asm["ptx"]
 
@@ -259,6 +302,7 @@ def test_for_amd(architecture):
         compiled_sum_parts(target, "bf16"),
         compiled_windows(target, "bf16", gather_windows.CONFIGURATIONS[0]),
         compiled_windows_grad(target, "bf16", gather_windows_grad.CONFIGURATIONS[0]),
+        *compiled_strided(target, "bf16"),
     ]
     for kernel in kernels:
         assert f"amdgcn-amd-amdhsa--{architecture}" in kernel.asm["amdgcn"]

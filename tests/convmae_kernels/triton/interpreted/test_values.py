@@ -20,6 +20,7 @@ from convmae_kernels.testing import (
     random_tensor,
     value_and_grads,
 )
+from tests.support.strided_conv2d import SHAPES, check_results, make_problem, strided_results
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "few_programs")
 
@@ -126,6 +127,18 @@ def test_without_bias_and_with_some_gradients_only():
         leaves = [t.detach().requires_grad_(i == j) for j, t in enumerate((x, weight, bias))]
         ck.masked_conv2d(*leaves, mask, groups=5, impl="triton").backward(grad)
         assert torch.equal(leaves[i].grad, everything[1 + i])
+
+
+@pytest.mark.parametrize(("i", "dtype"), list(enumerate(DTYPES)), ids=str)
+def test_strided_conv2d(i, dtype, few_programs):
+    """Every shape in a dtype, and every dtype with two shapes."""
+    few_programs(5)
+    mask = make_mask("ragged")
+    table = mask.neighbours(2)
+    for shape in (SHAPES[i], SHAPES[i + 4]):
+        tensors, rest = make_problem(mask, 5, shape, dtype)
+        found = strided_results(torch.ops.convmae_triton, tensors, table, rest)
+        check_results(found, tensors, table, rest)
 
 
 @dtypes
