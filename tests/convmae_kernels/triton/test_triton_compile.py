@@ -48,7 +48,7 @@ def compiled(kernel, target, pointers, configuration=None, **constants):
     constants = {**constants, **options}
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    even = {*pointers, "channels", "inputs", "outputs"}
+    even = {*pointers, "channels", "inputs", "outputs"} - {*constants}
     aligned = [i for i, name in enumerate(names) if name in even]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
@@ -247,6 +247,18 @@ def test_products_stay_in_registers(architecture, dtype, configuration, tmp_path
         assert "cp.async" in found.asm["ptx"]  # while others are multiplied
         assert ".tf32" not in found.asm["ptx"]
         assert "atom" not in found.asm["ptx"]
+
+
+def test_sums_of_parts_stay_in_registers(tmp_path):
+    target, module = GPUTarget("cuda", 80, 32), grouped_conv2d_weight_grad
+    pointers = {"grad_ptr": "*bf16", "parts_ptr": "*fp32", "result_ptr": "*bf16"}
+    sizes = {"LANES": module.LANES, "CHANNELS": module.CHANNELS}
+    for kernel, constants in (
+        (module.sum_grads_kernel, sizes),
+        (module.sum_parts_kernel, {"ELEMENTS": module.ELEMENTS, "taps": 1}),
+    ):
+        found = compiled(kernel, target, pointers, ACCUMULATOR=tl.float32, **constants)
+        assert_in_registers(found, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "fp64"])
