@@ -1,5 +1,7 @@
 """Convolutions of any channels, groups, stride and padding, against PyTorch's on dense maps."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -101,6 +103,33 @@ def test_a_name_without_kernels_is_refused(case, impl, monkeypatch):
             convolve(case, mask, *arguments, impl=impl)
     with pytest.raises(RuntimeError, match="impl='numpy' cannot run: it is not one of 'auto'"):
         convolve(case, mask, *arguments, impl="numpy")
+
+
+@pytest.mark.parametrize(
+    ("impl", "device", "dtype", "channels", "groups", "expected"),
+    [
+        ("auto", "cuda", torch.bfloat16, 16, 1, True),
+        ("auto", "cuda", torch.bfloat16, 15, 1, False),
+        ("auto", "cuda", torch.float32, 16, 2, True),
+        ("auto", "cuda", torch.float32, 16, 1, False),
+        ("auto", "cuda", torch.float64, 16, 2, False),
+        ("auto", "cpu", torch.bfloat16, 16, 1, False),
+        ("cuda", "cuda", torch.bfloat16, 16, 2, False),
+        ("triton", "cuda", torch.float32, 16, 1, True),
+        ("triton", "cuda", torch.float64, 16, 1, False),
+    ],
+    ids=str,
+)
+def test_where_triton_takes_the_place_of_windows(
+    impl, device, dtype, channels, groups, expected, monkeypatch
+):
+    x = SimpleNamespace(dtype=dtype, device=torch.device(device))
+    for outputs, inputs in ((16, channels), (channels, 16)):
+        weight = torch.zeros(groups * outputs, inputs, 3, 3)
+        for why_not_triton in (None, "triton is not installed"):
+            monkeypatch.setattr(window_conv2d, "WHY_NOT_TRITON", why_not_triton)
+            found = window_conv2d.goes_without_windows(impl, x, weight, groups)
+            assert found == (expected and (impl == "triton" or why_not_triton is None))
 
 
 def without_grouped_kernels(monkeypatch):

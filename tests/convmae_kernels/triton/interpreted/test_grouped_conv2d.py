@@ -59,11 +59,11 @@ def everything(ops, tensors, table, options):
     "problem",
     [
         # stride, padding, dilation
-        ("ragged", 2, 1, (20, 24), (3, 3), (1, (1, 1), (1, 1)), torch.float32),
-        ("ragged", 2, 2, (5, 3), (3, 2), (2, (1, 0), (1, 1)), torch.float16),
-        ("corner", 4, 1, (16, 40), (2, 5), (2, (0, 2), (1, 1)), torch.bfloat16),
-        ("all", 4, 1, (70, 3), (1, 2), (1, (-1, 1), (1, 1)), torch.float32),
-        ("row", 4, 1, (3, 16), (3, 3), (4, (3, 2), (2, 1)), torch.float64),
+        ("ragged", 2, 1, (20, 24), (2, 3), (1, (0, 1), (1, 1)), torch.float32),
+        ("all", 2, 2, (5, 3), (3, 1), (2, (1, 0), (1, 1)), torch.float16),
+        ("corner", 4, 1, (16, 40), (1, 4), (2, (0, 2), (1, 1)), torch.bfloat16),
+        ("corner", 4, 1, (70, 3), (1, 2), (1, (-1, 1), (1, 1)), torch.float32),
+        ("corner", 4, 1, (3, 16), (2, 3), (4, (3, 2), (2, 1)), torch.float64),
         ("column", 1, 3, (8, 16), (3, 1), (1, (2, 0), (2, 1)), torch.float16),
         ("none", 2, 1, (16, 16), (3, 3), (1, (1, 1), (1, 1)), torch.float32),
     ],
@@ -83,7 +83,7 @@ def test_values(problem):
 
 def test_every_configuration():
     """Small integers: all sums are exact, so that a term that is missed or counted twice shows."""
-    tensors, table, options = make_problem("row", 1, 1, (40, 65), (1, 3), (1, (0, 1), (1, 1)))
+    tensors, table, options = make_problem("row", 1, 1, (20, 33), (1, 2), (1, (0, 1), (1, 1)))
     x, weight, bias, grad = tensors = [t.mul(2).round() for t in tensors]
     y, grad_x, *expected = everything(reference, tensors, table, options)
     for configuration in grouped_conv2d.CONFIGURATIONS:
@@ -93,7 +93,7 @@ def test_every_configuration():
         assert torch.equal(found, grad_x), configuration.name
     module = grouped_conv2d_weight_grad
     for configuration in module.OF_MANY_CHANNELS + module.OF_FEW_CHANNELS:
-        grads = module.launch(configuration, grad, x, table, [1, 3], *options)
+        grads = module.launch(configuration, grad, x, table, [1, 2], *options)
         assert all(map(torch.equal, grads, expected)), configuration.name
 
 
