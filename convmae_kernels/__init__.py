@@ -2,6 +2,7 @@
 
 from convmae_kernels import nn
 from convmae_kernels.block_mask import BlockMask
+from convmae_kernels.explain import Explanation, explain
 from convmae_kernels.functional import (
     masked_avg_pool2d,
     masked_batch_norm,
@@ -27,8 +28,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockMask",
     "EquivalenceError",
+    "Explanation",
     "Packed",
     "check_equivalence",
+    "explain",
     "from_zorder",
     "gather_visible",
     "gather_windows",

@@ -173,6 +173,7 @@ MAY_IMPORT = {  # what each module of the package may import from the package
     ],
     "packed": ["packed"],
     "nn": ["block_mask", "functional", "ops", "packed", "recording"],
+    "explain": ["block_mask", "ops", "zorder"],
     "info": ["ops"],
     "testing": ["block_mask", "ops"],
     "__main__": ["info"],

@@ -48,6 +48,17 @@ def load_extension() -> str | None:
 
 LIB.define("cpu_capability() -> str")
 LIB.define("cuda_architectures() -> str")
+# How the CUDA kernels are chosen, see csrc/explain.cpp; no GPU is needed to ask.
+LIB.define("kernel_names(str op) -> str")
+LIB.define("clear_kernel_choices() -> int")
+LIB.define(
+    "set_kernel_choice(str op, str dtype, int side, int[] kernel, int least_channels,"
+    " int most_channels, bool wide, str name) -> int"
+)
+LIB.define(
+    "explain_kernel(str op, str dtype, int blocks, int channels, int side, int[] kernel,"
+    " int[] dilation, int address, int device, int multiprocessors, int shared_bytes) -> str"
+)
 
 WHY_NOT_COMPILED = load_extension()
 # "8.0, 9.0+PTX": the GPUs that the compiled library has code for; "" without CUDA kernels.
@@ -73,6 +84,12 @@ def _find_triton() -> str | None:
 
 
 WHY_NOT_TRITON = _find_triton()
+
+# Ops with kernels in Triton, and with CUDA kernels in a library that was compiled with any.
+TRITON_OPS: set[str] = set()
+_CUDA_OPS: set[str] = {"neighbour_table"}
+# Ops made of other ops, by their full names: the function that calls those.
+COMPOSED: dict[str, Callable] = {}
 
 # Ops with CUDA kernels in the compiled library, and what runs in their place on other GPUs.
 _WITHOUT_CUDA_KERNELS: dict[str, Callable] = {}
@@ -131,11 +148,15 @@ def register(
         if flops is not None:
             add_flop_formula(getattr(getattr(torch.ops, library.ns), name), flops)
         if composed is not None:
-            kernel = composed(getattr(torch.ops, library.ns))
+            kernel = COMPOSED[op] = composed(getattr(torch.ops, library.ns))
             library.impl(name, _without_views(kernel), "CompositeExplicitAutograd")
     if reference is None:
         return
     LIB.impl(name, _without_views(reference), "CompositeExplicitAutograd")
+    compiled_for_cuda = has_kernel(name, "CUDA")
+    TRITON_OPS.add(name)
+    if compiled_for_cuda:
+        _CUDA_OPS.add(name)
     if WHY_NOT_TRITON is not None:
         register_without_cuda_kernels(name, _without_views(reference))
         return
@@ -147,10 +168,27 @@ def register(
     TRITON_LIB.impl(name, run_triton, "CUDA")
     if TRITON_INTERPRETS:
         TRITON_LIB.impl(name, run_triton, "CPU")
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"convmae::{name}", "CUDA"):
+    if compiled_for_cuda:
         register_without_cuda_kernels(name, run_triton)
     else:
         LIB.impl(name, run_triton, "CUDA")
+
+
+def has_kernel(op: str, key: str) -> bool:
+    """Whether an op of `convmae` has a kernel of its own for a dispatcher key, "CPU" or "CUDA"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"convmae::{op}", key)
+
+
+def cuda_ops() -> set[str]:
+    """The ops with CUDA kernels, in this library or, if it was compiled without, in one with."""
+    return _CUDA_OPS if CUDA_ARCHITECTURES else _CUDA_OPS | TRITON_OPS
+
+
+def kernels_of(op: str) -> list[str]:
+    """The names of the CUDA kernels of an op that has several; of others none."""
+    if WHY_NOT_COMPILED is not None:
+        return []
+    return [name for name in torch.ops.convmae.kernel_names(op).split(",") if name]
 
 
 def register_without_cuda_kernels(name: str, kernel: Callable) -> None:
