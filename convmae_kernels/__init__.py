@@ -20,6 +20,7 @@ from convmae_kernels.ops import (
     masked_conv_transpose2d,
     scatter_visible,
 )
+from convmae_kernels.ops.support.choices import use_table, use_table_of_environment
 from convmae_kernels.packed import EquivalenceError, Packed, check_equivalence, sparsify
 from convmae_kernels.zorder import from_zorder, to_zorder
 
@@ -49,4 +50,7 @@ __all__ = [
     "scatter_visible",
     "sparsify",
     "to_zorder",
+    "use_table",
 ]
+
+use_table_of_environment()

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from convmae_kernels import ops
 from convmae_kernels.block_mask import BlockMask
 from convmae_kernels.ops.masked_conv2d import check_has_kernels
-from convmae_kernels.ops.support import dispatch
+from convmae_kernels.ops.support import choices, dispatch
 from convmae_kernels.ops.support.conv_plan import ConvPlan, plan_conv2d
 from convmae_kernels.ops.support.geometry import pair
 from convmae_kernels.zorder import block_side
@@ -291,7 +291,8 @@ class _Place:
         return fresh.requires_grad_(like.requires_grad)
 
     def notes(self) -> tuple[str, ...]:
-        notes = []
+        table = choices.in_use()
+        notes = [] if table is None else [f"the measured table {table.where} is in use"]
         if self.kind == "cuda" and self.index < 0 and dispatch.WHY_NOT_COMPILED is None:
             assert self.capability is not None
             if not dispatch.has_code(dispatch.CUDA_ARCHITECTURES, self.capability):

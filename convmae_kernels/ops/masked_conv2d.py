@@ -13,6 +13,7 @@ from convmae_kernels.ops import reference, window_conv2d  # noqa: F401  (registe
 from convmae_kernels.ops.support.arithmetic import as_cast, multiply, patch_conv2d
 from convmae_kernels.ops.support.autocast import autocast_dtype, autocast_is_on
 from convmae_kernels.ops.support.checks import check_packed
+from convmae_kernels.ops.support.choices import Sizes
 from convmae_kernels.ops.support.conv_plan import ConvPlan, plan_conv2d
 from convmae_kernels.ops.support.dispatch import Impl, check_impl, register, select
 from convmae_kernels.ops.support.flops import depthwise_flops, weight_gradient_flops
@@ -158,7 +159,10 @@ def masked_conv2d(
     # In a program of plain ops the other way is one convolution, and this one a sum over taps.
     plain = impl == "auto" and mask.wants_plain_ops()
     if plan.way == "depthwise" and not plain:
-        run = select(impl, "masked_conv2d", reference.masked_conv2d, x, mask)
+        sizes = None
+        if max(plan.dilation) == 1:
+            sizes = Sizes(side, x.shape[2], (weight.shape[2], weight.shape[3]))
+        run = select(impl, "masked_conv2d", reference.masked_conv2d, x, mask, sizes)
         y = run(x, weight, bias, neighbours, plan.dilation)
         stride = plan.stride
         if stride == 1:

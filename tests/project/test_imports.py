@@ -140,7 +140,10 @@ MAY_IMPORT = {  # what each module of the package may import from the package
     "ops.support.conv_plan": ["ops.support.geometry"],
     "ops.support.checks": ["zorder", "block_mask", "ops.support.dtypes"],
     "ops.support.flops": [],
-    "ops.support.dispatch": ["block_mask", "ops.support.flops", "triton"],
+    "ops.support.choices": [],
+    "ops.support.dispatch": [
+        *("block_mask", "ops.support.choices", "ops.support.flops", "triton"),
+    ],
     "ops": ["zorder", "block_mask", "ops", "triton"],
     "triton": ["block_mask", "triton"],
     "functional": ["block_mask", "zorder", "functional", "ops"],
@@ -176,7 +179,8 @@ MAY_IMPORT = {  # what each module of the package may import from the package
     "explain": ["block_mask", "ops", "zorder"],
     "info": ["ops"],
     "testing": ["block_mask", "ops"],
-    "__main__": ["info"],
+    "measure": ["block_mask", "explain", "ops"],
+    "__main__": ["info", "measure"],
 }
 
 

@@ -14,12 +14,13 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from convmae_kernels.ops.support.choices import Sizes, find
 from convmae_kernels.ops.support.flops import add_flop_formula
 
 if TYPE_CHECKING:
@@ -335,12 +336,20 @@ def check_impl(impl: Impl, x: Tensor) -> None:
         raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
 
 
-def select(impl: Impl, name: str, reference: Callable, x: Tensor, mask: BlockMask) -> Callable:
+def select(
+    impl: Impl,
+    name: str,
+    reference: Callable,
+    x: Tensor,
+    mask: BlockMask,
+    sizes: Sizes | None = None,
+) -> Callable:
     """The callable that runs the op `name` on `x`: a registered op, or the reference.
 
     The reference is plain PyTorch, so "auto" takes it under `torch.func` transforms and
     forward-mode differentiation too, which registered ops do not support, and in exported programs
-    where it should (`BlockMask.wants_plain_ops`).
+    where it should (`BlockMask.wants_plain_ops`). Otherwise "auto" is what a measured table says of
+    problems of these `sizes`, if there is one.
 
     Raises:
         RuntimeError: `impl` was asked for by name and cannot run.
@@ -348,6 +357,11 @@ def select(impl: Impl, name: str, reference: Callable, x: Tensor, mask: BlockMas
     check_impl(impl, x)
     if impl == "reference" or transforms_active() or mask.wants_plain_ops():
         return reference
+    chosen = find(name, x, sizes) if impl == "auto" and sizes is not None else None
+    if chosen is not None and why_not(cast("Impl", chosen), x) is None:
+        if chosen == "reference":
+            return reference
+        impl = cast("Impl", chosen)
     return getattr(torch.ops.convmae_triton if impl == "triton" else torch.ops.convmae, name)
 
 
