@@ -16,6 +16,7 @@ from convmae_kernels.ops import (  # noqa: F401  (registers the ops)
 from convmae_kernels.ops.support.arithmetic import as_cast, multiply, patch_conv2d
 from convmae_kernels.ops.support.autocast import autocast_dtype, autocast_is_on
 from convmae_kernels.ops.support.checks import check_packed
+from convmae_kernels.ops.support.choices import Sizes
 from convmae_kernels.ops.support.conv_plan import ConvPlan, plan_conv2d
 from convmae_kernels.ops.support.dispatch import Impl, check_impl, register, select
 from convmae_kernels.ops.support.flops import (
@@ -206,7 +207,8 @@ def masked_conv2d(
     _check_weight(x, weight, bias, groups)
     plan = plan_conv2d(side, weight.shape, stride, padding, dilation, groups)
     if not plan.has_kernels:
-        _check_without_kernels(impl, x, weight, plan)
+        check_impl(impl, x)
+        check_has_kernels(impl, weight, plan)
     if plan.sampled > 1:
         x = x[:, :: plan.sampled]
     if not plan.has_kernels and impl == "auto":
@@ -218,7 +220,10 @@ def masked_conv2d(
     # In a program of plain ops the other way is one convolution, and this one a sum over taps.
     plain = impl == "auto" and mask.wants_plain_ops()
     if plan.way == "depthwise" and not plain:
-        run = select(impl, "masked_conv2d", reference.masked_conv2d, x, mask)
+        sizes = None
+        if max(plan.dilation) == 1:
+            sizes = Sizes(side, x.shape[2], (weight.shape[2], weight.shape[3]))
+        run = select(impl, "masked_conv2d", reference.masked_conv2d, x, mask, sizes)
         return run(x, weight, bias, neighbours, plan.dilation)
     if plan.way == "strided" and not plain:
         run = select(impl, "strided_conv2d", reference.strided_conv2d, x, mask)
@@ -229,14 +234,13 @@ def masked_conv2d(
     return run(x, weight, bias, neighbours, plan.stride, plan.padding, plan.dilation, groups)
 
 
-def _check_without_kernels(impl: Impl, x: Tensor, weight: Tensor, plan: ConvPlan) -> None:
+def check_has_kernels(impl: Impl, weight: Tensor, plan: ConvPlan) -> None:
     """No kernels were asked for by name where none of this package take part.
 
     Raises:
-        RuntimeError: some were, or there is no such name.
+        RuntimeError: some were.
     """
-    check_impl(impl, x)
-    if impl in ("auto", "reference"):
+    if plan.has_kernels or impl in ("auto", "reference"):
         return
     kernel, stride = tuple(weight.shape[2:]), math.isqrt(plan.sampled) * plan.stride
     raise RuntimeError(

@@ -141,7 +141,10 @@ MAY_IMPORT = {  # what each module of the package may import from the package
     "ops.support.conv_plan": ["ops.support.geometry"],
     "ops.support.checks": ["zorder", "block_mask", "ops.support.dtypes"],
     "ops.support.flops": [],
-    "ops.support.dispatch": ["block_mask", "ops.support.flops", "triton"],
+    "ops.support.choices": [],
+    "ops.support.dispatch": [
+        *("block_mask", "ops.support.choices", "ops.support.flops", "triton"),
+    ],
     "ops": ["zorder", "block_mask", "ops", "triton"],
     "triton": ["block_mask", "triton"],
     "functional": ["block_mask", "zorder", "functional", "ops"],
@@ -174,9 +177,11 @@ MAY_IMPORT = {  # what each module of the package may import from the package
     ],
     "packed": ["packed"],
     "nn": ["block_mask", "functional", "ops", "packed", "recording"],
+    "explain": ["block_mask", "ops", "zorder"],
     "info": ["ops"],
     "testing": ["block_mask", "ops"],
-    "__main__": ["info"],
+    "measure": ["block_mask", "explain", "ops"],
+    "__main__": ["info", "measure"],
 }
 
 
