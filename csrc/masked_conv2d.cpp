@@ -2,7 +2,6 @@
 #include "masked_conv2d.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <optional>
 #include <tuple>

@@ -1,6 +1,7 @@
 """`strided_conv2d` in Triton."""
 
 import math
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -120,7 +121,7 @@ def launch(
     return (y,)
 
 
-def describe(x: Tensor, kernel: list[int], stride: int) -> str:
+def describe(x: Tensor, kernel: Sequence[int], stride: int) -> str:
     """What the choice of a configuration depends on, of the op and of its gradients."""
     return (
         f"kernel {kernel[0]}x{kernel[1]}, stride {stride}, side {math.isqrt(x.shape[1])}, "
