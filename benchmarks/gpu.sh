@@ -4,9 +4,9 @@
 #
 #   benchmarks/gpu.sh [--stand-in] [first] [test] [models] [STAGE ...]    first if nothing is named
 #
-# first is env build checks kernels counters steps profile, test is env build tests sanitizer training,
-# models is env build memory graph blocks compiled stages12. Each of these stages runs for itself under
-# its own time limit, and none stops another. All results are in $OUT (runs/gpu if not set), at most 9
+# first is env build checks kernels counters steps profile choices, test is env build tests sanitizer
+# training, models is env build memory graph blocks compiled stages12. Each of these stages runs for itself under
+# its own time limit, and none stops another. All results are in $OUT (runs/gpu if not set), at most 10
 # files, as soon as they exist; a digest of them is printed last. --stand-in rehearses without a GPU.
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -20,10 +20,10 @@ stages=()
 [ "${1:-}" = --stand-in ] && stand_in=--stand-in && shift
 for word in "${@:-first}"; do
   case $word in
-    first) stages+=(env build checks kernels counters steps profile) ;;
+    first) stages+=(env build checks kernels counters steps profile choices) ;;
     test) stages+=(env build tests sanitizer training) ;;
     models) stages+=(env build memory graph blocks compiled stages12) ;;
-    env | build | checks | kernels | counters | steps | profile | tests | sanitizer | training | \
+    env | build | checks | kernels | counters | steps | profile | choices | tests | sanitizer | training | \
       memory | graph | blocks | compiled | stages12) stages+=("$word") ;;
     *)
       echo "gpu.sh: there is no call or stage '$word'; there are first, test and models" >&2
@@ -131,6 +131,10 @@ for stage in "${stages[@]}"; do
     profile)
       rm -f "$out/$device-profile.json"
       run profile 40 "$python" -m benchmarks.gpu.profile "$out/$device-profile.json" $stand_in
+      ;;
+    choices)
+      rm -f "$out/$device-choices.json"
+      run choices 100 "$python" -m benchmarks.gpu.choices "$out/$device-choices.json" 80 $stand_in
       ;;
     tests)
       report=$out/${stand_in:+stand-in-}tests.xml

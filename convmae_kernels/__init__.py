@@ -2,6 +2,7 @@
 
 from convmae_kernels import nn
 from convmae_kernels.block_mask import BlockMask
+from convmae_kernels.explain import Explanation, explain
 from convmae_kernels.functional import (
     masked_avg_pool2d,
     masked_batch_norm,
@@ -19,6 +20,7 @@ from convmae_kernels.ops import (
     masked_conv_transpose2d,
     scatter_visible,
 )
+from convmae_kernels.ops.support.choices import use_table, use_table_of_environment
 from convmae_kernels.packed import EquivalenceError, Packed, check_equivalence, sparsify
 from convmae_kernels.zorder import from_zorder, to_zorder
 
@@ -27,8 +29,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockMask",
     "EquivalenceError",
+    "Explanation",
     "Packed",
     "check_equivalence",
+    "explain",
     "from_zorder",
     "gather_visible",
     "gather_windows",
@@ -46,4 +50,7 @@ __all__ = [
     "scatter_visible",
     "sparsify",
     "to_zorder",
+    "use_table",
 ]
+
+use_table_of_environment()

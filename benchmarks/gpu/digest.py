@@ -50,6 +50,7 @@ def _page(folder: Path, kernels_of_a_step: int) -> str:
             or _tests_in_log(suite, folder / "log.txt")
         ],
         lambda: _kernels(kernels.get("kernels", {})),
+        lambda: _choices(store.load(folder / f"{slug}-choices.json")),
         lambda: _counters(folder / f"{slug}-counters.csv"),
         lambda: _steps(store.load(folder / f"{slug}-steps.json")),
         lambda: _profile(store.load(folder / f"{slug}-profile.json"), kernels_of_a_step),
@@ -179,6 +180,23 @@ def _short_name(name: str, width: int) -> str:
     """A kernel's name without return type and arguments."""
     name = name.removeprefix("void ").replace("convmae::cuda::", "").replace("at::native::", "")
     return name if len(name) <= width else name[: width - 2] + ".."
+
+
+def _choices(content: dict[str, Any]) -> list[str]:
+    """What a table of measured choices says: where it is not the default."""
+    found = [*content.get("implementations", []), *content.get("kernels", [])]
+    if not found:
+        return []
+    changed = [choice for choice in found if choice["choice"] != choice["default"]]
+    said = [f"measured choices: {len(found)}, of them {len(changed)} not the default"]
+    for choice in changed[:8]:
+        times = ", ".join(f"{name} {us:.1f}" for name, us in choice["microseconds"].items())
+        rows, columns = choice["kernel"]
+        said.append(
+            f"  {choice['op']} {choice['dtype']} side {choice['side']}, to {choice['most']} "
+            f"channels, {rows}x{columns}: {choice['choice']} (us: {times})"
+        )
+    return said
 
 
 def _counters(file: Path) -> list[str]:

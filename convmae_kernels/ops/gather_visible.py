@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.support.checks import check_tensor
+from convmae_kernels.ops.support.choices import Sizes
 from convmae_kernels.ops.support.dispatch import Impl, register, select
 from convmae_kernels.zorder import BLOCK_SIZES
 
@@ -71,5 +72,6 @@ def gather_visible(images: Tensor, mask: BlockMask, *, impl: Impl = "auto") -> T
             f"images of {height} x {width} do not divide into a grid of {gh} x {gw} square blocks "
             f"of side {', '.join(map(str, BLOCK_SIZES))}"
         )
-    run = select(impl, "gather_visible", reference.gather_visible, images, mask)
+    sizes = Sizes(side, images.shape[1])
+    run = select(impl, "gather_visible", reference.gather_visible, images, mask, sizes)
     return run(images, mask.block_index, gh, gw)

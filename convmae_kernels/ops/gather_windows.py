@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.support import geometry
 from convmae_kernels.ops.support.checks import check_packed
+from convmae_kernels.ops.support.choices import Sizes
 from convmae_kernels.ops.support.dispatch import Impl, register, select
 from convmae_kernels.zorder import block_side
 
@@ -104,5 +105,6 @@ def gather_windows(
     if min(halo) <= -side or min(top + bottom, left + right) <= -side:
         raise ValueError(f"halo {halo} leaves no window of blocks of side {side}")
     neighbours = mask.neighbours(geometry.reach(halo, side))
-    run = select(impl, "gather_windows", reference.gather_windows, x, mask)
+    sizes = Sizes(side, x.shape[2])
+    run = select(impl, "gather_windows", reference.gather_windows, x, mask, sizes)
     return run(x, neighbours, halo, fill)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.support.checks import check_packed
+from convmae_kernels.ops.support.choices import Sizes
 from convmae_kernels.ops.support.dispatch import Impl, register, select
 
 if TYPE_CHECKING:
@@ -61,6 +62,6 @@ def scatter_visible(
         ValueError: rank, device or number of blocks do not fit the mask.
         RuntimeError: `impl` was named and cannot run.
     """
-    check_packed("x", x, mask)
-    run = select(impl, "scatter_visible", reference.scatter_visible, x, mask)
+    sizes = Sizes(check_packed("x", x, mask), x.shape[2])
+    run = select(impl, "scatter_visible", reference.scatter_visible, x, mask, sizes)
     return run(x, mask.block_index, mask.batch_size, *mask.grid, float(fill))

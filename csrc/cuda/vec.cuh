@@ -30,6 +30,13 @@ constexpr int kWordChannels = 4 / int(sizeof(T));
 template <class T>
 constexpr int kWarpChannels = 32 * kWordChannels<T>;
 
+// Eight bytes: in half types, four channels of a position.
+struct alignas(8) Piece {
+  uint32_t words[2];
+};
+
+__device__ inline bool is_finite(float x) { return x - x == 0; }
+
 __device__ inline float as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
@@ -103,6 +110,16 @@ __device__ inline void store_word(uint32_t word, void* global) {
   asm volatile("st.global.u32 [%0], %1;" ::"l"(global), "r"(word) : "memory");
 #else
   std::memcpy(global, &word, 4);
+#endif
+}
+
+__device__ inline void store_piece(Piece piece, void* global) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(piece.words[0]),
+               "r"(piece.words[1])
+               : "memory");
+#else
+  std::memcpy(global, &piece, sizeof(piece));
 #endif
 }
 
@@ -193,10 +210,13 @@ __device__ inline uint32_t pack(Half, const float (&x)[2]) {
 #endif
 }
 
-// Copies 16 bytes, or 4, from global to shared memory without waiting; `copies_wait` waits for all
-// copies of the thread.
+// Copies 16 bytes, 8, or 4, from global to shared memory without waiting; `copies_wait` waits for
+// all copies of the thread.
 __device__ inline void copy_chunk(void* shared, const void* global) {
   __pipeline_memcpy_async(shared, global, 16);
+}
+__device__ inline void copy_piece(void* shared, const void* global) {
+  __pipeline_memcpy_async(shared, global, 8);
 }
 __device__ inline void copy_word(void* shared, const void* global) {
   __pipeline_memcpy_async(shared, global, 4);
@@ -205,5 +225,8 @@ __device__ inline void copies_wait() {
   __pipeline_commit();
   __pipeline_wait_prior(0);
 }
+// Copies that began since the last call are one group; waits for all groups but the last one.
+__device__ inline void copies_commit() { __pipeline_commit(); }
+__device__ inline void copies_wait_but_one() { __pipeline_wait_prior(1); }
 
 }  // namespace convmae::cuda

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import budget, models, registry, report, runner
+from benchmarks import budget, fusion, models, registry, report, runner
 from benchmarks.limits import Rates
 from benchmarks.setting import Setting
 
@@ -133,3 +133,25 @@ def test_a_captured_step_begins_where_an_eager_one_does(monkeypatch):
     captured = models.CapturedStep(models.build(TINY, "packed"), TINY, torch.float32)
     for _ in range(3):
         assert float(captured(pixels, noise)) == float(eager(pixels, noise))
+
+
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="inductor had other names"
+)
+def test_kernels_that_the_compiler_plans():
+    """A product, and around it one kernel forward: its GELU and its norm are pointwise or a row."""
+    module = nn.Sequential(nn.Linear(16, 32, bias=False), nn.GELU())
+    x = torch.empty(8, 16, requires_grad=True)
+    ops = fusion.compiled(module, lambda: module(x))
+    forward = [(op.kind, op.launches, op.bytes) for op in ops if op.phase == "forward"]
+    linear, out = 4 * (8 * 16 + 32 * 16 + 8 * 32), 4 * 8 * 32
+    assert forward == [("product", 1, linear), (fusion.AROUND, 1, 2 * out)]
+    backward = [op.kind for op in ops if op.phase == "backward"]
+    assert sorted(backward) == [fusion.AROUND, "product", "product"]
+    fresh = torch.empty(8, 16, requires_grad=True)
+    eager = fusion.eager(lambda: nn.functional.gelu(fresh))
+    assert [(op.kind, op.bytes) for op in eager if op.phase == "forward"] == [
+        (fusion.AROUND, 2 * 4 * 8 * 16)
+    ]
+    said = fusion.table({"a part": (3, eager, ops)}).splitlines()[-1]
+    assert said.startswith("| a part | 3 | 2, 0 MB | 2, 0 MB | 2, 0 MB | 5, 0 MB |")

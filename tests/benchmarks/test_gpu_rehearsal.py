@@ -89,7 +89,7 @@ def test_every_stage_is_run_whatever_happens_in_the_others(rehearsal):
     outcomes = {name: stage["outcome"] for name, stage in stages.items()}
     bad = {"checks": "failed", "kernels": "failed", "graph": "hung", "compiled": "failed"}
     assert list(outcomes) == [
-        *("env", "build", "checks", "kernels", "counters", "steps", "profile"),
+        *("env", "build", "checks", "kernels", "counters", "steps", "profile", "choices"),
         *("tests", "sanitizer", "training", "memory", "graph", "blocks", "compiled", "stages12"),
     ]
     assert outcomes == dict.fromkeys(outcomes, "ok") | bad, done.stdout + done.stderr
@@ -100,8 +100,8 @@ def test_every_stage_is_run_whatever_happens_in_the_others(rehearsal):
 
 def test_every_file_is_there_and_says_that_it_is_of_a_rehearsal(rehearsal):
     folder, _ = rehearsal
-    parts = ["kernels.json", "counters.csv", "steps.json", "profile.json", "tests.xml"]
-    parts += ["training.xml"] * TRAINS
+    parts = ["kernels.json", "counters.csv", "steps.json", "profile.json", "choices.json"]
+    parts += ["tests.xml", *["training.xml"] * TRAINS]
     assert {file.name for file in folder.iterdir()} == {"log.txt", "digest.txt", "run.json"} | {
         f"{STAND_IN}-{part}" for part in parts
     }

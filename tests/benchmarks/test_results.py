@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 
 import pytest
 
 from benchmarks import report
 from benchmarks.gpu import kernel_table
+from docs import kernel_shares
 from tests.support.paths import ROOT
 
 
@@ -36,6 +38,49 @@ def test_a_table_of_kernels():
     assert "a card, torch 2.0, today; copy rate measured in that run: 2.00 TB/s." in lines
     with pytest.raises(ValueError, match="no kernel that was measured"):
         kernel_table.markdown({"environment": environment, "kernels": {"b": found["b"]}})
+
+
+KERNELS_PAGE = """
+## Instructions of a tile
+
+| kernel | expected | H100 allows | predicted, at most |
+|---|--:|--:|--:|
+| `masked_conv2d_tiles<float, 4, 5>` | 400 | 930 | 90 % |
+| `masked_conv2d_grads_tiles<float, 2, 3>` | 300 | 233 | 77 % |
+
+## Another
+"""
+
+
+def test_a_page_of_shares_tells_what_was_measured_from_what_was_changed_since():
+    found = {"a": {"rows": [kernel_row(batch=128), kernel_row(batch=256, of_copy=0.9)]}}
+    moved = kernel_row(kernel="gather", shape="side4/8", batch=128, us=3.0)
+    found["b"] = {"rows": [moved, kernel_row(shape="side2/8/3x3", batch=128)]}
+    results = {"H100": {"environment": {"date": "2026-01-02 03:04 UTC"}, "kernels": found}}
+    name = "masked_conv2d_tiles<float, 4, 5>"
+    same, changed, gone, forgotten = (
+        kernel_shares.page(KERNELS_PAGE, results, code).splitlines()
+        for code in ({"H100": {name: 400}}, {"H100": {name: 500}}, {}, {"H200": {name: 400}})
+    )
+    assert same[2] == f"| `{name}` | 4096 | 400 | 90 % | 50 % forward (2026-01-02) |"
+    assert same[3].endswith("| 1536 | 300 | 77 % | not yet measured |")
+    assert same[4] == (
+        "| `masked_conv2d_tiles<float, 2, 3>`, gone | – | – | – | 50 % forward (2026-01-02) |"
+    )
+    assert same[-1] == "| `gather side4/8` | float32 | 50 %, 3.0 µs |"
+    then = "50 % forward (2026-01-02) |"
+    assert changed[2].endswith(f"| not yet measured; with 500 instructions {then}")
+    assert gone == forgotten and gone[2].endswith(f"| not yet measured; of other code {then}")
+    with pytest.raises(ValueError, match="there is no table"):
+        kernel_shares.page("", results, {})
+
+
+def test_the_page_of_shares_is_what_its_program_prints(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernel_shares.py"])
+    kernel_shares.main()
+    assert (
+        capsys.readouterr().out == (ROOT / "docs" / "generated" / "kernel_shares.md").read_text()
+    ), "python docs/kernel_shares.py > docs/generated/kernel_shares.md"
 
 
 # -- what is written of what was measured ----------------------------------------------------------

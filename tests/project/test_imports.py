@@ -28,6 +28,7 @@ OPTIONAL = [
 OPS = [
     *("gather_visible", "gather_windows", "gather_windows_grad", "masked_conv2d"),
     *("masked_conv2d_weight_grad", "scatter_visible"),
+    *("strided_conv2d", "strided_conv2d_input_grad", "strided_conv2d_weight_grad"),
 ]
 
 
@@ -140,7 +141,10 @@ MAY_IMPORT = {  # what each module of the package may import from the package
     "ops.support.conv_plan": ["ops.support.geometry"],
     "ops.support.checks": ["zorder", "block_mask", "ops.support.dtypes"],
     "ops.support.flops": [],
-    "ops.support.dispatch": ["block_mask", "ops.support.flops", "triton"],
+    "ops.support.choices": [],
+    "ops.support.dispatch": [
+        *("block_mask", "ops.support.choices", "ops.support.flops", "triton"),
+    ],
     "ops": ["zorder", "block_mask", "ops", "triton"],
     "triton": ["block_mask", "triton"],
     "functional": ["block_mask", "zorder", "functional", "ops"],
@@ -173,9 +177,11 @@ MAY_IMPORT = {  # what each module of the package may import from the package
     ],
     "packed": ["packed"],
     "nn": ["block_mask", "functional", "ops", "packed", "recording"],
+    "explain": ["block_mask", "ops", "zorder"],
     "info": ["ops"],
     "testing": ["block_mask", "ops"],
-    "__main__": ["info"],
+    "measure": ["block_mask", "explain", "ops"],
+    "__main__": ["info", "measure"],
 }
 
 

@@ -32,8 +32,14 @@ CHECKERS = {
 # The sources of kernels that make up a module; its bindings are in `<name>_module.cpp`.
 MODULES = {
     "selftest": ["selftest.cpp"],
-    "kernels": ["moves.cpp", "masked_conv2d.cpp", "masked_conv2d_weight_grad.cpp"]
-    + ["masked_conv2d_grads.cpp"],
+    "kernels": [
+        "moves.cpp",
+        "masked_conv2d.cpp",
+        "masked_conv2d_grads.cpp",
+        "masked_conv2d_tensor.cpp",
+        "masked_conv2d_weight_grad.cpp",
+        "strided_conv2d.cpp",
+    ],
 }
 
 

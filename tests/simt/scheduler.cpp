@@ -169,6 +169,18 @@ class Scheduler {
     return fiber.result;
   }
 
+  // What every lane of the warp brings, in order: see scheduler.h.
+  void exchange(const void* own, size_t bytes, void* all) {
+    in_kernel = false;
+    const size_t lane = current_->number % warpSize, first = current_->number - lane;
+    if (exchanged_.size() < threads_ * bytes) exchanged_.resize(threads_ * bytes);
+    std::memcpy(&exchanged_[(first + lane) * bytes], own, bytes);
+    wait({"exchange", 0, 0xffffffffu, 0, kAll, false});
+    in_kernel = false;
+    std::memcpy(all, &exchanged_[first * bytes], warpSize * bytes);
+    wait({"exchange", 0, 0xffffffffu, 0, kAll, false});
+  }
+
   // Copies when `wait_copies` asks for it, or at a random moment before.
   void copy_later(void* to, const void* from, size_t bytes) {
     in_kernel = false;
@@ -501,6 +513,7 @@ class Scheduler {
   std::vector<uint32_t> warp_times_;
   const std::function<void()>* kernel_ = nullptr;
   Fiber* current_ = nullptr;
+  std::vector<char> exchanged_;
   std::string error_;
   std::mt19937 random_;
   uint32_t clock_ = 0, barrier_time_ = 0;  // clock_ counts barriers
@@ -523,6 +536,9 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, size_t most_shared, un
 uint64_t wait(const Call& call) { return Scheduler::get().wait(call); }
 char* shared(int key, size_t bytes) { return Scheduler::get().shared(key, bytes); }
 char* dynamic_shared() { return Scheduler::get().dynamic_shared(); }
+void exchange(const void* own, size_t bytes, void* all) {
+  Scheduler::get().exchange(own, bytes, all);
+}
 void copy_later(void* to, const void* from, size_t bytes) {
   Scheduler::get().copy_later(to, from, bytes);
 }

@@ -49,11 +49,16 @@ constexpr int kAll = -1;
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, size_t most_shared, unsigned seed,
               const std::function<void()>& kernel);
 
-// Shared memory of a thread block: what a kernel gets, and what it gets if it asks for more.
-constexpr size_t kSharedBytes = 48 << 10, kMostSharedBytes = 227 << 10;
+// Shared memory of a thread block: what a kernel gets without asking for more, and what one that
+// asks gets on every GPU since compute capability 8.0.
+constexpr size_t kSharedBytes = 48 << 10, kMostSharedBytes = 99 << 10;
 
 // Waits until every thread that the call concerns makes it; returns what the thread asked for.
 uint64_t wait(const Call& call);
+
+// For operations of a whole warp: `all` is what its 32 lanes bring, `bytes` each. It orders no
+// memory.
+void exchange(const void* own, size_t bytes, void* all);
 
 // The array of shared memory of that key, as long as asked for at first, NaN before every block.
 char* shared(int key, size_t bytes);

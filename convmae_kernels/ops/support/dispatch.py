@@ -14,12 +14,13 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from convmae_kernels.ops.support.choices import Sizes, find
 from convmae_kernels.ops.support.flops import add_flop_formula
 
 if TYPE_CHECKING:
@@ -48,6 +49,17 @@ def load_extension() -> str | None:
 
 LIB.define("cpu_capability() -> str")
 LIB.define("cuda_architectures() -> str")
+# How the CUDA kernels are chosen, see csrc/explain.cpp; no GPU is needed to ask.
+LIB.define("kernel_names(str op) -> str")
+LIB.define("clear_kernel_choices() -> int")
+LIB.define(
+    "set_kernel_choice(str op, str dtype, int side, int[] kernel, int least_channels,"
+    " int most_channels, bool wide, str name) -> int"
+)
+LIB.define(
+    "explain_kernel(str op, str dtype, int blocks, int channels, int side, int[] kernel,"
+    " int[] dilation, int address, int device, int multiprocessors, int shared_bytes) -> str"
+)
 
 WHY_NOT_COMPILED = load_extension()
 # "8.0, 9.0+PTX": the GPUs that the compiled library has code for; "" without CUDA kernels.
@@ -73,6 +85,12 @@ def _find_triton() -> str | None:
 
 
 WHY_NOT_TRITON = _find_triton()
+
+# Ops with kernels in Triton, and with CUDA kernels in a library that was compiled with any.
+TRITON_OPS: set[str] = set()
+_CUDA_OPS: set[str] = {"neighbour_table"}
+# Ops made of other ops, by their full names: the function that calls those.
+COMPOSED: dict[str, Callable] = {}
 
 # Ops with CUDA kernels in the compiled library, and what runs in their place on other GPUs.
 _WITHOUT_CUDA_KERNELS: dict[str, Callable] = {}
@@ -131,11 +149,15 @@ def register(
         if flops is not None:
             add_flop_formula(getattr(getattr(torch.ops, library.ns), name), flops)
         if composed is not None:
-            kernel = composed(getattr(torch.ops, library.ns))
+            kernel = COMPOSED[op] = composed(getattr(torch.ops, library.ns))
             library.impl(name, _without_views(kernel), "CompositeExplicitAutograd")
     if reference is None:
         return
     LIB.impl(name, _without_views(reference), "CompositeExplicitAutograd")
+    compiled_for_cuda = has_kernel(name, "CUDA")
+    TRITON_OPS.add(name)
+    if compiled_for_cuda:
+        _CUDA_OPS.add(name)
     if WHY_NOT_TRITON is not None:
         register_without_cuda_kernels(name, _without_views(reference))
         return
@@ -147,10 +169,27 @@ def register(
     TRITON_LIB.impl(name, run_triton, "CUDA")
     if TRITON_INTERPRETS:
         TRITON_LIB.impl(name, run_triton, "CPU")
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"convmae::{name}", "CUDA"):
+    if compiled_for_cuda:
         register_without_cuda_kernels(name, run_triton)
     else:
         LIB.impl(name, run_triton, "CUDA")
+
+
+def has_kernel(op: str, key: str) -> bool:
+    """Whether an op of `convmae` has a kernel of its own for a dispatcher key, "CPU" or "CUDA"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"convmae::{op}", key)
+
+
+def cuda_ops() -> set[str]:
+    """The ops with CUDA kernels, in this library or, if it was compiled without, in one with."""
+    return _CUDA_OPS if CUDA_ARCHITECTURES else _CUDA_OPS | TRITON_OPS
+
+
+def kernels_of(op: str) -> list[str]:
+    """The names of the CUDA kernels of an op that has several; of others none."""
+    if WHY_NOT_COMPILED is not None:
+        return []
+    return [name for name in torch.ops.convmae.kernel_names(op).split(",") if name]
 
 
 def register_without_cuda_kernels(name: str, kernel: Callable) -> None:
@@ -297,12 +336,20 @@ def check_impl(impl: Impl, x: Tensor) -> None:
         raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
 
 
-def select(impl: Impl, name: str, reference: Callable, x: Tensor, mask: BlockMask) -> Callable:
+def select(
+    impl: Impl,
+    name: str,
+    reference: Callable,
+    x: Tensor,
+    mask: BlockMask,
+    sizes: Sizes | None = None,
+) -> Callable:
     """The callable that runs the op `name` on `x`: a registered op, or the reference.
 
     The reference is plain PyTorch, so "auto" takes it under `torch.func` transforms and
     forward-mode differentiation too, which registered ops do not support, and in exported programs
-    where it should (`BlockMask.wants_plain_ops`).
+    where it should (`BlockMask.wants_plain_ops`). Otherwise "auto" is what a measured table says of
+    problems of these `sizes`, if there is one.
 
     Raises:
         RuntimeError: `impl` was asked for by name and cannot run.
@@ -310,6 +357,11 @@ def select(impl: Impl, name: str, reference: Callable, x: Tensor, mask: BlockMas
     check_impl(impl, x)
     if impl == "reference" or transforms_active() or mask.wants_plain_ops():
         return reference
+    chosen = find(name, x, sizes) if impl == "auto" and sizes is not None else None
+    if chosen is not None and why_not(cast("Impl", chosen), x) is None:
+        if chosen == "reference":
+            return reference
+        impl = cast("Impl", chosen)
     return getattr(torch.ops.convmae_triton if impl == "triton" else torch.ops.convmae, name)
 
 
