@@ -189,24 +189,29 @@ def scatter(setting: Setting, dtype: torch.dtype, stage: int) -> Comparison:
     return _compare(setting, work.scatter_work(mask, side, channels, dtype), packed, dense)
 
 
+@register("depthwise/7x7/forward_backward", stage=1, backward=True, kernel=7)
+@register("depthwise/7x7/forward", stage=1, backward=False, kernel=7)
 @register("depthwise/stage2/forward_backward", stage=2, backward=True)
 @register("depthwise/stage2/forward", stage=2, backward=False)
 @register("depthwise/stage1/forward_backward", stage=1, backward=True)
 @register("depthwise/stage1/forward", stage=1, backward=False)
-def depthwise(setting: Setting, dtype: torch.dtype, stage: int, backward: bool) -> Comparison:
-    """Depthwise 5x5 of packed features, against `conv2d` of the map with hidden positions zero.
+def depthwise(
+    setting: Setting, dtype: torch.dtype, stage: int, backward: bool, kernel: int = work.KERNEL
+) -> Comparison:
+    """Depthwise convolution of packed features, against `conv2d` of the map, zeros where hidden.
 
-    Multiplying by the mask is not timed; backward has the gradients of input, weight and bias.
+    5x5 as in ConvMAE, or 7x7 with the channels of stage 1. Multiplying by the mask is not timed;
+    backward has the gradients of input, weight and bias.
     """
     x, mask, side, channels = _feature_map(setting, dtype, stage)
     visible = mask.to_dense(side)
     grad = setting.randn(*x.shape, seed=2).to(x)
     x, grad = ((t * visible).contiguous(memory_format=torch.channels_last) for t in (x, grad))
-    weight = setting.randn(channels, 1, work.KERNEL, work.KERNEL).to(dtype) / work.KERNEL
+    weight = setting.randn(channels, 1, kernel, kernel).to(dtype) / kernel
     bias = setting.randn(channels).to(dtype)
 
     def dense_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return conv2d(x, weight, bias, padding=work.KERNEL // 2, groups=channels)
+        return conv2d(x, weight, bias, padding=kernel // 2, groups=channels)
 
     def inputs(features: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.detach().clone().requires_grad_(backward) for t in (features, weight, bias))
@@ -218,7 +223,45 @@ def depthwise(setting: Setting, dtype: torch.dtype, stage: int, backward: bool) 
         return Way(forward, inputs(pack(x)), lambda y: y, pack(grad) if backward else None)
 
     dense = Way(dense_forward, inputs(x), pack, grad if backward else None)
-    counted = work.depthwise_work(mask, side, channels, dtype, backward)
+    counted = work.depthwise_work(mask, side, channels, dtype, backward, kernel)
+    return _compare(setting, counted, packed, dense)
+
+
+@register("strided/forward_backward", backward=True)
+@register("strided/forward", backward=False)
+def strided(setting: Setting, dtype: torch.dtype, backward: bool) -> Comparison:
+    """Depthwise 3x3 with stride 2 of packed features, against `conv2d` of the map x mask.
+
+    Blocks have a side of 8 positions and 96 channels. Backward has the gradients of input, weight
+    and bias.
+    """
+    mask, side, channels, kernel, stride = setting.block_mask(), 8, 96, 3, 2
+    gh, gw = mask.grid
+
+    def dense_map(side: int, seed: int) -> Tensor:
+        x = setting.randn(setting.batch_size, channels, gh * side, gw * side, seed=seed).to(dtype)
+        return (x * mask.to_dense(side)).contiguous(memory_format=torch.channels_last)
+
+    x, grad = dense_map(side, 1), dense_map(side // stride, 2)
+    weight = setting.randn(channels, 1, kernel, kernel).to(dtype) / kernel
+    bias = setting.randn(channels).to(dtype)
+
+    def dense_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return conv2d(x, weight, bias, stride, padding=1, groups=channels)
+
+    def inputs(features: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.detach().clone().requires_grad_(backward) for t in (features, weight, bias))
+
+    pack = partial(ck.gather_visible, mask=mask)
+
+    def packed(impl: Impl) -> Way:
+        forward = partial(
+            ck.masked_conv2d, mask=mask, stride=stride, groups=channels, padding=1, impl=impl
+        )
+        return Way(forward, inputs(pack(x)), lambda y: y, pack(grad) if backward else None)
+
+    dense = Way(dense_forward, inputs(x), pack, grad if backward else None)
+    counted = work.strided_work(mask, side, channels, kernel, stride, dtype, backward)
     return _compare(setting, counted, packed, dense)
 
 

@@ -100,17 +100,45 @@ def visible_taps(mask: BlockMask, side: int, kernel: int = KERNEL) -> int:
 
 
 def depthwise_work(
-    mask: BlockMask, side: int, channels: int, dtype: torch.dtype, backward: bool
+    mask: BlockMask,
+    side: int,
+    channels: int,
+    dtype: torch.dtype,
+    backward: bool,
+    kernel: int = KERNEL,
 ) -> Work:
     """Depthwise convolution of packed features; its weights are too small to count.
 
-    Forward reads x and writes y: `2 * packed` bytes, `2 * taps * C` FLOPs. Backward reads x and
-    dy once each and writes dx: `3 * packed` more, and computes dx and dw: twice the FLOPs more.
+    Forward reads x and writes y: `2 * packed` bytes, `2 * taps * C` FLOPs. Backward, one op for all
+    gradients, reads x and dy once each and writes dx: `3 * packed` more, and computes dx and dw:
+    twice the FLOPs more.
     None of them run at the rate of a matrix product, so the limit is that of the bytes.
     """
     packed = packed_bytes(mask, side, channels, dtype)
-    flops = 2 * visible_taps(mask, side) * channels
+    flops = 2 * visible_taps(mask, side, kernel) * channels
     return Work(5 * packed, 3 * flops) if backward else Work(2 * packed, flops)
+
+
+def strided_work(
+    mask: BlockMask,
+    side: int,
+    channels: int,
+    kernel: int,
+    stride: int,
+    dtype: torch.dtype,
+    backward: bool,
+) -> Work:
+    """Depthwise convolution with a stride; `taps` are those of the outputs that it keeps.
+
+    Forward reads x and writes y; backward reads both x and dy once and writes dx.
+    """
+    visible = mask.to_dense(side).double()
+    ones = torch.ones(1, 1, kernel, kernel, dtype=torch.float64, device=mask.device)
+    seen = torch.nn.functional.conv2d(visible, ones, None, stride, (kernel - stride + 1) // 2)
+    flops = 2 * int((seen * mask.to_dense(side // stride)).sum()) * channels
+    x = packed_bytes(mask, side, channels, dtype)
+    y = x // (stride * stride)
+    return Work(3 * x + 2 * y, 3 * flops) if backward else Work(x + y, flops)
 
 
 # -- models ---------------------------------------------------------------------------------------

@@ -35,8 +35,7 @@ Shape make_shape(const Tensor& neighbours, const std::vector<int64_t>& kernel, i
                   "kernel must be two positive integers");
   STD_TORCH_CHECK(dilation.size() == 2 && dilation[0] >= 1 && dilation[1] >= 1,
                   "dilation must be two positive integers");
-  STD_TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0,
-                  "padding must be two integers, none of them negative");
+  STD_TORCH_CHECK(padding.size() == 2, "padding must be two integers");
   STD_TORCH_CHECK(groups >= 1, "groups must be positive");
   STD_TORCH_CHECK(stride >= 1 && (stride & (stride - 1)) == 0, "stride must be a power of two");
   const int64_t n = std::lround(std::sqrt(double(neighbours.size(1))));

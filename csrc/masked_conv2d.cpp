@@ -13,15 +13,30 @@
 namespace convmae {
 namespace {
 
-// The places of a block and its halo, the `window` of the CPU kernels.
-std::vector<Place> make_window(const MaskedConv2dParams& p) {
+// Chooses the kind of CPU kernel, and makes its `window`, which must outlive `p`.
+std::vector<Place> make_window(cpu::MaskedConv2dWindow& p) {
+  const auto bytes = [](auto isa) { return vector_bytes(isa); };
+  p.tile_side = cpu::MaskedConv2dWindow::choose_tile_side(p, with_isa(bytes));
   std::vector<Place> window;
-  window.reserve(size_t(p.window_rows()) * p.window_columns());
-  for (int row = -p.halo_rows(); row < p.side + p.halo_rows(); ++row) {
-    for (int column = -p.halo_columns(); column < p.side + p.halo_columns(); ++column) {
-      window.push_back(place(row, column, p.side, p.radius));
+  if (p.tile_side > 0) {
+    const int across = p.side / p.tile_side;
+    for (int tile = 0; tile < across * across; ++tile) {
+      for (int i = -p.reach(); i <= p.reach(); ++i) {
+        for (int j = -p.reach(); j <= p.reach(); ++j) {
+          window.push_back(place((zorder_row(tile) + i) * p.tile_side,
+                                 (zorder_column(tile) + j) * p.tile_side, p.side, p.radius));
+        }
+      }
+    }
+  } else {
+    window.reserve(size_t(p.window_rows()) * p.window_columns());
+    for (int row = -p.halo_rows(); row < p.side + p.halo_rows(); ++row) {
+      for (int column = -p.halo_columns(); column < p.side + p.halo_columns(); ++column) {
+        window.push_back(place(row, column, p.side, p.radius));
+      }
     }
   }
+  p.window = window.data();
   return window;
 }
 
@@ -69,30 +84,24 @@ void check_weight(const Tensor& x, const Tensor& weight, const std::optional<Ten
   STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == x.size(2), "bias must be [C]");
 }
 
-Tensor masked_conv2d(const Tensor& x_, const Tensor& weight, std::optional<Tensor> bias,
+// Contiguous, in the dtype of x.
+std::optional<Tensor> contiguous_bias(const std::optional<Tensor>& bias, const Tensor& x) {
+  if (!bias.has_value()) return std::nullopt;
+  return torch::stable::contiguous(torch::stable::to(*bias, x.scalar_type()));
+}
+
+Tensor masked_conv2d(const Tensor& x_, const Tensor& weight_, std::optional<Tensor> bias_,
                      const Tensor& neighbours_, std::vector<int64_t> dilation) {
-  const Tensor x = torch::stable::contiguous(x_);
+  const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
   const Tensor neighbours = torch::stable::contiguous(neighbours_);
-  check_weight(x, weight, bias);
+  check_weight(x, weight, bias_);
+  const std::optional<Tensor> bias = contiguous_bias(bias_, x);
   cpu::MaskedConv2dForward p;
   fill_params(p, x, neighbours, weight.size(2), weight.size(3), dilation);
   const std::vector<Place> window = make_window(p);
-  p.window = window.data();
-
-  const ScalarType acc = accumulation_type(x);
-  const int64_t taps = int64_t(p.kernel_rows) * p.kernel_columns;
-  Tensor table = torch::stable::new_empty(x, {1 + taps, p.channels}, acc);
-  Tensor bias_row = torch::stable::narrow(table, 0, 0, 1);
-  if (bias.has_value()) {
-    torch::stable::copy_(bias_row, *bias);
-  } else {
-    torch::stable::fill_(bias_row, 0.0);
-  }
-  Tensor tap_rows = torch::stable::narrow(table, 0, 1, taps);
-  torch::stable::copy_(
-      tap_rows, torch::stable::transpose(torch::stable::reshape(weight, {p.channels, taps}), 0, 1));
   Tensor y = torch::stable::new_empty(x, x.sizes());
-  p.weight = table.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
   p.y = y.mutable_data_ptr();
   const auto compute = with_isa([](auto isa) { return cpu::masked_conv2d<isa>; });
   torch::stable::parallel_for(0, p.blocks, grain(x.size(1) * p.channels),
@@ -113,62 +122,137 @@ void check_grad(const Tensor& grad, const Tensor& x, const std::vector<int64_t>&
 // added up in order: the same bits whatever the number of threads.
 constexpr int64_t kBlocksPerPart = 16, kMaxParts = 64;
 
+// [1 + taps, channels] in the accumulation type to the gradients of the weight, [channels, taps],
+// and of the bias, [channels], in the dtype of x.
+template <class T>
+void round_sums(const Tensor& sums, int64_t taps, Tensor& grad_weight, Tensor& grad_bias) {
+  const Acc<T>* const sum = static_cast<const Acc<T>*>(sums.const_data_ptr());
+  T* to = static_cast<T*>(grad_weight.mutable_data_ptr());
+  T* const bias = static_cast<T*>(grad_bias.mutable_data_ptr());
+  const int64_t channels = grad_bias.size(0);
+  for (int64_t c = 0; c < channels; ++c) {
+    from_acc(sum[c], bias + c);
+    for (int64_t tap = 1; tap <= taps; ++tap) from_acc(sum[tap * channels + c], to++);
+  }
+}
+
+// Without `grad_x`, that of x is not computed.
+std::tuple<Tensor, Tensor> compute_grads(const Tensor& grad, const Tensor& x, const Tensor* weight,
+                                         const Tensor& neighbours_, int64_t kernel_rows,
+                                         int64_t kernel_columns,
+                                         const std::vector<int64_t>& dilation, Tensor* grad_x) {
+  const Tensor neighbours = torch::stable::contiguous(neighbours_);
+  cpu::MaskedConv2dGrads p;
+  fill_params(p, x, neighbours, kernel_rows, kernel_columns, dilation);
+  const std::vector<Place> window = make_window(p);
+  const int64_t taps = kernel_rows * kernel_columns;
+  p.parts = std::clamp<int64_t>((p.blocks + kBlocksPerPart - 1) / kBlocksPerPart, 1, kMaxParts);
+  const ScalarType acc = accumulation_type(x);
+  Tensor partial = torch::stable::new_empty(x, {p.parts, (1 + taps) * p.channels}, acc);
+  Tensor sums = torch::stable::new_empty(x, {(1 + taps) * p.channels}, acc);
+  p.grad = grad.const_data_ptr();
+  p.weight = weight == nullptr ? nullptr : weight->const_data_ptr();
+  p.grad_x = grad_x == nullptr ? nullptr : grad_x->mutable_data_ptr();
+  p.partial = partial.mutable_data_ptr();
+  const auto compute = with_isa([](auto isa) { return cpu::masked_conv2d_grads<isa>; });
+  torch::stable::parallel_for(0, p.parts, 1,
+                              [&](int64_t first, int64_t last) { compute(p, first, last); });
+  add_parts(partial, sums);
+  Tensor grad_weight = torch::stable::new_empty(x, {p.channels, 1, kernel_rows, kernel_columns});
+  Tensor grad_bias = torch::stable::new_empty(x, {p.channels});
+  with_type(p.dtype,
+            [&](auto type) { round_sums<decltype(type)>(sums, taps, grad_weight, grad_bias); });
+  return {grad_weight, grad_bias};
+}
+
 std::tuple<Tensor, Tensor> masked_conv2d_weight_grad(const Tensor& grad_, const Tensor& x_,
-                                                     const Tensor& neighbours_,
+                                                     const Tensor& neighbours,
                                                      std::vector<int64_t> kernel,
                                                      std::vector<int64_t> dilation) {
   const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
-  const Tensor neighbours = torch::stable::contiguous(neighbours_);
   check_grad(grad, x, kernel);
-  cpu::MaskedConv2dWeightGrad p;
-  fill_params(p, x, neighbours, kernel[0], kernel[1], dilation);
-  const std::vector<Place> window = make_window(p);
-  p.window = window.data();
-  p.grad = grad.const_data_ptr();
+  return compute_grads(grad, x, nullptr, neighbours, kernel[0], kernel[1], dilation, nullptr);
+}
 
-  const ScalarType acc = accumulation_type(x);
-  const int64_t taps = kernel[0] * kernel[1], size = (1 + taps) * p.channels;
-  const int64_t parts =
-      std::clamp<int64_t>((p.blocks + kBlocksPerPart - 1) / kBlocksPerPart, 1, kMaxParts);
-  Tensor partial = torch::stable::new_empty(x, {parts, size}, acc);
-  Tensor sum = torch::stable::new_empty(x, {1 + taps, p.channels}, acc);
-  char* const data = static_cast<char*>(partial.mutable_data_ptr());
-  const int64_t bytes = size * int64_t(partial.element_size());
-  const auto compute = with_isa([](auto isa) { return cpu::masked_conv2d_weight_grad<isa>; });
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part) {
-      compute(p, data + part * bytes, part * p.blocks / parts, (part + 1) * p.blocks / parts);
-    }
-  });
-  add_parts(partial, sum);
-  Tensor rounded = torch::stable::to(sum, x.scalar_type());
-  const Tensor by_channel = torch::stable::contiguous(
-      torch::stable::transpose(torch::stable::narrow(rounded, 0, 1, taps), 0, 1));
-  const Tensor bias = torch::stable::clone(
-      torch::stable::reshape(torch::stable::narrow(rounded, 0, 0, 1), {p.channels}));
-  return {torch::stable::reshape(by_channel, {p.channels, 1, kernel[0], kernel[1]}), bias};
+std::tuple<Tensor, Tensor, Tensor> masked_conv2d_grads(const Tensor& grad_, const Tensor& x_,
+                                                       const Tensor& weight_,
+                                                       const Tensor& neighbours,
+                                                       std::vector<int64_t> dilation) {
+  const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
+  const Tensor weight = torch::stable::contiguous(weight_);
+  check_weight(x, weight, std::nullopt);
+  check_grad(grad, x, {weight.size(2), weight.size(3)});
+  Tensor grad_x = torch::stable::new_empty(x, x.sizes());
+  auto [grad_weight, grad_bias] = compute_grads(grad, x, &weight, neighbours, weight.size(2),
+                                                weight.size(3), dilation, &grad_x);
+  return {grad_x, grad_weight, grad_bias};
 }
 
 #ifdef WITH_CUDA
+// Its tensors must be contiguous.
+Tensor convolve_cuda(const OnDevice& device, const Tensor& x, const Tensor& weight,
+                     std::optional<Tensor> bias, const Tensor& neighbours,
+                     const std::vector<int64_t>& dilation, bool flipped) {
+  cuda::MaskedConv2dForward p;
+  fill_params(p, x, neighbours, weight.size(2), weight.size(3), dilation);
+  bias = contiguous_bias(bias, x);
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  p.flipped = flipped;
+  p.weight = weight.const_data_ptr();
+  p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+  p.y = y.mutable_data_ptr();
+  cuda::plan_forward(p);
+  if (p.kernel == cuda::Kernel::Tensor) {
+    const int64_t blocks = cuda::masked_conv2d_tensor_blocks(p);
+    if (blocks > 0) {
+      cuda::cut_forward(p, blocks);
+      device.check(cuda::masked_conv2d_tensor(p, device.stream()));
+      return y;
+    }
+    cuda::plan_forward(p, false);  // a GPU without them, or with too little shared memory
+  }
+  if (p.kernel == cuda::Kernel::Tiles) cuda::cut_forward(p, cuda::masked_conv2d_warps(p));
+  device.check(cuda::masked_conv2d(p, device.stream()));
+  return y;
+}
+
 Tensor masked_conv2d_cuda(const Tensor& x_, const Tensor& weight_, std::optional<Tensor> bias,
                           const Tensor& neighbours_, std::vector<int64_t> dilation) {
   const OnDevice device(x_);
   const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
   const Tensor neighbours = torch::stable::contiguous(neighbours_);
   check_weight(x, weight, bias);
-  cuda::MaskedConv2dForward p;
-  fill_params(p, x, neighbours, weight.size(2), weight.size(3), dilation);
-  if (bias.has_value()) {
-    bias = torch::stable::contiguous(torch::stable::to(*bias, x.scalar_type()));
+  return convolve_cuda(device, x, weight, bias, neighbours, dilation, false);
+}
+
+// The results of a weight gradient on the GPU, and the shares that it sums.
+struct WeightGradTensors {
+  Tensor partial, weight, bias;
+
+  WeightGradTensors(cuda::MaskedConv2dWeightGrad& p, const Tensor& x)
+      : partial(torch::stable::new_empty(
+            x, {p.shares, 1 + int64_t(p.kernel_rows) * p.kernel_columns, p.channels},
+            accumulation_type(x))),
+        weight(torch::stable::new_empty(x, {p.channels, 1, p.kernel_rows, p.kernel_columns})),
+        bias(torch::stable::new_empty(x, {p.channels})) {
+    p.partial = partial.mutable_data_ptr();
+    p.grad_weight = weight.mutable_data_ptr();
+    p.grad_bias = bias.mutable_data_ptr();
   }
-  Tensor y = torch::stable::new_empty(x, x.sizes());
-  p.weight = weight.const_data_ptr();
-  p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  p.y = y.mutable_data_ptr();
-  cuda::plan_forward(p);
-  if (p.tile_side > 0) cuda::cut_forward(p, cuda::masked_conv2d_warps(p));
-  device.check(cuda::masked_conv2d(p, device.stream()));
-  return y;
+};
+
+// Its tensors must be contiguous.
+std::tuple<Tensor, Tensor> reduce_cuda(const OnDevice& device, const Tensor& grad, const Tensor& x,
+                                       const Tensor& neighbours, int64_t kernel_rows,
+                                       int64_t kernel_columns,
+                                       const std::vector<int64_t>& dilation) {
+  cuda::MaskedConv2dWeightGrad p;
+  fill_params(p, x, neighbours, kernel_rows, kernel_columns, dilation);
+  p.grad = grad.const_data_ptr();
+  cuda::plan_weight_grad(p);
+  const WeightGradTensors results(p, x);
+  device.check(cuda::masked_conv2d_weight_grad(p, device.stream()));
+  return {results.weight, results.bias};
 }
 
 std::tuple<Tensor, Tensor> masked_conv2d_weight_grad_cuda(const Tensor& grad_, const Tensor& x_,
@@ -179,19 +263,35 @@ std::tuple<Tensor, Tensor> masked_conv2d_weight_grad_cuda(const Tensor& grad_, c
   const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
   const Tensor neighbours = torch::stable::contiguous(neighbours_);
   check_grad(grad, x, kernel);
-  cuda::MaskedConv2dWeightGrad p;
-  fill_params(p, x, neighbours, kernel[0], kernel[1], dilation);
+  return reduce_cuda(device, grad, x, neighbours, kernel[0], kernel[1], dilation);
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_conv2d_grads_cuda(const Tensor& grad_, const Tensor& x_,
+                                                            const Tensor& weight_,
+                                                            const Tensor& neighbours_,
+                                                            std::vector<int64_t> dilation) {
+  const OnDevice device(x_);
+  const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
+  const Tensor weight = torch::stable::contiguous(weight_);
+  const Tensor neighbours = torch::stable::contiguous(neighbours_);
+  check_weight(x, weight, std::nullopt);
+  check_grad(grad, x, {weight.size(2), weight.size(3)});
+  cuda::MaskedConv2dGrads p;
+  fill_params(p, x, neighbours, weight.size(2), weight.size(3), dilation);
+  Tensor grad_x = torch::stable::new_empty(x, x.sizes());
   p.grad = grad.const_data_ptr();
-  cuda::plan_weight_grad(p);
-  Tensor partial = torch::stable::new_empty(x, {p.runs, 1 + kernel[0] * kernel[1], p.channels},
-                                            accumulation_type(x));
-  Tensor grad_weight = torch::stable::new_empty(x, {p.channels, 1, kernel[0], kernel[1]});
-  Tensor grad_bias = torch::stable::new_empty(x, {p.channels});
-  p.partial = partial.mutable_data_ptr();
-  p.grad_weight = grad_weight.mutable_data_ptr();
-  p.grad_bias = grad_bias.mutable_data_ptr();
-  device.check(cuda::masked_conv2d_weight_grad(p, device.stream()));
-  return {grad_weight, grad_bias};
+  p.weight = weight.const_data_ptr();
+  p.grad_x = grad_x.mutable_data_ptr();
+  cuda::plan_grads(p);
+  if (p.tile_side == 0) {  // one after the other
+    grad_x = convolve_cuda(device, grad, weight, std::nullopt, neighbours, dilation, true);
+    const auto [grad_weight, grad_bias] =
+        reduce_cuda(device, grad, x, neighbours, weight.size(2), weight.size(3), dilation);
+    return {grad_x, grad_weight, grad_bias};
+  }
+  const WeightGradTensors results(p, x);
+  device.check(cuda::masked_conv2d_grads(p, device.stream()));
+  return {grad_x, results.weight, results.bias};
 }
 #endif
 
@@ -201,11 +301,13 @@ std::tuple<Tensor, Tensor> masked_conv2d_weight_grad_cuda(const Tensor& grad_, c
 STABLE_TORCH_LIBRARY_IMPL(convmae, CPU, m) {
   m.impl("masked_conv2d", TORCH_BOX(&convmae::masked_conv2d));
   m.impl("masked_conv2d_weight_grad", TORCH_BOX(&convmae::masked_conv2d_weight_grad));
+  m.impl("masked_conv2d_grads", TORCH_BOX(&convmae::masked_conv2d_grads));
 }
 
 #ifdef WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(convmae, CUDA, m) {
   m.impl("masked_conv2d", TORCH_BOX(&convmae::masked_conv2d_cuda));
   m.impl("masked_conv2d_weight_grad", TORCH_BOX(&convmae::masked_conv2d_weight_grad_cuda));
+  m.impl("masked_conv2d_grads", TORCH_BOX(&convmae::masked_conv2d_grads_cuda));
 }
 #endif

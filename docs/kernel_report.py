@@ -208,8 +208,12 @@ class Tile(NamedTuple):
         return min(1, self.allowed(card) / self.expected)
 
     def allowed(self, card: Card) -> float:
-        """The instructions for which there is time while a tile is read and another written."""
-        return card.instructions(2 * tile_walk.Shape.of(self.name).side ** 2 * 128)
+        """The instructions for which there is time while tiles are read and written.
+
+        One is read and another written; for all gradients at once two are read.
+        """
+        shape = tile_walk.Shape.of(self.name)
+        return card.instructions((3 if shape.op == "_grads" else 2) * shape.side**2 * 128)
 
 
 def tiles() -> list[Tile]:
@@ -220,9 +224,8 @@ def tiles() -> list[Tile]:
         if kernel.arch != "sm_90" or not kernel.is_specialised:
             continue
         visible = 0.4 if tile_walk.Shape.of(kernel.name).kernel == 7 else 0.25
-        walked = kernel.name, code[kernel.symbol], kernel.threads // 32
-        issued = tile_walk.count(*walked)
-        multiply_adds = tile_walk.count(*walked, "FFMA").expected(visible)
+        walk = tile_walk.Walk(kernel.name, code[kernel.symbol], kernel.threads // 32)
+        issued, multiply_adds = walk.count(), walk.count("FFMA").expected(visible)
         costs = issued.alone, issued.all, issued.expected(visible), multiply_adds, issued.once
         counted.append(Tile(kernel.name, *costs))
     return counted

@@ -18,13 +18,15 @@ import numpy as np
 from docs import sass
 
 DTYPES = ["float", "bfloat16", "half"]  # as DType of csrc/numbers.h counts them
-_ROOM = 1 << 17  # bytes for each array
+_ROOM = 1 << 18  # bytes for each array
+_GRADS_WARPS = 8  # kGradsWarps of csrc/cuda/tile_memory.h
 
 
 class Params(ctypes.Structure):
-    """MaskedConv2dForward or MaskedConv2dWeightGrad of csrc/masked_conv2d.h.
+    """MaskedConv2dForward, MaskedConv2dWeightGrad or MaskedConv2dGrads of csrc/masked_conv2d.h.
 
-    `pointers` are weight, bias and y; or grad, partial and the gradients of weight and bias.
+    `rest` are weight, bias and y; or the number of shares, grad, partial and the gradients of
+    weight and bias, and for all gradients at once weight and the gradient of x.
     """
 
     _fields_ = (
@@ -38,14 +40,15 @@ class Params(ctypes.Structure):
         ("tile_side", ctypes.c_int),
         ("log_tiles", ctypes.c_int),
         ("wide", ctypes.c_bool),
-        ("pointers", ctypes.c_uint64 * 4),
+        ("flipped", ctypes.c_bool),
+        ("rest", ctypes.c_uint64 * 7),
     )
 
 
 class Shape(NamedTuple):
     """What a tiled kernel is compiled for."""
 
-    reduces: bool  # the weight gradient
+    op: str  # "" (forward), "_weight_grad" or "_grads"
     dtype: str
     side: int  # of a tile
     kernel: int
@@ -53,10 +56,10 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, name: str) -> Shape:
         """From a kernel's name, such as `masked_conv2d_tiles<bfloat16, 4, 5>`."""
-        match = re.fullmatch(r"masked_conv2d(_weight_grad)?_tiles<(\w+), (\d), (\d)>", name)
+        match = re.fullmatch(r"masked_conv2d(_weight_grad|_grads|)_tiles<(\w+), (\d), (\d)>", name)
         if match is None:
             raise ValueError(f"{name!r} is no tiled kernel")
-        return cls(match[1] is not None, match[2], int(match[3]), int(match[4]))
+        return cls(match[1], match[2], int(match[3]), int(match[4]))
 
     @property
     def reach(self) -> int:
@@ -86,6 +89,8 @@ class Problem:
     def __init__(self, name: str, visible: np.ndarray, warps: int = 1, alone: bool = False) -> None:
         self.warps = warps
         self.shape = shape = Shape.of(name)
+        if alone and shape.op == "_grads":  # the tiles of the first warp are so far apart
+            visible = np.repeat(visible, _GRADS_WARPS, 0)
         tiles, channels, taps = len(visible), shape.channels, shape.kernel**2
         rng = np.random.default_rng(0)
         self.table = np.where(visible, rng.integers(tiles, size=visible.shape), -1).astype(np.int32)
@@ -96,6 +101,7 @@ class Problem:
         self.bias = rng.standard_normal(channels).astype(np.float32)
         self.memory = np.full(8 * _ROOM, 0xFF, np.uint8)
         self._next = 0
+        self.shares = _GRADS_WARPS // warps if shape.op == "_grads" and not alone else 1
         params = Params(
             dtype=DTYPES.index(shape.dtype),
             x=self._put(self._encode("x")),
@@ -116,28 +122,47 @@ class Problem:
             tile_side=shape.side,
             log_tiles=0,
             wide=True,
+            flipped=False,
         )
-        if shape.reduces:
-            pointers = [self._put(self._encode("grad"))]
-        else:
-            pointers = [self._put(self._encode("weight")), self._put(self._encode("bias"))]
-        self._output = self._next
-        pointers.append(sass.MEMORY_BASE + self._output)
-        params.pointers = (ctypes.c_uint64 * 4)(*pointers)
+        weight, output = self._put(self._encode("weight")), self._room()
+        rest = [weight, self._put(self._encode("bias")), output]
+        self._outputs = [output]
+        if shape.op:
+            rest = [self.shares, self._put(self._encode("grad")), output, 0, 0]
+        if shape.op == "_grads":
+            self._outputs.append(self._room())
+            rest += [weight, self._outputs[1]]
+        params.rest = (ctypes.c_uint64 * 7)(*rest)
         self.params = bytes(params)
 
     def run(self, code: list[sass.Instruction]) -> sass.Warp:
-        """The first warp of the thread block, after all have run."""
-        warps = [sass.Warp(code, self.params, self.memory, row=row) for row in range(self.warps)]
-        sass.run_block(warps)
-        return warps[0]
+        """The first warp of the first thread block, after all have run."""
+        blocks = [
+            [
+                sass.Warp(code, self.params, self.memory, (0, share, 0), row)
+                for row in range(self.warps)
+            ]
+            for share in range(self.shares)
+        ]
+        for warps in blocks:
+            sass.run_block(warps)
+        return blocks[0][0]
 
     def output(self) -> np.ndarray:
         """float32: y, like x; or the sums of bias and taps, [1 + taps, channels]."""
-        memory = self.memory[self._output : self._output + _ROOM]
-        if self.shape.reduces:
-            rows = 1 + self.shape.kernel**2
-            return memory.view(np.float32)[: rows * self.shape.channels].reshape(rows, -1)
+        if not self.shape.op:
+            return self._features(self._outputs[0])
+        rows, at = 1 + self.shape.kernel**2, self._outputs[0] - sass.MEMORY_BASE
+        memory = self.memory[at : at + _ROOM].view(np.float32)
+        size = rows * self.shape.channels
+        return memory[: self.shares * size].reshape(self.shares, rows, -1).sum(0)
+
+    def grad_x(self) -> np.ndarray:
+        """float32, like x: the other output of `masked_conv2d_grads_tiles`."""
+        return self._features(self._outputs[1])
+
+    def _features(self, address: int) -> np.ndarray:
+        memory = self.memory[address - sass.MEMORY_BASE :][:_ROOM]
         kind = np.float32 if self.shape.dtype == "float" else np.uint16
         return self._decode(memory.view(kind)[: self.x.size]).reshape(self.x.shape)
 
@@ -163,8 +188,13 @@ class Problem:
         """Copies an array to the next part of memory; returns its address."""
         if values.nbytes > _ROOM:
             raise ValueError(f"{values.nbytes} bytes, expected at most {_ROOM}")
-        at, self._next = self._next, self._next + _ROOM
+        at = self._next
         self.memory[at : at + values.nbytes] = np.frombuffer(values.tobytes(), np.uint8)
+        return self._room()
+
+    def _room(self) -> int:
+        """The address of the next part of memory."""
+        at, self._next = self._next, self._next + _ROOM
         return sass.MEMORY_BASE + at
 
 
@@ -180,33 +210,44 @@ class Counts(NamedTuple):
         return self.alone + visible * (self.all - self.alone)
 
 
-def count(name: str, code: list[sass.Instruction], warps: int, *kinds: str) -> Counts:
-    """What a warp issues: all instructions, or those of some kinds (`FFMA`).
+class Walk:
+    """What the first warp of a kernel's thread block issues for tiles that see few or many others.
 
     Args:
         name: of the kernel.
         code: its instructions.
         warps: of its thread blocks.
-        kinds: what to count; none: everything.
-
-    Raises:
-        RuntimeError: the cost of a tile is not, to 1 %, the sum of what its neighbours cost, so
-            that `Counts.expected` would be wrong.
     """
-    neighbours = Shape.of(name).neighbours
-    alone = np.zeros((neighbours + 4, neighbours), bool)
-    one = np.eye(neighbours, dtype=bool)
 
-    def issued(visible: np.ndarray) -> int:
-        warp = Problem(name, visible, warps, alone=True).run(code)
-        return warp.count(*kinds) if kinds else sum(warp.issued)
+    def __init__(self, name: str, code: list[sass.Instruction], warps: int) -> None:
+        self.name, self.neighbours = name, Shape.of(name).neighbours
+        alone = np.zeros((self.neighbours + 4, self.neighbours), bool)
+        one = np.eye(self.neighbours, dtype=bool)
 
-    few, many = issued(alone[:4]), issued(alone)
-    tile = (many - few) / neighbours
-    more = (issued(~alone[:4]) - few) / 4
-    one_each = issued(np.concatenate([alone[:4], one])) - many
-    if abs(one_each - more) > 0.01 * (tile + more):
-        raise RuntimeError(
-            f"{name}: neighbours cost {one_each} instructions one by one, but {more} together"
-        )
-    return Counts(tile, tile + more, few - 4 * tile)
+        def run(visible: np.ndarray) -> sass.Warp:
+            return Problem(name, visible, warps, alone=True).run(code)
+
+        self._few, self._many = run(alone[:4]), run(alone)
+        self._all, self._one_each = run(~alone[:4]), run(np.concatenate([alone[:4], one]))
+
+    def count(self, *kinds: str) -> Counts:
+        """All instructions, or those of some kinds (`FFMA`).
+
+        Raises:
+            RuntimeError: the cost of a tile is not, to 1 %, the sum of what its neighbours cost, so
+                that `Counts.expected` would be wrong.
+        """
+
+        def issued(warp: sass.Warp) -> int:
+            return warp.count(*kinds) if kinds else sum(warp.issued)
+
+        few, many = issued(self._few), issued(self._many)
+        tile = (many - few) / self.neighbours
+        more = (issued(self._all) - few) / 4
+        one_each = issued(self._one_each) - many
+        if abs(one_each - more) > 0.01 * (tile + more):
+            raise RuntimeError(
+                f"{self.name}: neighbours cost {one_each} instructions one by one, but {more} "
+                "together"
+            )
+        return Counts(tile, tile + more, few - 4 * tile)

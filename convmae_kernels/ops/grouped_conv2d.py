@@ -1,7 +1,9 @@
-"""Convolution of packed features in groups of channels, and its two gradients: kernels for CPUs.
+"""Convolution of packed features in groups of channels, and its two gradients.
 
-PyTorch's convolution of many small windows is slow where a group has few channels. These kernels
-read packed features where they lie, and no hidden block. `window_conv2d` is made of them on a CPU.
+These kernels read packed features where they lie, and no hidden block; no window is copied. On a
+CPU they are for groups of few channels, of which PyTorch's convolution of many small windows is
+slow: `window_conv2d` is made of them there. On a GPU they are Triton's, products on tensor cores:
+`masked_conv2d` takes them for groups of many channels, and without groups.
 """
 
 from __future__ import annotations
@@ -37,26 +39,23 @@ _SHAPE = "SymInt stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
 register(
     f"grouped_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor neighbours, {_SHAPE}) -> Tensor",
-    None,
+    reference.window_conv2d,
     _fake,
     _OF_CONVOLUTION,
-    lambda ops: reference.window_conv2d,
     flops=window_flops,
 )
 register(
     f"grouped_conv2d_input_grad(Tensor grad, Tensor weight, Tensor neighbours, {_SHAPE}) -> Tensor",
-    None,
+    reference.grouped_conv2d_input_grad,
     _fake_input_grad,
     _OF_INPUT_GRAD,
-    lambda ops: reference.grouped_conv2d_input_grad,
     flops=grouped_input_flops,
 )
 register(
     "grouped_conv2d_weight_grad(Tensor grad, Tensor x, Tensor neighbours, SymInt[2] kernel,"
     f" {_SHAPE}) -> (Tensor, Tensor)",
-    None,
+    reference.grouped_conv2d_weight_grad,
     _fake_weight_grad,
     _OF_WEIGHT_GRAD,
-    lambda ops: reference.grouped_conv2d_weight_grad,
     flops=grouped_weight_flops,
 )

@@ -9,15 +9,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from convmae_kernels.ops import reference, window_conv2d  # noqa: F401  (registers the op)
+from convmae_kernels.ops import (  # noqa: F401  (registers the ops)
+    reference,
+    strided_conv2d,
+)
 from convmae_kernels.ops.support.arithmetic import as_cast, multiply, patch_conv2d
 from convmae_kernels.ops.support.autocast import autocast_dtype, autocast_is_on
 from convmae_kernels.ops.support.checks import check_packed
 from convmae_kernels.ops.support.choices import Sizes
 from convmae_kernels.ops.support.conv_plan import ConvPlan, plan_conv2d
 from convmae_kernels.ops.support.dispatch import Impl, check_impl, register, select
-from convmae_kernels.ops.support.flops import depthwise_flops, weight_gradient_flops
+from convmae_kernels.ops.support.flops import (
+    both_gradients_flops,
+    depthwise_flops,
+    weight_gradient_flops,
+)
 from convmae_kernels.ops.support.geometry import pair
+from convmae_kernels.ops.window_conv2d import goes_without_windows
 from convmae_kernels.zorder import BLOCK_SIZES, to_zorder
 
 if TYPE_CHECKING:
@@ -32,9 +40,16 @@ def _fake_weight_grad(grad, x, neighbours, kernel, dilation):
     return x.new_empty(x.shape[2], 1, *kernel), x.new_empty(x.shape[2])
 
 
+def _fake_grads(grad, x, weight, neighbours, dilation):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(x.shape[2])
+
+
 # The ops are closed under differentiation. With w the weight, g a gradient and ~ a flip of both
 # axes: conv(x, w) has the gradients conv(g, ~w) and weight_grad(g, x); and weight_grad(g, x), given
 # the gradients (u, v) of its two outputs, has conv(x, u, v) in g and conv(g, ~u) in x.
+# grads(g, x, w) is both at once, conv(g, ~w) and weight_grad(g, x). Given the gradients (t, u, v)
+# of its three outputs, it has conv(t, w) + conv(x, u, v) in g, conv(g, ~u) in x and
+# weight_grad(g, t) in w.
 
 
 def _derivatives(ops):
@@ -46,9 +61,13 @@ def _derivatives(ops):
     def backward(ctx, grad):
         x, weight, neighbours = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
+            grad_x, grad_weight, grad_bias = ops.masked_conv2d_grads(
+                grad, x, weight, neighbours, ctx.dilation
+            )
+        elif ctx.needs_input_grad[0]:
             grad_x = ops.masked_conv2d(grad, weight.flip(2, 3), None, neighbours, ctx.dilation)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if grad_weight is None and any(ctx.needs_input_grad[1:3]):
             grad_weight, grad_bias = ops.masked_conv2d_weight_grad(
                 grad, x, neighbours, weight.shape[2:], ctx.dilation
             )
@@ -74,6 +93,37 @@ def _derivatives_weight_grad(ops):
     return backward, setup_context
 
 
+def _derivatives_grads(ops):
+    def setup_context(ctx, inputs, output):
+        grad, x, weight, neighbours, ctx.dilation = inputs
+        ctx.save_for_backward(grad, x, weight, neighbours)
+        # Of three outputs often one is differentiated: zeros for the others would cost as much.
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad_of_x, grad_of_weight, grad_of_bias):
+        grad, x, weight, neighbours = ctx.saved_tensors
+        grad_grad = grad_x = grad_weight = None
+        if grad_of_x is not None:
+            if ctx.needs_input_grad[0]:
+                grad_grad = ops.masked_conv2d(grad_of_x, weight, None, neighbours, ctx.dilation)
+            if ctx.needs_input_grad[2]:
+                grad_weight, _ = ops.masked_conv2d_weight_grad(
+                    grad, grad_of_x, neighbours, weight.shape[2:], ctx.dilation
+                )
+        if grad_of_weight is None and grad_of_bias is not None:
+            grad_of_weight = torch.zeros_like(weight)
+        if grad_of_weight is not None:
+            if ctx.needs_input_grad[0]:
+                more = ops.masked_conv2d(x, grad_of_weight, grad_of_bias, neighbours, ctx.dilation)
+                grad_grad = more if grad_grad is None else grad_grad + more
+            if ctx.needs_input_grad[1]:
+                flipped = grad_of_weight.flip(2, 3)
+                grad_x = ops.masked_conv2d(grad, flipped, None, neighbours, ctx.dilation)
+        return grad_grad, grad_x, grad_weight, None, None
+
+    return backward, setup_context
+
+
 register(
     "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor neighbours, SymInt[2] dilation)"
     " -> Tensor",
@@ -89,6 +139,14 @@ register(
     _fake_weight_grad,
     _derivatives_weight_grad,
     flops=weight_gradient_flops,
+)
+register(
+    "masked_conv2d_grads(Tensor grad, Tensor x, Tensor weight, Tensor neighbours,"
+    " SymInt[2] dilation) -> (Tensor, Tensor, Tensor)",
+    reference.masked_conv2d_grads,
+    _fake_grads,
+    _derivatives_grads,
+    flops=both_gradients_flops,
 )
 
 
@@ -125,17 +183,20 @@ def masked_conv2d(
             stride, have 0. Of four numbers some may be negative: positions that are left out.
         impl: which implementation runs; "auto" is the fastest that is there, "reference" always
             applies. The other names choose kernels of this package: for depthwise convolutions with
-            an odd kernel up to 15 and "same" padding, and for groups on a CPU, those that convolve,
-            for others those that gather the windows, which PyTorch then multiplies or convolves. A
-            convolution without groups whose kernel is its stride, or 1 x 1, is a matrix product of
-            packed features: there are no kernels to choose from, and these names are refused.
+            a kernel up to 15, for groups on a CPU, and of Triton's for 16 channels of a group or
+            more, those that convolve, for others those that gather the windows, which PyTorch then
+            multiplies or convolves. "auto" takes those of Triton on a GPU, for half types and for
+            groups. A convolution without groups whose kernel is its stride, or 1 x 1, is a matrix
+            product of packed features: there are no kernels to choose from, and these names are
+            refused.
 
     Returns:
         `[T, (s / stride) ** 2, C_out]` in the dtype of `x`, for the same mask. Differentiable any
         number of times. Half types are accumulated in float32. Under autocast it runs in the
-        autocast dtype. Of depthwise convolutions with an odd kernel up to 15, and of groups on a
-        CPU, the same input gives the same bits whatever the number of threads; others are PyTorch's
-        matrix products and convolutions of what `gather_windows` gives, and as repeatable as these.
+        autocast dtype. Of depthwise convolutions with a kernel up to 15, of groups on a CPU, and
+        of Triton's kernels, the same input gives the same bits whatever the number of threads;
+        others are PyTorch's matrix products and convolutions of what `gather_windows` gives, and as
+        repeatable as these.
 
     Raises:
         TypeError: an argument is not a tensor of one of the dtypes, or dtypes differ.
@@ -163,12 +224,13 @@ def masked_conv2d(
         if max(plan.dilation) == 1:
             sizes = Sizes(side, x.shape[2], (weight.shape[2], weight.shape[3]))
         run = select(impl, "masked_conv2d", reference.masked_conv2d, x, mask, sizes)
-        y = run(x, weight, bias, neighbours, plan.dilation)
-        stride = plan.stride
-        if stride == 1:
-            return y
-        return y.unflatten(1, (-1, stride * stride))[:, :, plan.first].contiguous()
-    run = select(impl, "window_conv2d", reference.window_conv2d, x, mask)
+        return run(x, weight, bias, neighbours, plan.dilation)
+    if plan.way == "strided" and not plain:
+        run = select(impl, "strided_conv2d", reference.strided_conv2d, x, mask)
+        return run(x, weight, bias, neighbours, plan.stride, plan.padding, plan.dilation)
+    without_windows = goes_without_windows(impl, x, weight, groups)
+    name = "grouped_conv2d" if without_windows else "window_conv2d"
+    run = select(impl, name, reference.window_conv2d, x, mask)
     return run(x, weight, bias, neighbours, plan.stride, plan.padding, plan.dilation, groups)
 
 

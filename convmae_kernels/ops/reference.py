@@ -149,6 +149,15 @@ def masked_conv2d_weight_grad(
     return grad_weight.to(result), grad.sum((0, 1, 2)).to(result)
 
 
+def masked_conv2d_grads(
+    grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, dilation: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `masked_conv2d` in `x`, its weight `[C, 1, kh, kw]` and its bias `[C]`."""
+    grad_x = masked_conv2d(grad, weight.flip(2, 3), None, neighbours, dilation)
+    kernel = list(weight.shape[2:])
+    return grad_x, *masked_conv2d_weight_grad(grad, x, neighbours, kernel, dilation)
+
+
 def window_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -227,3 +236,46 @@ def grouped_conv2d_weight_grad(
                 taps.append(torch.einsum("tgohw,tgihw->goi", tiles, met).flatten(0, 1))
     grad_weight = torch.stack(taps, dim=2).unflatten(2, tuple(kernel))
     return grad_weight.to(x.dtype), tiles.sum((0, 3, 4)).flatten().to(x.dtype)
+
+
+def strided_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    neighbours: Tensor,
+    stride: int,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Depthwise: `window_conv2d` of as many groups as channels."""
+    channels = x.shape[2]
+    return window_conv2d(x, weight, bias, neighbours, stride, padding, dilation, channels)
+
+
+def strided_conv2d_input_grad(
+    grad: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    stride: int,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """The gradient of `strided_conv2d` in `x`."""
+    channels = grad.shape[2]
+    return grouped_conv2d_input_grad(grad, weight, neighbours, stride, padding, dilation, channels)
+
+
+def strided_conv2d_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    neighbours: Tensor,
+    kernel: Sequence[int],
+    stride: int,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `strided_conv2d` in its weight and its bias."""
+    channels = x.shape[2]
+    return grouped_conv2d_weight_grad(
+        grad, x, neighbours, kernel, stride, padding, dilation, channels
+    )

@@ -4,7 +4,8 @@ The blocks' windows (`gather_windows`) are a batch of small images. Where few ou
 a convolution becomes one matrix product with what every output looks at; where many do, PyTorch's
 convolution is as fast and copies less. Neither is kept for the backward pass: it is made again.
 On a CPU two kinds have ops of their own, which need no windows: groups of channels
-(`grouped_conv2d`), and products of many channels (`tap_conv2d`).
+(`grouped_conv2d`), and products of many channels (`tap_conv2d`). On a GPU `goes_without_windows`
+says which have Triton's kernels in place of this op.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from convmae_kernels.ops.support import geometry
 from convmae_kernels.ops.support.arithmetic import product_dtype
 from convmae_kernels.ops.support.autocast import without_autocast
 from convmae_kernels.ops.support.conv_plan import multiplies_windows
-from convmae_kernels.ops.support.dispatch import WHY_NOT_COMPILED, register
+from convmae_kernels.ops.support.dispatch import WHY_NOT_COMPILED, WHY_NOT_TRITON, Impl, register
+from convmae_kernels.ops.support.dtypes import HALF_DTYPES
 from convmae_kernels.ops.support.flops import window_flops
 from convmae_kernels.ops.support.windows import add_patches, patches_of_windows
 from convmae_kernels.zorder import block_side, rows_from_zorder, rows_to_zorder
+
+LEAST_CHANNELS_OF_TRITON = 16  # of inputs and outputs of a group: the sides of a tensor core
 
 
 def _is_product(x: Tensor, stride: int, groups: int) -> bool:
@@ -32,6 +36,28 @@ def _has_grouped_kernels(ops, x: Tensor, groups: int) -> bool:
     """Whether the kernels of `grouped_conv2d` are there: the compiled ones, for CPUs."""
     compiled = ops is torch.ops.convmae and WHY_NOT_COMPILED is None
     return groups > 1 and x.device.type == "cpu" and compiled
+
+
+def goes_without_windows(impl: Impl, x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether Triton's kernels of `grouped_conv2d` take the place of `window_conv2d`.
+
+    They multiply on tensor cores, so groups must have many channels. Those have no exact products
+    of float32: PyTorch's products of windows are faster where a group has all the channels, and
+    only who asks for Triton has its kernels there.
+
+    Args:
+        impl: as it was asked for; "auto" takes them on GPUs.
+        x: packed features, in the dtype in which they are convolved.
+        weight: `[C_out, C_in / groups, kh, kw]`.
+        groups: of channels.
+    """
+    channels = min(weight.shape[1], weight.shape[0] // groups)
+    if channels < LEAST_CHANNELS_OF_TRITON or x.dtype == torch.float64:
+        return False
+    if impl == "triton":
+        return True
+    on_gpu = x.device.type == "cuda" and WHY_NOT_TRITON is None
+    return impl == "auto" and on_gpu and (groups > 1 or x.dtype in HALF_DTYPES)
 
 
 def _goes_by_taps(ops, x: Tensor, weight: Tensor, stride: int, groups: int) -> bool:

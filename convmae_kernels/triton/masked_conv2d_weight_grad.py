@@ -4,7 +4,10 @@ No sum depends on the configuration: the number of parts is the problem's, in a 
 `LANES` sums takes every `LANES`-th position in order, and lanes and parts are added up pairwise.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -15,6 +18,9 @@ from convmae_kernels.triton import tuning
 from convmae_kernels.triton.accumulation import accumulator, pairwise_sum
 from convmae_kernels.triton.tuning import Configuration
 from convmae_kernels.triton.zorder import compact, side_bits, spread
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 LANES = 4
 MIN_POSITIONS_PER_PART, MAX_PARTS = 256, 256
@@ -127,6 +133,36 @@ def sum_parts_kernel(
     tl.store(bias_ptr + channel, total, mask=tap == ALL_TAPS)
 
 
+def empty_parts(x: Tensor, kernel: Sequence[int]) -> tuple[int, Tensor]:
+    """The positions of each part, and room for the sums of all: `[parts, kh * kw + 1, C]`."""
+    positions, taps = x.shape[0] * x.shape[1], kernel[0] * kernel[1]
+    per_part = max(MIN_POSITIONS_PER_PART, triton.cdiv(positions, MAX_PARTS))
+    dtype = torch.float64 if accumulator(x.dtype) == tl.float64 else torch.float32
+    parts = triton.cdiv(positions, per_part)
+    return per_part, x.new_empty(parts, taps + 1, x.shape[2], dtype=dtype)
+
+
+def add_parts(sums: Tensor, kernel: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`[parts, kh * kw + 1, C] -> [C, 1, kh, kw] and [C]`: zeros of no parts."""
+    parts, _, channels = sums.shape
+    weight = sums.new_empty(channels, 1, *kernel, dtype=dtype)
+    bias = sums.new_empty(channels, dtype=dtype)
+    if channels > 0:
+        elements = sums.shape[1] * channels
+        sum_parts_kernel[(triton.cdiv(elements, ELEMENTS),)](
+            sums,
+            weight,
+            bias,
+            parts,
+            channels,
+            ALL_TAPS=sums.shape[1] - 1,
+            ACCUMULATOR=accumulator(dtype),
+            PART_LANES=PART_LANES,
+            ELEMENTS=ELEMENTS,
+        )
+    return weight, bias
+
+
 def launch(
     configuration: Configuration,
     grad: Tensor,
@@ -137,27 +173,15 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """Runs one configuration; the same as `masked_conv2d_weight_grad`."""
     blocks, square, channels = x.shape
-    taps, positions = kernel[0] * kernel[1], blocks * square
-    weight, bias = x.new_empty(channels, 1, *kernel), x.new_empty(channels)
-    if channels == 0:
-        return weight, bias
-    per_part = max(MIN_POSITIONS_PER_PART, triton.cdiv(positions, MAX_PARTS))
-    parts = triton.cdiv(positions, per_part)
-    dtype = accumulator(x.dtype)
-    sums = x.new_empty(
-        parts,
-        taps + 1,
-        channels,
-        dtype=torch.float64 if dtype == tl.float64 else torch.float32,
-    )
-    if parts > 0:
-        programs = configuration.grid(TAPS=taps + 1, CHANNELS=channels)[0] * parts
+    per_part, sums = empty_parts(x, kernel)
+    if sums.numel() > 0:
+        programs = configuration.grid(TAPS=sums.shape[1], CHANNELS=channels)[0] * sums.shape[0]
         sum_positions_kernel[(programs,)](
             grad.contiguous(),
             x.contiguous(),
             neighbours.contiguous(),
             sums,
-            positions,
+            blocks * square,
             per_part,
             channels,
             *dilation,
@@ -165,22 +189,11 @@ def launch(
             KERNEL_COLUMNS=kernel[1],
             RADIUS=math.isqrt(neighbours.shape[1]) // 2,
             SIDE_BITS=side_bits(square),
-            ACCUMULATOR=dtype,
+            ACCUMULATOR=accumulator(x.dtype),
             LANES=LANES,
             **configuration.options,
         )
-    sum_parts_kernel[(triton.cdiv((taps + 1) * channels, ELEMENTS),)](
-        sums,
-        weight,
-        bias,
-        parts,
-        channels,
-        ALL_TAPS=taps,
-        ACCUMULATOR=dtype,
-        PART_LANES=PART_LANES,
-        ELEMENTS=ELEMENTS,
-    )
-    return weight, bias
+    return add_parts(sums, kernel, x.dtype)
 
 
 def masked_conv2d_weight_grad(

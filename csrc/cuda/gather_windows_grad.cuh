@@ -20,11 +20,6 @@ __device__ inline Holders holders(int position, int before, int positions, int l
   return {-((positions - 1 - before - position) >> log), (position + before) >> log};
 }
 
-template <class T, int V>
-struct alignas(V * sizeof(T)) Values {
-  T value[V];
-};
-
 // A thread adds, for V channels of one position, what the windows of all neighbours hold of it, in
 // the order of the neighbour table; two windows are read at a time. `channels` of p is in units of
 // V. Launch: grid ceil(positions / blockDim.y), block_of_rows.

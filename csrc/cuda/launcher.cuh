@@ -24,8 +24,14 @@ inline int64_t blocks_held(const void* kernel, dim3 block, size_t shared_bytes) 
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   cudaThreadExchangeStreamCaptureMode(&mode);
   const int threads = int(block.x * block.y * block.z);
-  cudaError_t code =
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
+  cudaError_t code = cudaSuccess;
+  if (shared_bytes > 48 << 10) {  // more than a kernel gets without asking
+    code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                int(shared_bytes));
+  }
+  if (code == cudaSuccess) {
+    code = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
+  }
   if (code == cudaSuccess) {
     code = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }

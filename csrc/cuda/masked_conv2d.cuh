@@ -2,37 +2,29 @@
 // block in Z-order; table int32 [blocks, (2 * radius + 1)^2], -1: hidden.
 #pragma once
 
-#include "cuda/tiles.cuh"
+#include "cuda/tile_kernels.cuh"
 
 namespace convmae::cuda {
 
-// Starts the copies of a slice's weights as they lie in memory, [channels][K * K].
-template <class T, int K>
-__device__ inline void start_weights(const MaskedConv2dForward& p, const Lane& lane, int64_t slice,
-                                     Chunk* to) {
-  constexpr int kSize = kWarpChannels<T> * K * K, kBatch = 8;
-  const T* const from = static_cast<const T*>(p.weight) + slice * kSize;
-  const int count = int(min(int64_t(kSize), p.channels * (K * K) - slice * kSize));
-  if (p.wide && reinterpret_cast<uintptr_t>(from) % sizeof(Chunk) == 0) {
-    constexpr int n = int(sizeof(Chunk) / sizeof(T));
+// The outputs of a tile in raster order, from its window.
+template <class T, int S, int K, class Window>
+__device__ CONVMAE_INLINE void convolve(uint32_t visible, const Window& window,
+                                        const Weights<T, K>& weight,
+                                        const float (&bias)[kWordChannels<T>],
+                                        float (&sum)[S * S][kWordChannels<T>]) {
+  constexpr int V = kWordChannels<T>;
 #pragma unroll
-    for (int i = lane.lane; i < kSize / n; i += 32) {
-      if (i < count / n) copy_chunk(to + i, from + i * n);
-    }
-    return;
+  for (int o = 0; o < S * S; ++o) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) sum[o][v] = bias[v];
   }
-#pragma unroll 1
-  for (int first = lane.lane; first < count; first += 32 * kBatch) {
-    T values[kBatch];
+  for_visible<T, S, K>(visible, window,
+                       [&](int y, int x, const float (&values)[V]) CONVMAE_INLINE_LAMBDA {
+                         for_outputs<S, K>(y, x, [&](int o, int tap) CONVMAE_INLINE_LAMBDA {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first + 32 * i < count) values[i] = from[first + 32 * i];
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first + 32 * i < count) reinterpret_cast<T*>(to)[first + 32 * i] = values[i];
-    }
-  }
+                           for (int v = 0; v < V; ++v) sum[o][v] += weight.tap[tap][v] * values[v];
+                         });
+                       });
 }
 
 // A square kernel of dilation 1 on blocks of side S or, for S = 4, larger. The weights of a lane's
@@ -48,53 +40,27 @@ __global__ void __launch_bounds__(32) masked_conv2d_tiles(MaskedConv2dForward p)
   const Lane lane(threadIdx.x, int(slice), uint32_t(p.channels * sizeof(T)), p.wide);
 
   static_assert(kWarpChannels<T> * K * K * sizeof(T) <= sizeof(memory.places[1]));
-  start_weights<T, K>(p, lane, slice, memory.places[1]);
-  float weight[K * K][V], bias[V];
+  Weights<T, K> weight;
+  weight.start(p.weight, p.channels, p.wide, p.flipped, lane, slice, memory.places[1]);
+  float bias[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     const bool exists = lane.has_word && p.bias != nullptr;
     const int64_t channel = slice * kWarpChannels<T> + lane.lane * V + v;
     bias[v] = exists ? load(static_cast<const T*>(p.bias) + channel) : 0;
   }
-  char* const y = kept(static_cast<char*>(p.y) + slice * 128 + lane.lane * 4);
+  char* const y = lane.of(p.y);
+  uint32_t* const words = lane.words(memory.places[0]);
+  const Chunk* const copies = lane.copies(memory.places[0]);
   const int64_t first = run * p.tiles_per_run, last = min(first + p.tiles_per_run, p.tiles);
   walk_tiles<S, K>(
-      p, lane, int32_t(first), int32_t(last), memory, [](int32_t, Chunk*) {},
-      [&](const Chunk* places) {
-        // K * K words for each lane, in which the taps of its first channel come first.
-        const uint32_t* words = places->words + lane.lane * (K * K);
-#pragma unroll
-        for (int i = 0; i < K * K; ++i) {
-          float values[V];
-          unpack(T{}, words[i], values);
-#pragma unroll
-          for (int v = 0; v < V; ++v) {
-            weight[(i * V + v) % (K * K)][(i * V + v) / (K * K)] = values[v];
-          }
-        }
-      },
-      [&](int32_t tile, uint32_t visible, const Chunk* places) {
+      p, p.x, lane, int32_t(first), int32_t(last), 1, memory,
+      [](int32_t, Chunk*) CONVMAE_INLINE_LAMBDA {},
+      [&](const Chunk* places) CONVMAE_INLINE_LAMBDA { weight.take(lane, places); },
+      [&](int32_t tile, uint32_t visible, uint32_t at) CONVMAE_INLINE_LAMBDA {
         float sum[S * S][V];
-#pragma unroll
-        for (int o = 0; o < S * S; ++o) {
-#pragma unroll
-          for (int v = 0; v < V; ++v) sum[o][v] = bias[v];
-        }
-        for_visible<T, S, K>(lane, visible, places, [&](int y, int x, const float (&values)[V]) {
-#pragma unroll
-          for (int o = 0; o < S * S; ++o) {
-            const int i = y - o / S + K / 2, j = x - o % S + K / 2;
-            if (i < 0 || i >= K || j < 0 || j >= K) continue;
-#pragma unroll
-            for (int v = 0; v < V; ++v) sum[o][v] += weight[i * K + j][v] * values[v];
-          }
-        });
-        if (!lane.has_word) return;
-        char* out = advance(y, tile * (S * S), lane.position_bytes);
-#pragma unroll
-        for (int rank = 0; rank < S * S; ++rank, out += lane.position_bytes) {
-          store_word(pack(T{}, sum[zorder_row(rank) * S + zorder_column(rank)]), out);
-        }
+        convolve<T, S, K>(visible, CopiedWindow<S, K>{words + at * 4}, weight, bias, sum);
+        store_tile<T, S>(lane, y, tile, sum, words + at * 4, copies + at);
       });
 }
 
@@ -113,13 +79,14 @@ __global__ void __launch_bounds__(256) masked_conv2d_any(MaskedConv2dForward p) 
             column = zorder_column(rank);
   const int32_t* const table = p.neighbours + block * p.table_columns;
   const T* const x = static_cast<const T*>(p.x) + channel;
-  const T* weight = static_cast<const T*>(p.weight) + channel * p.kernel_rows * p.kernel_columns;
+  const int taps = p.kernel_rows * p.kernel_columns, step = p.flipped ? -1 : 1;
+  const T* weight = static_cast<const T*>(p.weight) + channel * taps + (p.flipped ? taps - 1 : 0);
 
   const A bias = p.bias == nullptr ? A(0) : load(static_cast<const T*>(p.bias) + channel);
   A sum[4] = {bias, bias, bias, bias};
   for (int i = 0; i < p.kernel_rows; ++i) {
     const int y = row + (i - p.kernel_rows / 2) * p.dilation_rows;
-    for (int j = 0; j < p.kernel_columns; ++j, ++weight) {
+    for (int j = 0; j < p.kernel_columns; ++j, weight += step) {
       const int x_ = column + (j - p.kernel_columns / 2) * p.dilation_columns;
       const A tap = load(weight);
 #pragma unroll

@@ -10,4 +10,10 @@ LaunchError masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, Stream st
   return launcher.error;
 }
 
+LaunchError masked_conv2d_weight_grad_sum(const MaskedConv2dWeightGrad& p, Stream stream) {
+  Launcher launcher{"masked_conv2d_weight_grad_sum", stream};
+  launch_masked_conv2d_weight_grad_sum(p, launcher);
+  return launcher.error;
+}
+
 }  // namespace convmae::cuda

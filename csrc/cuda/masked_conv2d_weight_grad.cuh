@@ -3,7 +3,7 @@
 // are depends on the problem only, so the same input gives the same bits on every device.
 #pragma once
 
-#include "cuda/tiles.cuh"
+#include "cuda/tile_kernels.cuh"
 
 namespace convmae::cuda {
 
@@ -22,75 +22,39 @@ __global__ void __launch_bounds__(32 * kReducingWarps<S, K>)
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.y), 0);  // so that all lanes agree
   TileMemory<S, K, S * S>& memory = memories[warp];
   const Lane lane(threadIdx.x, int(slice), uint32_t(p.channels * sizeof(T)), p.wide);
-  const char* const grads = kept(static_cast<const char*>(p.grad) + lane.byte);
+  const char* const grads = lane.of(p.grad);
+  const uint32_t* const words = lane.words(memory.places[0]);
   float bias[V] = {}, sum[K * K][V] = {};
 
   const int64_t begin = run * p.tiles_per_run, end = min(begin + p.tiles_per_run, p.tiles);
   const int64_t part = (p.tiles_per_run + kWarps - 1) / kWarps;
   const int64_t first = begin + warp * part, last = min(first + part, end);
   walk_tiles<S, K>(
-      p, lane, int32_t(first), int32_t(last), memory,
-      [&](int32_t tile, Chunk* places) { copy_tile<S>(lane, grads, tile, places); },
-      [](const Chunk*) {},
-      [&](int32_t, uint32_t visible, const Chunk* places) {
+      p, p.x, lane, int32_t(first), int32_t(last), 1, memory,
+      [&](int32_t tile, Chunk* places)
+          CONVMAE_INLINE_LAMBDA { copy_tile<S>(lane, grads, tile, places); },
+      [](const Chunk*) CONVMAE_INLINE_LAMBDA {},
+      [&](int32_t, uint32_t visible, uint32_t at) CONVMAE_INLINE_LAMBDA {
         float grad[S * S][V];
-        const uint32_t* words = places[kPlaces * 8 + lane.lane / 4].words + lane.lane % 4;
+        load_tile<T, S>(words + (at + kPlaces * 8) * 4, grad);
 #pragma unroll
         for (int o = 0; o < S * S; ++o) {
-          unpack(T{}, words[zorder(o / S, o % S) * 32], grad[o]);
 #pragma unroll
           for (int v = 0; v < V; ++v) bias[v] += grad[o][v];
         }
-        for_visible<T, S, K>(lane, visible, places, [&](int y, int x, const float (&values)[V]) {
+        const CopiedWindow<S, K> window{words + at * 4};
+        for_visible<T, S, K>(visible, window,
+                             [&](int y, int x, const float (&values)[V]) CONVMAE_INLINE_LAMBDA {
+                               for_outputs<S, K>(y, x, [&](int o, int tap) CONVMAE_INLINE_LAMBDA {
 #pragma unroll
-          for (int o = 0; o < S * S; ++o) {
-            const int i = y - o / S + K / 2, j = x - o % S + K / 2;
-            if (i < 0 || i >= K || j < 0 || j >= K) continue;
-#pragma unroll
-            for (int v = 0; v < V; ++v) sum[i * K + j][v] += grad[o][v] * values[v];
-          }
-        });
+                                 for (int v = 0; v < V; ++v) sum[tap][v] += grad[o][v] * values[v];
+                               });
+                             });
       });
 
   const int64_t start = slice * kWarpChannels<T>;  // the first channel
   float* const out = static_cast<float*>(p.partial) + run * kRows * p.channels + start;
-  if constexpr (kWarps == 1) {
-    if (!lane.has_word) return;
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        out[row * p.channels + lane.lane * V + v] = row == 0 ? bias[v] : sum[max(row, 1) - 1][v];
-      }
-    }
-    return;
-  }
-
-  // The sums of a warp, [kRows][channels of a warp], where its tiles were.
-  struct alignas(4 * V) Sums {
-    float value[V];
-  };
-  static_assert(kRows * kWarpChannels<T> * sizeof(float) <= sizeof(memory));
-  __syncwarp();
-  Sums* const own = reinterpret_cast<Sums*>(memory.places) + lane.lane;
-#pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    Sums& sums = own[row * 32];
-#pragma unroll
-    for (int v = 0; v < V; ++v) sums.value[v] = row == 0 ? bias[v] : sum[max(row, 1) - 1][v];
-  }
-  __syncthreads();
-  constexpr int kRowsAtOnce = 32 * kWarps / kWarpChannels<T>;
-  const int thread = warp * 32 + lane.lane, channel = thread % kWarpChannels<T>;
-  if (start + channel >= p.channels) return;
-  for (int row = thread / kWarpChannels<T>; row < kRows; row += kRowsAtOnce) {
-    float total = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      total += reinterpret_cast<const float*>(memories[w].places)[row * kWarpChannels<T> + channel];
-    }
-    out[row * p.channels + channel] = total;
-  }
+  store_share<T, K, kWarps>(lane, warp, start, p.channels, memories, bias, sum, out);
 }
 
 // Any kernel, dilation, block side, alignment, dtype. A thread sums one tap, or the bias, of one
@@ -148,7 +112,7 @@ __global__ void __launch_bounds__(256) masked_conv2d_weight_grad_sum(MaskedConv2
   if (i < size) {
     const A* const partial = static_cast<const A*>(p.partial) + i;
 #pragma unroll 8
-    for (int64_t run = threadIdx.y; run < p.runs; run += 8) sum += partial[run * size];
+    for (int64_t run = threadIdx.y; run < p.shares; run += 8) sum += partial[run * size];
   }
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
@@ -161,8 +125,18 @@ __global__ void __launch_bounds__(256) masked_conv2d_weight_grad_sum(MaskedConv2
   store(sum, out);
 }
 
-// Calls launch(kernel, grid, block, shared bytes, p) with the kernel that p was planned for, and
-// with the one that adds up.
+// Calls launch(kernel, grid, block, shared bytes, p) with the kernel that adds up the shares.
+template <class Launch>
+void launch_masked_conv2d_weight_grad_sum(const MaskedConv2dWeightGrad& p, Launch&& launch) {
+  if (p.channels == 0) return;
+  const int64_t rows = 1 + int64_t(p.kernel_rows) * p.kernel_columns;
+  with_type(p.dtype, [&](auto type) {
+    launch(masked_conv2d_weight_grad_sum<decltype(type)>,
+           dim3(unsigned((rows * p.channels + 31) / 32)), dim3(32, 8), 0, p);
+  });
+}
+
+// The same with the kernel that p was planned for, and with the one that adds up.
 template <class Launch>
 void launch_masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, Launch&& launch) {
   if (p.channels == 0) return;
@@ -180,9 +154,8 @@ void launch_masked_conv2d_weight_grad(const MaskedConv2dWeightGrad& p, Launch&& 
                0, p);
       });
     }
-    launch(masked_conv2d_weight_grad_sum<T>, dim3(unsigned((rows * p.channels + 31) / 32)),
-           dim3(32, 8), 0, p);
   });
+  launch_masked_conv2d_weight_grad_sum(p, launch);
 }
 
 }  // namespace convmae::cuda

@@ -62,16 +62,33 @@ inline void cut_runs(MaskedConv2dRuns& p, int64_t runs) {
   p.runs = std::max<int64_t>(1, ceil_div(p.tiles, p.tiles_per_run));
 }
 
+// Half types and 7x7 on tiles of 4x4: tensor cores, with slices of 64 bytes and four channels for
+// each warp.
+inline bool fits_tensor_cores(const MaskedConv2dForward& p) {
+  return !p.flipped && p.tile_side == 4 && p.kernel_rows == 7 && size_of(p.dtype) == 2 &&
+         p.channels % 4 == 0 && aligned(p.x, 8) && aligned(p.y, 8);
+}
+
 // The first step of a plan: which kernel. The second one cuts runs for the GPU.
-inline void plan_forward(MaskedConv2dForward& p) {
+inline void plan_forward(MaskedConv2dForward& p, bool tensor_cores = true) {
   plan_tiles(p, "masked_conv2d", {p.x, p.y});
+  p.kernel = p.tile_side > 0 ? Kernel::Tiles : Kernel::Any;
+  if (tensor_cores && fits_tensor_cores(p) &&
+      kernel_choices().find("masked_conv2d", p) != "tiles") {
+    p.kernel = Kernel::Tensor;
+    p.slices = ceil_div(p.channels * size_of(p.dtype), 64);
+  }
   cut_runs(p, 1);
 }
 
 // A run loads its weights once and fills its pipeline once, so it should be long; and as many as
-// the GPU holds warps should be there at once, so that they end together.
+// the GPU holds warps (with tensor cores, thread blocks) should be there at once, so that they end
+// together. Tensor cores take eight tiles at a time.
 inline void cut_forward(MaskedConv2dForward& p, int64_t warps) {
   cut_runs(p, warps / std::max<int64_t>(1, p.slices));
+  if (p.kernel != Kernel::Tensor) return;
+  p.tiles_per_run = ceil_div(p.tiles_per_run, 8) * 8;
+  p.runs = std::max<int64_t>(1, ceil_div(p.tiles, p.tiles_per_run));
 }
 
 // The number of runs depends on the problem only, so that the order of the sum does: as many thread
@@ -88,6 +105,22 @@ inline void plan_weight_grad(MaskedConv2dWeightGrad& p) {
   }
   const int64_t most = std::max<int64_t>(1, p.tiles / (4 * warps));
   cut_runs(p, std::clamp<int64_t>(blocks / std::max<int64_t>(1, p.slices), 1, most));
+  p.shares = p.runs;
+}
+
+// Whether one kernel gives all gradients; then the runs follow from the problem only, as above.
+inline void plan_grads(MaskedConv2dGrads& p) {
+  plan_tiles(p, "masked_conv2d_grads", {p.x, p.grad, p.grad_x});
+  if (p.tile_side > 0 && !fits_grads(p.tile_side, p.kernel_rows, 4 / size_of(p.dtype))) {
+    p.tile_side = 0;
+  }
+  if (p.tile_side == 0) return;
+  with_tile_shape(p, [&](auto side, auto kernel) {
+    const int64_t most = std::max<int64_t>(1, p.tiles / (4 * kGradsWarps<side, kernel>));
+    const int64_t runs = kGradsRuns<side, kernel> / std::max<int64_t>(1, p.slices);
+    cut_runs(p, std::clamp<int64_t>(runs, 1, most));
+    p.shares = p.runs * kGradsShares<side, kernel>;
+  });
 }
 
 }  // namespace convmae::cuda

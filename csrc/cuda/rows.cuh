@@ -38,6 +38,12 @@ void with_unit(int element_size, const void* fill, const void* rows, int64_t cha
   });
 }
 
+// V channels that are read and written at once.
+template <class T, int V>
+struct alignas(V * sizeof(T)) Values {
+  T value[V];
+};
+
 // 256 threads: up to 32 along the channels, the others along the positions.
 inline dim3 block_of_rows(int64_t channels) {
   unsigned x = 1;

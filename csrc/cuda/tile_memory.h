@@ -16,8 +16,8 @@ struct alignas(16) Chunk {
 
 // The surroundings of a tile under a K x K kernel: kSide x kSide tiles, in raster order. Of a tile
 // `d` tiles below (right of) the centre, `count(d)` rows (columns) are read, from `first(d)` on. In
-// shared memory the positions lie tile by tile, then in raster order; every tile begins at a
-// multiple of 4 places, because a warp copies 4 positions at a time.
+// shared memory the positions lie tile by tile, then in Z-order, as in global memory; every tile
+// begins at a multiple of 4 places, because a warp copies 4 positions at a time.
 template <int S, int K>
 struct Surroundings {
   static constexpr int kHalo = K / 2;
@@ -40,6 +40,24 @@ struct Surroundings {
     return places;
   }
   static constexpr int kPlaces = begin(kTiles);
+
+  // Whether the position of that rank of a tile is read, and how many before it are.
+  CONVMAE_HD static constexpr bool reads(int tile, int rank) {
+    const int row = zorder_row(rank) - first(below(tile));
+    const int column = zorder_column(rank) - first(right(tile));
+    return row >= 0 && row < count(below(tile)) && column >= 0 && column < count(right(tile));
+  }
+  CONVMAE_HD static constexpr int place(int tile, int rank) {
+    int before = 0;
+    for (int r = 0; r < rank; ++r) before += reads(tile, r);
+    return before;
+  }
+  // The rank of the position at a place.
+  CONVMAE_HD static constexpr int rank(int tile, int place) {
+    int rank = 0;
+    while (!reads(tile, rank) || Surroundings::place(tile, rank) < place) ++rank;
+    return rank;
+  }
 };
 
 // The shared memory of a warp: the places of two tiles and their surroundings, one that is computed
@@ -76,6 +94,28 @@ constexpr int kReducingWarps = [] {
 template <int S, int K>
 constexpr int kReducingBlocks =
     132 * reducing_warps_held<S, K>(kReducingWarps<S, K>) / kReducingWarps<S, K>;
+
+// How many warps take the tiles of a run in turns, for all gradients at once; and how many shares
+// of the sums they make.
+template <int S, int K>
+constexpr int kGradsWarps = S == 4 ? 8 : 4;
+template <int S, int K>
+constexpr int kGradsShares = kGradsWarps<S, K> / kReducingWarps<S, K>;
+
+// How many such groups an H100 holds at a time: registers bound them, 8 warps for each
+// multiprocessor on side 4 and 12 on side 2, unless shared memory does.
+template <int S, int K>
+constexpr int kGradsRuns = [] {
+  const int by_registers = S == 4 ? 8 : 12;
+  const int by_memory = reducing_warps_held<S, K>(kReducingWarps<S, K>);
+  return 132 * (by_registers < by_memory ? by_registers : by_memory) / kGradsWarps<S, K>;
+}();
+
+// Whether a thread has registers for the weights and the sums of 7 x 7 taps of its channels, beside
+// a tile of features and one of sums.
+CONVMAE_HD constexpr bool fits_grads(int side, int kernel, int word_channels) {
+  return kernel < 7 || side < 4 || word_channels == 1;
+}
 
 // f(side of a tile, side of the kernel), as constants.
 template <class F>

@@ -12,6 +12,8 @@
 // computed: whether a block is hidden is the same for the whole warp.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/tile_memory.h"
 #include "cuda/vec.cuh"
 #include "masked_conv2d.h"
@@ -24,18 +26,38 @@ namespace convmae::cuda {
 struct Lane {
   int lane;
   uint32_t position_bytes;  // of all channels
-  bool wide, has_word;
-  uint32_t byte;  // of a position, where its copy begins
+  bool wide;
+  bool has_word, has_copy;  // the lane's word exists; what it copies is not the last one's again
+  uint32_t byte;            // of a position, where its copy begins
 
   __device__ Lane(int lane_, int slice, uint32_t position_bytes_, bool wide_)
       : lane(int(kept(uint32_t(lane_)))), position_bytes(position_bytes_), wide(wide_) {
     const uint32_t start = uint32_t(slice) * 128;
     byte = min(start + (wide ? lane % 8 * 16 : lane * 4), position_bytes - (wide ? 16 : 4));
     has_word = start + lane * 4 < position_bytes;
+    has_copy = start + (wide ? lane % 8 * 16 : lane * 4) < position_bytes;
+  }
+
+  // Which of the positions that are copied at a time.
+  __device__ int group() const { return wide ? lane / 8 : 0; }
+
+  // The lane's word of the first place, and where its copies of the first positions go to.
+  __device__ uint32_t* words(Chunk* places) const {
+    return kept_shared(places[lane / 4].words + lane % 4);
+  }
+  __device__ Chunk* copies(Chunk* places) const {
+    return wide ? kept_shared(places + lane) : reinterpret_cast<Chunk*>(words(places));
+  }
+
+  // What the lane copies of the first positions of features, in a register.
+  template <class Void>
+  __device__ auto of(Void* features) const {
+    using Byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
+    return kept(static_cast<Byte*>(features) + byte + uint32_t(group()) * position_bytes);
   }
 };
 
-// Finds the surroundings of tiles: lane n the n-th of them.
+// Finds the surroundings of tiles: lane n the n-th of them. Lanes beyond find the last one.
 template <int S, int K>
 struct Finder {
   using Around = Surroundings<S, K>;
@@ -43,7 +65,8 @@ struct Finder {
   const char* entry;  // of block 0 in the neighbour table, where a block is a tile
 
   __device__ Finder(const MaskedConv2dRuns& p, int lane)
-      : below(Around::below(lane)), right(Around::right(lane)) {
+      : below(Around::below(min(lane, Around::kTiles - 1))),
+        right(Around::right(min(lane, Around::kTiles - 1))) {
     entry = reinterpret_cast<const char*>(p.neighbours + at(p, below, right));
   }
 
@@ -52,146 +75,176 @@ struct Finder {
     return (down + p.radius) * (2 * p.radius + 1) + across + p.radius;
   }
 
-  // The first position of the lane's tile of the surroundings of `tile`; -1: hidden or outside.
+  // The first position of the lane's tile of the surroundings of `tile`; negative: hidden or
+  // outside.
   __device__ int32_t find(const MaskedConv2dRuns& p, int32_t tile) const {
     const int log = p.log_tiles;  // tiles in a row of a block: 1 << log
     const uint32_t row_bytes = uint32_t(p.table_columns) * uint32_t(sizeof(int32_t));
     if (log == 0) {
-      const int32_t block = int32_t(load_word(advance(entry, tile, row_bytes)));
-      return block < 0 ? -1 : block * (S * S);
+      return int32_t(load_word(advance(entry, tile, row_bytes))) * (S * S);
     }
     const int last = (1 << log) - 1, inside = tile & ((1 << 2 * log) - 1);
     const int row = zorder_row(inside) + below, column = zorder_column(inside) + right;
     const int32_t block =
         p.neighbours[(tile >> 2 * log) * p.table_columns + at(p, row >> log, column >> log)];
-    return block < 0 ? -1 : ((block << 2 * log) + zorder(row & last, column & last)) * (S * S);
+    return ((block << 2 * log) + zorder(row & last, column & last)) * (S * S);
   }
 };
 
-// The ranks, in their tile, of the four positions of neighbour N from the I-th on that are read, a
-// byte each.
+// The ranks of the four positions of neighbour N from the I-th place on, a byte each.
 template <int S, int K, int N, int I>
 CONVMAE_HD constexpr uint32_t pack_ranks() {
   using Around = Surroundings<S, K>;
-  constexpr int columns = Around::count(Around::right(N));
   uint32_t ranks = 0;
   for (int i = I; i < I + 4 && i < Around::positions(N); ++i) {
-    ranks |= uint32_t(zorder(Around::first(Around::below(N)) + i / columns,
-                             Around::first(Around::right(N)) + i % columns))
-             << 8 * (i - I);
+    ranks |= uint32_t(Around::rank(N, i)) << 8 * (i - I);
   }
   return ranks;
 }
 
+// The first of them where they follow each other, as the groups of a warp do; else -1.
+template <int S, int K, int N, int I>
+CONVMAE_HD constexpr int in_a_row() {
+  constexpr uint32_t first = pack_ranks<S, K, N, I>() & 0xff;
+  return pack_ranks<S, K, N, I>() == first * 0x01010101u + 0x03020100u ? int(first) : -1;
+}
+
 // Starts the copies of those tiles that are visible around one; lane n knows the first position of
-// the n-th. `from`: what the lane copies of position 0.
+// the n-th. `from`: what the lane copies of the first positions; `places`: where to.
 template <int S, int K>
-__device__ inline void start_copies(const Lane& lane, const char* from, int32_t position,
-                                    uint32_t visible, Chunk* places) {
+__device__ CONVMAE_INLINE void start_copies(const Lane& lane, const char* from, int32_t position,
+                                            uint32_t visible, Chunk* places) {
   using Around = Surroundings<S, K>;
   if (lane.wide) {
-    const int group = lane.lane / 8;
-    unroll<Around::kTiles>([&](auto n) {
+    unroll<Around::kTiles>([&](auto n) CONVMAE_INLINE_LAMBDA {
       if ((visible >> n & 1) == 0) return;
       constexpr int begin = Around::begin(n), positions = Around::positions(n);
       const int32_t tile = __shfl_sync(0xffffffffu, position, n);
-      unroll<(positions + 3) / 4>([&](auto i) {
-        constexpr uint32_t ranks = pack_ranks<S, K, n, 4 * i>();
-        if (positions - 4 * i < 4 && group >= positions - 4 * i) return;
-        copy_chunk(places + (begin + 4 * i) * 8 + lane.lane,
-                   advance(from, tile + byte_of(ranks, group), lane.position_bytes));
+      const char* at = from;
+      unroll<(positions + 3) / 4>([&](auto i) CONVMAE_INLINE_LAMBDA {
+        constexpr int rank = in_a_row<S, K, n, 4 * i>();
+        if constexpr (rank < 0) {  // each group finds its own position
+          if (positions - 4 * i < 4 && lane.group() >= positions - 4 * i) return;
+          constexpr uint32_t ranks = pack_ranks<S, K, n, 4 * i>();
+          at = advance(from, tile + int32_t(byte_of(ranks, lane.group())) - lane.group(),
+                       lane.position_bytes);
+        } else {
+          constexpr int before = i == 0 ? -1 : in_a_row<S, K, n, 4 * (i > 0 ? i - 1 : 0)>();
+          at = before < 0 ? advance(from, tile + rank, lane.position_bytes)
+                          : at + uint64_t(rank - before) * lane.position_bytes;
+        }
+        copy_chunk(places + (begin + 4 * i) * 8, at);
       });
     });
     return;
   }
-  unroll<Around::kTiles>([&](auto n) {
+  unroll<Around::kTiles>([&](auto n) CONVMAE_INLINE_LAMBDA {
     if ((visible >> n & 1) == 0) return;
-    constexpr int begin = Around::begin(n), columns = Around::count(Around::right(n));
+    constexpr int begin = Around::begin(n);
     const int32_t tile = __shfl_sync(0xffffffffu, position, n);
+    Chunk* to = places + begin * 8;
 #pragma unroll 1
-    for (int i = 0; i < Around::positions(n); ++i) {
-      const int rank = zorder(Around::first(Around::below(n)) + i / columns,
-                              Around::first(Around::right(n)) + i % columns);
-      copy_word(places[(begin + i) * 8 + lane.lane / 4].words + lane.lane % 4,
-                advance(from, tile + rank, lane.position_bytes));
+    for (int rank = 0; rank < S * S; ++rank) {
+      if (!Around::reads(n, rank)) continue;
+      copy_word(to, advance(from, tile + rank, lane.position_bytes));
+      to += 8;
     }
   });
 }
 
-// Starts the copies of a tile alone, in the order of its positions in memory.
+// Starts the copies of a tile alone, in the order of its positions in memory; as `start_copies`.
 template <int S>
-__device__ inline void copy_tile(const Lane& lane, const char* from, int32_t tile, Chunk* places) {
-  const uint32_t first = tile * (S * S);
+__device__ CONVMAE_INLINE void copy_tile(const Lane& lane, const char* from, int32_t tile,
+                                         Chunk* places) {
+  const char* first = advance(from, tile * (S * S), lane.position_bytes);
   if (lane.wide) {
 #pragma unroll
-    for (int i = 0; i < S * S; i += 4) {
-      copy_chunk(places + i * 8 + lane.lane,
-                 advance(from, first + i + lane.lane / 8, lane.position_bytes));
+    for (int i = 0; i < S * S; i += 4, first += uint64_t(4) * lane.position_bytes) {
+      copy_chunk(places + i * 8, first);
     }
   } else {
 #pragma unroll 1
-    for (int i = 0; i < S * S; ++i) {
-      copy_word(places[i * 8 + lane.lane / 4].words + lane.lane % 4,
-                advance(from, first + i, lane.position_bytes));
-    }
+    for (int i = 0; i < S * S; ++i, first += lane.position_bytes) copy_word(places + i * 8, first);
   }
 }
 
-// Calls compute(tile, visible, places) for the tiles [first, last), in order. `start_extra(tile,
-// places)` starts the copies to the extra places. Before all, while the first tile is on its way,
+// Calls compute(tile, visible, offset) for the tiles first, first + step, ... below `last`, with
+// the window of each in `features`: at `offset` chunks of the first places. start_extra(tile,
+// places) starts the copies to the extra places. Before all, while the first tile is on its way,
 // prepare(memory.places[1]) finds there what was copied to it before the call.
 template <int S, int K, int Extra, class StartExtra, class Prepare, class Compute>
-__device__ inline void walk_tiles(const MaskedConv2dRuns& p, const Lane& lane, int32_t first,
-                                  int32_t last, TileMemory<S, K, Extra>& memory,
-                                  StartExtra&& start_extra, Prepare&& prepare, Compute&& compute) {
+__device__ CONVMAE_INLINE void walk_tiles(const MaskedConv2dRuns& p, const void* features,
+                                          const Lane& lane, int32_t first, int32_t last,
+                                          int32_t step, TileMemory<S, K, Extra>& memory,
+                                          StartExtra&& start_extra, Prepare&& prepare,
+                                          Compute&& compute) {
   using Around = Surroundings<S, K>;
   if (first >= last) return;
-  const char* const from = kept(static_cast<const char*>(p.x) + lane.byte);
+  const char* const from = lane.of(features);
+  Chunk* const places = lane.copies(memory.places[0]);
   const Finder<S, K> finder(p, lane.lane);
-  const bool finds = lane.lane < Around::kTiles;
-  int32_t position = finds ? finder.find(p, first) : -1;  // of a neighbour of the next tile
-  // Of `tile`, and of the next one. The first round starts copies only.
-  Chunk *places = memory.places[1], *next_places = memory.places[0];
-  uint32_t visible = 0;
-  for (int32_t tile = first - 1; tile < last; ++tile) {
+  int32_t position = finder.find(p, first);  // of a neighbour of the next tile
+  uint32_t visible = 0, next = 0;            // which places are for the next tile
+  constexpr int kOther = memory.kPlaces * 8;
+  // The first round starts copies only.
+  for (int32_t tile = first - step; tile < last; tile += step) {
     copies_wait();
     __syncwarp();
     const uint32_t coming = __ballot_sync(0xffffffffu, position >= 0);
-    if (tile + 1 < last) {
-      start_copies<S, K>(lane, from, position, coming, next_places);
-      start_extra(tile + 1, next_places + Around::kPlaces * 8);
-      if (finds && tile + 2 < last) position = finder.find(p, tile + 2);
+    if (tile + step < last) {
+      start_copies<S, K>(lane, from, position, coming, places + next);
+      start_extra(tile + step, places + next + Around::kPlaces * 8);
+      position = finder.find(p, min(tile + 2 * step, last - 1));
     }
+    next = kOther - next;
     if (tile >= first) {
-      compute(tile, visible, places);
+      compute(tile, visible, next);
     } else {
-      prepare(places);
+      prepare(memory.places[1]);
     }
     visible = coming;
-    Chunk* const computed = places;
-    places = next_places;
-    next_places = computed;
   }
 }
 
+// The window of a tile where `walk_tiles` has copied it.
+template <int S, int K>
+struct CopiedWindow {
+  using Around = Surroundings<S, K>;
+  const uint32_t* words;  // the lane's, of the first place
+
+  // The lane's words of the n-th tile of the surroundings, and where among its places the position
+  // of a rank is.
+  template <int N>
+  __device__ const uint32_t* tile(Index<N>) const {
+    return words + Around::begin(N) * 32;
+  }
+  CONVMAE_HD static constexpr int place(int n, int rank) { return Around::place(n, rank); }
+};
+
 // Calls f(row, column, values) for every visible position that the kernel reads, relative to the
 // tile's first one; `values` are the lane's channels. Rows and columns are constants once unrolled.
-template <class T, int S, int K, class F>
-__device__ inline void for_visible(const Lane& lane, uint32_t visible, const Chunk* places, F&& f) {
+// The tile itself comes first: it is always visible, so sums begin there without a branch.
+template <class T, int S, int K, class Window, class F>
+__device__ CONVMAE_INLINE void for_visible(uint32_t visible, const Window& window, F&& f) {
   using Around = Surroundings<S, K>;
-  const uint32_t* words = places[lane.lane / 4].words + lane.lane % 4;
-  unroll<Around::kTiles>([&](auto n) {
-    constexpr int below = Around::below(n), right = Around::right(n), begin = Around::begin(n);
-    constexpr int rows = Around::count(below), columns = Around::count(right);
-    if ((visible >> n & 1) == 0) return;
-#pragma unroll
-    for (int i = 0; i < rows; ++i) {
-#pragma unroll
-      for (int j = 0; j < columns; ++j) {
+  constexpr int kCentre = Around::kTiles / 2;
+  const auto look = [&](auto n) CONVMAE_INLINE_LAMBDA {
+    constexpr int below = Around::below(n), right = Around::right(n);
+    const uint32_t* const words = window.tile(n);
+    unroll<S * S>([&](auto o) CONVMAE_INLINE_LAMBDA {
+      constexpr int row = o / S, column = o % S, rank = zorder(row, column);
+      if constexpr (Around::reads(n, rank)) {
+        constexpr int place = Window::place(n, rank);
         float values[kWordChannels<T>];
-        unpack(T{}, words[(begin + i * columns + j) * 32], values);
-        f(below * S + Around::first(below) + i, right * S + Around::first(right) + j, values);
+        unpack(T{}, words[place * 32], values);
+        f(below * S + row, right * S + column, values);
       }
+    });
+  };
+  look(Index<kCentre>{});
+  unroll<Around::kTiles>([&](auto n) CONVMAE_INLINE_LAMBDA {
+    if constexpr (decltype(n)::value != kCentre) {
+      if ((visible >> n & 1) != 0) look(n);
     }
   });
 }

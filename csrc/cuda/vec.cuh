@@ -12,6 +12,16 @@
 #include "cuda/tile_memory.h"
 #include "numbers.h"
 
+// What must be inlined so that the arrays it works on live in registers. Compilers for the CPU are
+// free, and compile faster.
+#if defined(__CUDACC__)
+#define CONVMAE_INLINE __forceinline__
+#define CONVMAE_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define CONVMAE_INLINE inline
+#define CONVMAE_INLINE_LAMBDA
+#endif
+
 namespace convmae::cuda {
 
 // A lane works on the channels of one word of 4 bytes, a warp on 128 bytes of channels.
@@ -19,6 +29,13 @@ template <class T>
 constexpr int kWordChannels = 4 / int(sizeof(T));
 template <class T>
 constexpr int kWarpChannels = 32 * kWordChannels<T>;
+
+// Eight bytes: in half types, four channels of a position.
+struct alignas(8) Piece {
+  uint32_t words[2];
+};
+
+__device__ inline bool is_finite(float x) { return x - x == 0; }
 
 __device__ inline float as_float(uint32_t bits) {
   float value;
@@ -44,13 +61,24 @@ __device__ inline T* kept(T* pointer) {
 #endif
 }
 
-// pointer + count * bytes, in one instruction.
+// An address in shared memory that the compiler keeps in a register.
+template <class T>
+__device__ inline T* kept_shared(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<T*>(
+      __cvta_shared_to_generic(kept(uint32_t(__cvta_generic_to_shared(pointer)))));
+#else
+  return pointer;
+#endif
+}
+
+// pointer + count * bytes, both below 2^31, in one instruction.
 template <class Byte>
 __device__ inline Byte* advance(Byte* pointer, uint32_t count, uint32_t bytes) {
   static_assert(sizeof(Byte) == 1);
 #if defined(__CUDA_ARCH__)
   uint64_t result;
-  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(result) : "r"(count), "r"(bytes), "l"(pointer));
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(result) : "r"(count), "r"(bytes), "l"(pointer));
   return reinterpret_cast<Byte*>(result);
 #else
   return pointer + uint64_t(count) * bytes;
@@ -82,6 +110,27 @@ __device__ inline void store_word(uint32_t word, void* global) {
   asm volatile("st.global.u32 [%0], %1;" ::"l"(global), "r"(word) : "memory");
 #else
   std::memcpy(global, &word, 4);
+#endif
+}
+
+__device__ inline void store_piece(Piece piece, void* global) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(piece.words[0]),
+               "r"(piece.words[1])
+               : "memory");
+#else
+  std::memcpy(global, &piece, sizeof(piece));
+#endif
+}
+
+__device__ inline void store_chunk(const Chunk& chunk, void* global) {
+#if defined(__CUDA_ARCH__)
+  const uint4 words = *reinterpret_cast<const uint4*>(&chunk);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
+#else
+  *static_cast<Chunk*>(global) = chunk;
 #endif
 }
 
@@ -161,10 +210,13 @@ __device__ inline uint32_t pack(Half, const float (&x)[2]) {
 #endif
 }
 
-// Copies 16 bytes, or 4, from global to shared memory without waiting; `copies_wait` waits for all
-// copies of the thread.
+// Copies 16 bytes, 8, or 4, from global to shared memory without waiting; `copies_wait` waits for
+// all copies of the thread.
 __device__ inline void copy_chunk(void* shared, const void* global) {
   __pipeline_memcpy_async(shared, global, 16);
+}
+__device__ inline void copy_piece(void* shared, const void* global) {
+  __pipeline_memcpy_async(shared, global, 8);
 }
 __device__ inline void copy_word(void* shared, const void* global) {
   __pipeline_memcpy_async(shared, global, 4);
@@ -173,5 +225,8 @@ __device__ inline void copies_wait() {
   __pipeline_commit();
   __pipeline_wait_prior(0);
 }
+// Copies that began since the last call are one group; waits for all groups but the last one.
+__device__ inline void copies_commit() { __pipeline_commit(); }
+__device__ inline void copies_wait_but_one() { __pipeline_wait_prior(1); }
 
 }  // namespace convmae::cuda

@@ -68,6 +68,7 @@ def samples(dtype, requires_grad):
     dense = (x, tensor(5, 7, 3, 2), tensor(5), mask.neighbours(1), 2, [1, 0], [1, 1], 1)
     x6, split, grad9 = tensor(t, 4, 6), tensor(9, 2, 3, 2), tensor(t, 1, 9)
     options = (mask.neighbours(1), 2, [1, 0], [1, 1], 3)
+    single_taps, strided = tensor(7, 1, 3, 2), options[:-1]
     return [
         (OPS.gather_visible.default, (images, mask.block_index, *GRID)),
         (OPS.scatter_visible.default, (x, mask.block_index, 4, *GRID, 0.5)),
@@ -75,6 +76,7 @@ def samples(dtype, requires_grad):
         (OPS.masked_conv2d.default, (x, weight, bias, far, [1, 1])),
         (OPS.masked_conv2d.default, (x, weight, None, far, [2, 1])),
         (OPS.masked_conv2d_weight_grad.default, (grad, x, far, list(kernel), [1, 1])),
+        (OPS.masked_conv2d_grads.default, (grad, x, weight, far, [1, 1])),
         (OPS.neighbour_table.default, (mask.visible, mask.block_index, 2)),
         (OPS.gather_windows.default, (x, far, halo, 0.5)),
         (OPS.gather_windows_grad.default, (tensor(t, 6, 1, 7), far, halo)),
@@ -82,6 +84,12 @@ def samples(dtype, requires_grad):
         (OPS.grouped_conv2d.default, (x6, split, tensor(9), *options)),
         (OPS.grouped_conv2d_input_grad.default, (grad9, split, *options)),
         (OPS.grouped_conv2d_weight_grad.default, (grad9, x6, options[0], [3, 2], *options[1:])),
+        (OPS.strided_conv2d.default, (x, single_taps, bias, *strided)),
+        (OPS.strided_conv2d_input_grad.default, (tensor(t, 1, 7), single_taps, *strided)),
+        (
+            OPS.strided_conv2d_weight_grad.default,
+            (tensor(t, 1, 7), x, strided[0], [3, 2], *strided[1:]),
+        ),
         (OPS.tap_conv2d.default, dense[:-1]),
         (OPS.tap_conv2d_input_grad.default, (tensor(t, 1, 5), dense[1], *dense[3:-1])),
         (OPS.tap_conv2d_weight_grad.default, (tensor(t, 1, 5), x, dense[3], [3, 2], *dense[4:-1])),
@@ -90,7 +98,7 @@ def samples(dtype, requires_grad):
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("number", range(16))
+@pytest.mark.parametrize("number", range(20))
 def test_opcheck(number, dtype, requires_grad):
     op, arguments = samples(dtype, requires_grad)[number]
     opcheck(op, arguments)

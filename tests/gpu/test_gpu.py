@@ -22,6 +22,7 @@ from convmae_kernels.testing import (
 )
 from convmae_kernels.zorder import BLOCK_SIZES
 from tests.support.paths import ROOT
+from tests.support.strided_conv2d import SHAPES, check_results, make_problem, strided_results
 
 DEVICE = "cuda"
 pytestmark = [
@@ -191,6 +192,19 @@ def test_kernels_and_sides(impl, kernel, dtype, sides):
         # Each kernel meets both numbers of channels, and so does each side.
         channels = (24, 128)[(KERNELS.index(kernel) + BLOCK_SIZES.index(side)) % 2]
         check(impl, mask, make_inputs(mask, side, channels, kernel, dtype))
+
+
+@impls
+@dtypes
+def test_strided_conv2d(impl, dtype):
+    """Channels that fill 16 bytes, and others."""
+    mask = make_mask("ragged", DEVICE)
+    ops = torch.ops.convmae_triton if impl == "triton" else torch.ops.convmae
+    table = mask.neighbours(2)
+    for i, shape in enumerate(SHAPES):
+        tensors, rest = make_problem(mask, (64, 7)[i % 2], shape, dtype)
+        found = strided_results(ops, tensors, table, rest)
+        check_results(found, tensors, table, rest)
 
 
 @impls

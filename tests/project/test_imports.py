@@ -28,6 +28,7 @@ OPTIONAL = [
 OPS = [
     *("gather_visible", "gather_windows", "gather_windows_grad", "masked_conv2d"),
     *("masked_conv2d_weight_grad", "scatter_visible"),
+    *("strided_conv2d", "strided_conv2d_input_grad", "strided_conv2d_weight_grad"),
 ]
 
 

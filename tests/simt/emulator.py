@@ -32,7 +32,14 @@ CHECKERS = {
 # The sources of kernels that make up a module; its bindings are in `<name>_module.cpp`.
 MODULES = {
     "selftest": ["selftest.cpp"],
-    "kernels": ["moves.cpp", "masked_conv2d.cpp", "masked_conv2d_weight_grad.cpp"],
+    "kernels": [
+        "moves.cpp",
+        "masked_conv2d.cpp",
+        "masked_conv2d_grads.cpp",
+        "masked_conv2d_tensor.cpp",
+        "masked_conv2d_weight_grad.cpp",
+        "strided_conv2d.cpp",
+    ],
 }
 
 
@@ -99,7 +106,10 @@ def without(source: str, statement: str, occurrence: int) -> str:
 
 
 class Removed(NamedTuple):
-    """A statement that is taken out of a copy of `file`, in the translation unit `unit` alone."""
+    """A statement that is taken out of a copy of `file`, in the translation unit `unit` alone.
+
+    The unit is compiled with SIMT_REMOVED, so that it can leave out kernels that are not needed.
+    """
 
     unit: str
     file: str
@@ -126,6 +136,8 @@ def build(name: str, checker: str = "address", removed: Removed | None = None) -
         "scheduler.cpp": ["-O2", define],  # as it is
         f"{name}_module.cpp": ["-O0", *python],
     } | {unit: ["-O1", "-g1", *check] for unit in MODULES[name]}
+    if removed is not None:
+        units[removed.unit].append("-DSIMT_REMOVED")
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda u: _compile(u, units[u], files, removed), units))
     link = ["g++", "-shared", *(check if checker == "address" else [])]

@@ -145,11 +145,14 @@ void fill_params(convmae::MaskedConv2dParams& p, int dtype, const py::array& x,
 }
 
 // `runs`: cut the tiles into that many runs; 0: as for a GPU that holds `warps`. x, weight and y
-// lie `offset` elements after a multiple of 16 bytes. Also returns the side of the tiles.
-std::pair<py::array, int> masked_conv2d(int dtype, const py::array& x, const py::array& weight,
-                                        const std::optional<py::array>& bias,
-                                        const py::array& neighbours, Pair dilation, size_t offset,
-                                        int64_t warps, int64_t runs, unsigned seed) {
+// lie `offset` elements after a multiple of 16 bytes. Also returns the side of the tiles, and
+// whether it was the kernel on tensor cores.
+std::tuple<py::array, int, bool> masked_conv2d(int dtype, const py::array& x,
+                                               const py::array& weight,
+                                               const std::optional<py::array>& bias,
+                                               const py::array& neighbours, Pair dilation,
+                                               size_t offset, int64_t warps, int64_t runs,
+                                               unsigned seed) {
   const DeviceArray in(x, offset), taps(weight, offset), table(neighbours);
   const DeviceArray y(x.dtype(), Shape(x.shape(), x.shape() + 3), offset);
   std::optional<DeviceArray> bias_row;
@@ -163,9 +166,26 @@ std::pair<py::array, int> masked_conv2d(int dtype, const py::array& x, const py:
   convmae::cuda::plan_forward(p);
   convmae::cuda::cut_forward(p, warps);
   if (runs > 0) convmae::cuda::cut_runs(p, runs);
-  simt::masked_conv2d(p, seed);
-  return {y.numpy(), p.tile_side};
+  const bool tensor = p.kernel == convmae::cuda::Kernel::Tensor;
+  tensor ? simt::masked_conv2d_tensor(p, seed) : simt::masked_conv2d(p, seed);
+  return {y.numpy(), p.tile_side, tensor};
 }
+
+// The results of a weight gradient, and the shares that it sums.
+struct WeightGradArrays {
+  DeviceArray partial, weight, bias;
+
+  WeightGradArrays(convmae::cuda::MaskedConv2dWeightGrad& p, const py::array& x)
+      : partial(
+            p.dtype == convmae::DType::Double ? py::dtype::of<double>() : py::dtype::of<float>(),
+            {py::ssize_t(p.shares), 1 + p.kernel_rows * p.kernel_columns, py::ssize_t(p.channels)}),
+        weight(x.dtype(), {py::ssize_t(p.channels), 1, p.kernel_rows, p.kernel_columns}),
+        bias(x.dtype(), Shape{py::ssize_t(p.channels)}) {
+    p.partial = partial.data();
+    p.grad_weight = weight.data();
+    p.grad_bias = bias.data();
+  }
+};
 
 // Gradients of weight and bias, and the side of the tiles.
 std::tuple<py::array, py::array, int> masked_conv2d_weight_grad(
@@ -176,18 +196,119 @@ std::tuple<py::array, py::array, int> masked_conv2d_weight_grad(
   fill_params(p, dtype, x, in, neighbours, table, kernel, dilation);
   p.grad = grad_in.data();
   convmae::cuda::plan_weight_grad(p);
-  if (runs > 0) convmae::cuda::cut_runs(p, runs);
-  const py::ssize_t channels = x.shape(2), taps = kernel[0] * kernel[1];
+  if (runs > 0) {
+    convmae::cuda::cut_runs(p, runs);
+    p.shares = p.runs;
+  }
+  const WeightGradArrays results(p, x);
+  simt::masked_conv2d_weight_grad(p, seed);
+  return {results.weight.numpy(), results.bias.numpy(), p.tile_side};
+}
+
+// Gradients of x, weight and bias, and the side of the tiles; where that is 0 the input gradient
+// alone, of a forward kernel with flipped taps.
+py::tuple masked_conv2d_grads(int dtype, const py::array& grad, const py::array& x,
+                              const py::array& weight, const py::array& neighbours, Pair dilation,
+                              size_t offset, int64_t runs, unsigned seed) {
+  const DeviceArray grad_in(grad, offset), in(x, offset), taps(weight, offset), table(neighbours);
+  const DeviceArray grad_x(x.dtype(), Shape(x.shape(), x.shape() + 3), offset);
+  const Pair kernel = {int(weight.shape(2)), int(weight.shape(3))};
+  convmae::cuda::MaskedConv2dGrads p;
+  fill_params(p, dtype, x, in, neighbours, table, kernel, dilation);
+  p.grad = grad_in.data();
+  p.weight = taps.data();
+  p.grad_x = grad_x.data();
+  convmae::cuda::plan_grads(p);
+  if (p.tile_side == 0) {
+    convmae::cuda::MaskedConv2dForward f;
+    fill_params(f, dtype, x, grad_in, neighbours, table, kernel, dilation);
+    f.flipped = true;
+    f.weight = taps.data();
+    f.bias = nullptr;
+    f.y = grad_x.data();
+    convmae::cuda::plan_forward(f);
+    convmae::cuda::cut_forward(f, 40);
+    simt::masked_conv2d(f, seed);
+    return py::make_tuple(grad_x.numpy(), 0);
+  }
+  if (runs > 0) {
+    const int64_t shares = p.shares / p.runs;
+    convmae::cuda::cut_runs(p, runs);
+    p.shares = shares * p.runs;
+  }
+  const WeightGradArrays results(p, x);
+  simt::masked_conv2d_grads(p, seed);
+  return py::make_tuple(grad_x.numpy(), results.weight.numpy(), results.bias.numpy(), p.tile_side);
+}
+
+// `side`: of the blocks of the input.
+void fill_strided(convmae::StridedConv2dParams& p, int dtype, const py::array& features, int side,
+                  const py::array& neighbours, const DeviceArray& table, Pair kernel, int stride,
+                  Pair padding, Pair dilation) {
+  p.dtype = convmae::DType(dtype);
+  p.neighbours = static_cast<const int32_t*>(table.data());
+  p.blocks = features.shape(0);
+  p.channels = features.shape(2);
+  p.table_columns = neighbours.shape(1);
+  p.side = side;
+  p.stride = stride;
+  p.radius = (int(std::lround(std::sqrt(double(p.table_columns)))) - 1) / 2;
+  for (int axis = 0; axis < 2; ++axis) {
+    p.kernel[axis] = kernel[axis];
+    p.padding[axis] = padding[axis];
+    p.dilation[axis] = dilation[axis];
+  }
+}
+
+// `weight` is [taps, channels]. The source lies `offset` elements after a multiple of 16 bytes.
+py::array strided_conv2d(int dtype, const py::array& source, const py::array& weight,
+                         const std::optional<py::array>& bias, const py::array& neighbours,
+                         Pair kernel, int stride, Pair padding, Pair dilation, bool backwards,
+                         size_t offset, unsigned seed) {
+  const DeviceArray in(source, offset), taps(weight), table(neighbours);
+  std::optional<DeviceArray> bias_row;
+  if (bias) bias_row.emplace(*bias);
+  const int own = int(std::lround(std::sqrt(double(source.shape(1)))));
+  const int side = backwards ? own * stride : own, result_side = backwards ? side : own / stride;
+  const DeviceArray result(source.dtype(),
+                           {source.shape(0), result_side * result_side, source.shape(2)});
+  convmae::cuda::StridedConv2dProducts p;
+  fill_strided(p, dtype, source, side, neighbours, table, kernel, stride, padding, dilation);
+  p.backwards = backwards;
+  p.source = in.data();
+  p.weight = taps.data();
+  p.bias = bias_row ? bias_row->data() : nullptr;
+  p.result = result.data();
+  simt::strided_conv2d(p, seed);
+  return result.numpy();
+}
+
+// `blocks_per_run`: of the runs; 0: as planned.
+std::tuple<py::array, py::array> strided_conv2d_weight_grad(
+    int dtype, const py::array& grad, const py::array& x, const py::array& neighbours, Pair kernel,
+    int stride, Pair padding, Pair dilation, size_t offset, int64_t blocks_per_run, unsigned seed) {
+  const DeviceArray grad_in(grad, offset), in(x, offset), table(neighbours);
+  convmae::cuda::StridedConv2dWeightGrad p;
+  fill_strided(p, dtype, x, int(std::lround(std::sqrt(double(x.shape(1))))), neighbours, table,
+               kernel, stride, padding, dilation);
+  convmae::cuda::plan_strided_weight_grad(p);
+  if (blocks_per_run > 0) {
+    p.blocks_per_run = blocks_per_run;
+    p.runs = (p.blocks + blocks_per_run - 1) / blocks_per_run;
+  }
+  const py::ssize_t channels = x.shape(2);
   const bool wide = p.dtype == convmae::DType::Double;
   const DeviceArray partial(wide ? py::dtype::of<double>() : py::dtype::of<float>(),
-                            {py::ssize_t(p.runs), 1 + taps, channels});
+                            {py::ssize_t(p.runs), 1 + p.taps(), channels});
   const DeviceArray weight(x.dtype(), {channels, 1, kernel[0], kernel[1]});
   const DeviceArray bias(x.dtype(), Shape{channels});
+  p.x = in.data();
+  p.grad = grad_in.data();
   p.partial = partial.data();
   p.grad_weight = weight.data();
   p.grad_bias = bias.data();
-  simt::masked_conv2d_weight_grad(p, seed);
-  return {weight.numpy(), bias.numpy(), p.tile_side};
+  simt::strided_conv2d_weight_grad(p, seed);
+  return {weight.numpy(), bias.numpy()};
 }
 
 }  // namespace
@@ -201,4 +322,7 @@ PYBIND11_MODULE(simt_kernels, m) {
   m.def("neighbour_table", &neighbour_table);
   m.def("masked_conv2d", &masked_conv2d);
   m.def("masked_conv2d_weight_grad", &masked_conv2d_weight_grad);
+  m.def("strided_conv2d", &strided_conv2d);
+  m.def("strided_conv2d_weight_grad", &strided_conv2d_weight_grad);
+  m.def("masked_conv2d_grads", &masked_conv2d_grads);
 }

@@ -133,7 +133,7 @@ class Scheduler {
       std::memset(found->memory.get(), 0xff, bytes);
       size_t total = 0;
       for (const SharedArray& array : shared_) total += array.bytes;
-      if (total > kMaxSharedBytes) {
+      if (key != kDynamic && total > kMaxSharedBytes) {
         fail("asks for " + std::to_string(total) + " bytes of shared memory, more than " +
              std::to_string(kMaxSharedBytes));
       }
@@ -162,6 +162,18 @@ class Scheduler {
     fiber.last_line = call.line;
     in_kernel = true;
     return fiber.result;
+  }
+
+  // What every lane of the warp brings, in order: see scheduler.h.
+  void exchange(const void* own, size_t bytes, void* all) {
+    in_kernel = false;
+    const size_t lane = current_->number % warpSize, first = current_->number - lane;
+    if (exchanged_.size() < threads_ * bytes) exchanged_.resize(threads_ * bytes);
+    std::memcpy(&exchanged_[(first + lane) * bytes], own, bytes);
+    wait({"exchange", 0, 0xffffffffu, 0, kAll, false});
+    in_kernel = false;
+    std::memcpy(all, &exchanged_[first * bytes], warpSize * bytes);
+    wait({"exchange", 0, 0xffffffffu, 0, kAll, false});
   }
 
   // Copies when `wait_copies` asks for it, or at a random moment before.
@@ -200,7 +212,9 @@ class Scheduler {
   }
 
  private:
-  static constexpr size_t kMaxSharedBytes = 48 << 10;  // what a kernel gets without asking for more
+  // What a kernel gets without asking for more, and what one that asks gets on every GPU since
+  // compute capability 8.0, of dynamic shared memory.
+  static constexpr size_t kMaxSharedBytes = 48 << 10, kMaxDynamicBytes = 99 << 10;
 
   static void check_limits(dim3 grid, dim3 block, size_t shared_bytes) {
     const auto inside = [](dim3 d, uint64_t x, uint64_t y, uint64_t z) {
@@ -213,7 +227,7 @@ class Scheduler {
     if (!inside(block, 1024, 1024, 64) || uint64_t(block.x) * block.y * block.z > 1024) {
       throw std::runtime_error("blocks of " + shape(block) + " threads cannot be launched");
     }
-    if (shared_bytes > kMaxSharedBytes) {
+    if (shared_bytes > kMaxDynamicBytes) {
       throw std::runtime_error(std::to_string(shared_bytes) +
                                " bytes of shared memory are too many");
     }
@@ -487,6 +501,7 @@ class Scheduler {
   std::vector<uint32_t> warp_times_;
   const std::function<void()>* kernel_ = nullptr;
   Fiber* current_ = nullptr;
+  std::vector<char> exchanged_;
   std::string error_;
   std::mt19937 random_;
   uint32_t clock_ = 0, barrier_time_ = 0;  // clock_ counts barriers
@@ -507,6 +522,9 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed,
 uint64_t wait(const Call& call) { return Scheduler::get().wait(call); }
 char* shared(int key, size_t bytes) { return Scheduler::get().shared(key, bytes); }
 char* dynamic_shared() { return Scheduler::get().dynamic_shared(); }
+void exchange(const void* own, size_t bytes, void* all) {
+  Scheduler::get().exchange(own, bytes, all);
+}
 void copy_later(void* to, const void* from, size_t bytes) {
   Scheduler::get().copy_later(to, from, bytes);
 }

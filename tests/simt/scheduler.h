@@ -51,6 +51,10 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned seed,
 // Waits until every thread that the call concerns makes it; returns what the thread asked for.
 uint64_t wait(const Call& call);
 
+// For operations of a whole warp: `all` is what its 32 lanes bring, `bytes` each. It orders no
+// memory.
+void exchange(const void* own, size_t bytes, void* all);
+
 // The array of shared memory of that key, as long as asked for at first, NaN before every block.
 char* shared(int key, size_t bytes);
 char* dynamic_shared();

@@ -41,9 +41,9 @@ CASES = [
     Case("linear", 8, (3, 4), (4, 4), stride=4, padding=(0, 0)),
     Case("linear", 32, (2, 3), (16, 16), stride=16, padding="valid"),
     Case("depthwise", 2, (6, 6), (5, 5), groups=6),
-    Case("depthwise", 4, (6, 6), (3, 3), stride=2, groups=6),
-    Case("depthwise", 8, (5, 5), (7, 3), stride=4, dilation=(1, 2), groups=5),
-    Case("depthwise", 32, (2, 2), (3, 3), stride=2, groups=2),
+    Case("strided", 4, (6, 6), (3, 3), stride=2, groups=6),
+    Case("strided", 8, (5, 5), (7, 3), stride=4, dilation=(1, 2), groups=5),
+    Case("strided", 32, (2, 2), (3, 3), stride=2, groups=2),
     Case("product", 1, (3, 5), (3, 3)),
     Case("product", 1, (2, 3), (5, 3), dilation=(2, 1)),
     Case("product", 2, (4, 3), (3, 7)),
@@ -65,8 +65,8 @@ CASES = [
     Case("groups", 1, (4, 4), (3, 1), groups=2),
     Case("groups", 2, (3, 6), (5, 5), groups=3),  # two outputs for each channel
     Case("groups", 2, (3, 3), (17, 1), groups=3),  # depthwise, but a long kernel
-    Case("groups", 4, (3, 3), (4, 4), stride=2, groups=3),  # depthwise, but an even kernel
-    Case("groups", 8, (3, 3), (7, 7), stride=4, groups=3, padding=(2, 2)),  # off its centre
+    Case("strided", 4, (3, 3), (4, 4), stride=2, groups=3),  # an even kernel
+    Case("strided", 8, (3, 3), (7, 7), stride=4, groups=3, padding=(2, 2)),  # off its centre
     Case("groups", 4, (4, 2), (2, 2), stride=2, groups=2),
     Case("groups", 4, (6, 2), (1, 1), stride=2, groups=2),
     Case("depthwise", 4, (1, 1), (1, 1)),  # of one channel

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from convmae.config import WeightsError
 from convmae.records.folder import RunFolder
 from convmae.weights.checkpoint import read_training_state
-from tests.support.training_processes import finish, flags, losses, start
+from tests.support.training_processes import flags, losses, run_here, start
 from tests.support.training_runs import DEVICE, folder_of, same, tensors
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Endurance:
             "num_workers": 1,
             "device": DEVICE,
         }
-        finish(start(["pretrain", *flags(**self.options, output_dir=self.whole)]))
+        run_here(["pretrain", *flags(**self.options, output_dir=self.whole)])
         self.wanted = losses(self.whole)
         self._new_run()
 

@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from convmae import cli
 from convmae.records import log as logs
 
 if TYPE_CHECKING:
@@ -43,6 +46,16 @@ def start(command: Sequence[str], processes: int = 1) -> subprocess.Popen[str]:
         text=True,
         env=ENVIRONMENT,
     )
+
+
+def run_here(command: Sequence[str]) -> None:
+    """`convmae COMMAND` in this process, with the threads of others: a start takes seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(int(ENVIRONMENT["OMP_NUM_THREADS"]))
+    try:
+        assert cli.main(command) == 0
+    finally:
+        torch.set_num_threads(threads)
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:

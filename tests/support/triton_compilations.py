@@ -72,10 +72,11 @@ class Launches:
     def kernel(self, name):
         """In place of `_import_triton_kernel`: launches, and returns what the reference gives."""
         original = IMPORT_KERNEL(name)
+        meaning = getattr(reference, "window_conv2d" if name == "grouped_conv2d" else name)
 
         def run(*arguments):
             original(*arguments)
-            return getattr(reference, name)(*arguments)
+            return meaning(*arguments)
 
         return run
 

@@ -16,18 +16,24 @@ from convmae_kernels.ops.support.geometry import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MAX_DEPTHWISE_KERNEL = 15  # the longest side that the kernels of the op `masked_conv2d` have
+MAX_DEPTHWISE_KERNEL = 15  # the longest side that the depthwise kernels have
 MAX_PRODUCT_SIDE = 4  # outputs in a row of a block, up to which one matrix product is faster
 
-ConvWay = Literal["product", "depthwise", "groups", "windows, product", "windows, convolution"]
+ConvWay = Literal[
+    "product", "depthwise", "strided", "groups", "windows, product", "windows, convolution"
+]
 DESCRIPTIONS: dict[ConvWay, str] = {
     "product": "one matrix product of packed features, which PyTorch computes",
     "depthwise": "computed by the depthwise kernels",
-    "groups": "computed by the kernels for groups on a CPU, elsewhere by PyTorch's convolution of "
-    "windows that the kernels gather",
+    "strided": "computed by the depthwise kernels for strides, even kernels and kernels off their "
+    "centre, only where there are outputs",
+    "groups": "computed by the kernels for groups on a CPU; on a GPU by Triton's where a group has "
+    "16 channels or more, elsewhere by PyTorch's convolution of windows that the kernels gather",
     "windows, product": "a matrix product by PyTorch of windows that the kernels gather; of many "
-    "channels on a CPU, one of what is visible for each tap",
-    "windows, convolution": "PyTorch's convolution of windows that the kernels gather",
+    "channels on a CPU, one of what is visible for each tap; of 16 channels or more on a GPU in "
+    "half types, computed by Triton's kernels",
+    "windows, convolution": "PyTorch's convolution of windows that the kernels gather; of 16 "
+    "channels or more on a GPU in half types, computed by Triton's kernels",
 }
 
 
@@ -38,10 +44,9 @@ class ConvPlan:
     Attributes:
         way: what computes it; `DESCRIPTIONS` says each in words.
         sampled: the convolution is one of every `sampled`-th position of a block, in Z-order: the
-            square of the stride of a 1 x 1 kernel, which looks at no other position; else 1.
+            square of the stride of a 1 x 1 kernel, which looks at no other position; else 1, and
+            for depthwise kernels, which need no sample.
         stride: of the convolution of what was sampled.
-        first: of a depthwise convolution with a stride, which is computed at every position: the
-            place, in Z-order, of the one that is kept among each `stride * stride`.
         padding: positions above and left of the map.
         dilation: of rows and of columns.
         groups: as in `torch.nn.functional.conv2d`.
@@ -51,7 +56,6 @@ class ConvPlan:
     way: ConvWay
     sampled: int
     stride: int
-    first: int
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
@@ -90,29 +94,29 @@ def plan_conv2d(
     steps = pair("dilation", dilation)
     step = check_stride(stride, side)
     margins = check_padding(padding, (kernel[0], kernel[1]), step, steps)
-    sampled, first = 1, 0
-    if kernel == [1, 1] and margins == (0, 0):
+    depthwise = (
+        groups == out_channels and group_channels == 1 and max(kernel) <= MAX_DEPTHWISE_KERNEL
+    )
+    sampled = 1
+    if kernel == [1, 1] and margins == (0, 0) and (groups == 1 or not depthwise):
         sampled, side, step = step * step, side // step, 1
 
     way: ConvWay
     halo = window_halo(kernel, step, margins, steps)
     if min(halo) <= -side:
         raise ValueError(f"padding {padding!r} leaves no window of blocks of side {side}")
-    rows, columns = (d * (k // 2) - p for d, k, p in zip(steps, kernel, margins))
-    if (
-        groups == out_channels
-        and group_channels == 1
-        and all(k % 2 == 1 and k <= MAX_DEPTHWISE_KERNEL for k in kernel)
-        and (rows == columns == 0 or (step == 2 and {rows, columns} <= {0, 1}))
-    ):  # the kernels have it: their window is centred, `rows` and `columns` before ours
-        way, first = "depthwise", 2 * rows + columns  # in Z-order of 2 x 2
-        halo = (margins[0] + rows, margins[0] + rows, margins[1] + columns, margins[1] + columns)
-    elif (
+    centred = all(
+        k % 2 == 1 and p == d * (k // 2) for d, k, p in zip(steps, kernel, margins, strict=True)
+    )
+    patches = (
         groups == 1
         and kernel == [step, step]
         and margins == (0, 0)
         and (step == 1 or max(steps) == 1)
-    ):
+    )
+    if depthwise and not (patches and step > 1):
+        way = "depthwise" if step == 1 and centred else "strided"
+    elif patches:
         way = "product"
     elif groups > 1:
         way = "groups"
@@ -121,7 +125,7 @@ def plan_conv2d(
     else:
         way = "windows, convolution"
     radius = 0 if way == "product" else reach(halo, side)
-    return ConvPlan(way, sampled, step, first, margins, steps, groups, radius)
+    return ConvPlan(way, sampled, step, margins, steps, groups, radius)
 
 
 def multiplies_windows(side: int, stride: int, groups: int) -> bool:

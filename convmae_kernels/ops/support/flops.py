@@ -84,6 +84,13 @@ def weight_gradient_flops(
     return 2 * math.prod(x) * math.prod(kernel)
 
 
+def both_gradients_flops(
+    grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """Of `masked_conv2d_grads`: twice as many as forward."""
+    return 2 * depthwise_flops(x, weight)
+
+
 def window_flops(
     x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any
 ) -> int:

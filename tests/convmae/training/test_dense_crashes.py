@@ -12,7 +12,7 @@ from convmae.records import log as logs
 from tests.support.detection_runs import SMALL
 from tests.support.label_map_files import ade_layout
 from tests.support.object_files import write_shapes
-from tests.support.training_processes import finish, flags, kill_at, losses, start
+from tests.support.training_processes import flags, kill_at, losses, run_here, start
 from tests.support.training_runs import same, tensors
 
 if TYPE_CHECKING:
@@ -49,13 +49,13 @@ def test_killed_and_resumed_is_the_same_run(task: str, tmp_path: Path) -> None:
     write, options = make[task]
     options = options | {"data_path": write(tmp_path / "data", 8, 3)}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    finish(start([task, "train", *flags(**options, output_dir=whole)]))
+    run_here([task, "train", *flags(**options, output_dir=whole)])
     command = [task, "train", *flags(**options, output_dir=parts, resume="auto")]
     steps = sorted(random.Random(time.time_ns()).sample(range(1, STEPS - 1), KILLS))
     print("killed at", steps)  # pytest shows it where the test fails
     for step in steps:
         kill_at(start(command), parts, step)
-    finish(start(command))
+    run_here(command)
     assert len(losses(whole)) == STEPS
     assert losses(parts) == losses(whole)
     assert figures(parts) == figures(whole) and STEPS in figures(whole)

@@ -78,6 +78,10 @@ calls = {
     "gather_windows_grad": (grad, table, halo),
     "masked_conv2d": (x, weight, None, table, [1, 1]),
     "masked_conv2d_weight_grad": (x, x, table, [5, 5], [1, 1]),
+    "masked_conv2d_grads": (x, x, weight, table, [1, 1]),
+    "strided_conv2d": (x, weight, None, table, 2, [2, 2], [1, 1]),
+    "strided_conv2d_input_grad": (x[:, :4], weight, table, 2, [2, 2], [1, 1]),
+    "strided_conv2d_weight_grad": (x[:, :4], x, table, [5, 5], 2, [2, 2], [1, 1]),
 }
 cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 for name, arguments in calls.items():
@@ -113,7 +117,8 @@ MISSING = (
 )
 OPS = [
     *("neighbour_table", "gather_visible", "scatter_visible", "gather_windows"),
-    *("gather_windows_grad", "masked_conv2d", "masked_conv2d_weight_grad"),
+    *("gather_windows_grad", "masked_conv2d", "masked_conv2d_weight_grad", "masked_conv2d_grads"),
+    *("strided_conv2d", "strided_conv2d_input_grad", "strided_conv2d_weight_grad"),
 ]
 
 

@@ -88,7 +88,7 @@ def compiled():
 
 KERNELS = [
     f"masked_conv2d{op}_tiles<{shape}>"
-    for op in ("", "_weight_grad")
+    for op in ("", "_weight_grad", "_grads")
     for shape in ("bfloat16, 4, 5", "bfloat16, 2, 5", "half, 2, 3", "float, 4, 7", "float, 2, 7")
 ]
 
@@ -109,17 +109,28 @@ def test_the_machine_code_gives_the_reference(name, compiled):
     problem.run(code)
     x, table = positions(problem.x), torch.from_numpy(problem.table)
     kernel = [shape.kernel, shape.kernel]
-    if shape.reduces:
-        grad = positions(problem.grad)
-        weight, bias = reference.masked_conv2d_weight_grad(grad, x, table, kernel, [1, 1])
-        expected = torch.cat([bias[None], weight.reshape(shape.channels, -1).T])
+    weight = positions(problem.weight).reshape(shape.channels, 1, *kernel)
+    grad = positions(problem.grad)
+    rounded = 1e-5 if shape.dtype == "float" else {"bfloat16": 2**-8, "half": 2**-11}[shape.dtype]
+
+    def check(found, expected, tolerance):
+        found = torch.from_numpy(found.astype(np.float64))
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=50 * 2**-24)
+
+    if shape.op == "":
+        y = reference.masked_conv2d(x, weight, positions(problem.bias), table, [1, 1])
+        check(problem.output(), y, rounded)
+        return
+    if shape.op == "_grads":  # the table need not be that of a mask: taps lead back
+        grad_x = reference.masked_conv2d(grad, weight.flip(2, 3), None, table, [1, 1])
+        check(problem.grad_x(), grad_x, rounded)
+        walked, centre = grad, x  # what is summed over windows of which
     else:
-        weight = positions(problem.weight).reshape(shape.channels, 1, *kernel)
-        expected = reference.masked_conv2d(x, weight, positions(problem.bias), table, [1, 1])
-    exact = shape.reduces or shape.dtype == "float"  # sums in float32, not rounded to a half
-    tolerance = 1e-5 if exact else {"bfloat16": 2**-8, "half": 2**-11}[shape.dtype]
-    found = torch.from_numpy(problem.output().astype(np.float64))
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=50 * 2**-24)
+        walked, centre = x, grad
+    taps, bias = reference.masked_conv2d_weight_grad(centre, walked, table, kernel, [1, 1])
+    if shape.op == "_grads":
+        taps, bias = taps.flip(2, 3), grad.sum((0, 1))
+    check(problem.output(), torch.cat([bias[None], taps.reshape(shape.channels, -1).T]), 1e-5)
 
 
 def multiply_adds(side, kernel, all_visible):
@@ -131,12 +142,13 @@ def multiply_adds(side, kernel, all_visible):
 
 
 @needs_code_for_sm_90
-@pytest.mark.parametrize("op", ["", "_weight_grad"])
+@pytest.mark.parametrize("op", ["", "_weight_grad", "_grads"])
 @pytest.mark.parametrize(("dtype", "kernel"), [("bfloat16", 5), ("float", 7)])
 def test_counts_of_multiply_adds(dtype, kernel, op, compiled):
     name = f"masked_conv2d{op}_tiles<{dtype}, 4, {kernel}>"
     channels = 2 if dtype == "bfloat16" else 1  # of a lane
-    counts = tile_walk.count(name, *compiled[name], "FFMA")
+    channels *= 2 if op == "_grads" else 1  # for the gradients of x and of the taps
+    counts = tile_walk.Walk(name, *compiled[name]).count("FFMA")
     assert counts.alone == channels * multiply_adds(4, kernel, False)
     assert counts.all == channels * multiply_adds(4, kernel, True)
     assert counts.once == 0
@@ -144,14 +156,30 @@ def test_counts_of_multiply_adds(dtype, kernel, op, compiled):
 
 
 @needs_code_for_sm_90
-def test_one_store_for_each_output_and_one_wide_copy_for_four_positions(compiled):
+def test_one_wide_store_and_one_wide_copy_for_four_positions(compiled):
     name = "masked_conv2d_tiles<bfloat16, 4, 5>"
-    assert tile_walk.count(name, *compiled[name], "STG") == (16, 16, 0)
-    copies = tile_walk.count(name, *compiled[name], "LDGSTS")
+    walk = tile_walk.Walk(name, *compiled[name])
+    assert walk.count("STG") == (4, 4, 0)
+    copies = walk.count("LDGSTS")
     around = (4 * (2 * 2) + 4 * (2 * 4) + 16) / 4
     assert (copies.alone, copies.all) == (16 / 4, around)
     # The weights, 64 channels x 25 taps x 2 bytes: seven copies of 32 lanes.
     assert copies.once == 7
+
+
+@needs_code_for_sm_90
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("masked_conv2d_tiles<bfloat16, 4, 5>", 800),
+        ("masked_conv2d_tiles<bfloat16, 2, 5>", 235),
+        ("masked_conv2d_grads_tiles<bfloat16, 4, 5>", 1350),
+        ("masked_conv2d_grads_tiles<bfloat16, 2, 5>", 420),
+    ],
+)
+def test_instructions_of_an_expected_tile(name, most, compiled):
+    """With a quarter of the neighbours visible: what leaves most of the copy rate possible."""
+    assert tile_walk.Walk(name, *compiled[name]).count().expected(0.25) <= most
 
 
 @needs_code_for_sm_90

@@ -31,6 +31,7 @@ from tests.support.simt_emulation import (
     same,
     scatter,
 )
+from tests.support.simt_strided import check_strided
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
 
@@ -56,7 +57,7 @@ def forward(x, weight, bias, mask, dilation=(1, 1), offset=0, runs=0, warps=1716
         "masked_conv2d", CODES[x.dtype], array(x), array(weight),
         None if bias is None else array(bias), table.numpy(), [*dilation], offset, warps, runs,
         like=x, **options,
-    )  # fmt: skip
+    )[:2]  # fmt: skip
 
 
 def weight_grad(grad, x, mask, kernel, dilation=(1, 1), offset=0, runs=0, **options):
@@ -65,6 +66,18 @@ def weight_grad(grad, x, mask, kernel, dilation=(1, 1), offset=0, runs=0, **opti
     return emulate(
         "masked_conv2d_weight_grad", CODES[x.dtype], array(grad), array(x), table.numpy(),
         [*kernel], [*dilation], offset, runs, like=x, **options,
+    )  # fmt: skip
+
+
+def grads(grad, x, weight, mask, dilation=(1, 1), offset=0, runs=0, **options):
+    """Gradients of x, weight and bias, and the side of the tiles.
+
+    Without tiles only that of x: the forward kernel with flipped taps.
+    """
+    table = mask.neighbours(reach(math.isqrt(x.shape[1]), weight.shape[2:], dilation))
+    return emulate(
+        "masked_conv2d_grads", CODES[x.dtype], array(grad), array(x), array(weight), table.numpy(),
+        [*dilation], offset, runs, like=x, **options,
     )  # fmt: skip
 
 
@@ -114,6 +127,30 @@ def check_weight_grad(
             return both[i]
 
         within_budget(f"gradient of {name}", found[i], reduce, grad, x)
+
+
+def check_grads(
+    mask, side=4, channels=8, kernel=(5, 5), dtype=torch.float32, dilation=(1, 1), offset=0,
+    **options,
+):  # fmt: skip
+    (x, weight, _, grad), table, on_tiles = problem(
+        mask, side, channels, kernel, dtype, dilation, offset
+    )
+    *found, tile_side = grads(grad, x, weight, mask, dilation, offset, **options)
+    enough_registers = kernel != (7, 7) or side == 2 or dtype == torch.float32
+    assert (tile_side > 0) == (on_tiles and enough_registers)
+
+    def input_gradient(grad, weight):
+        return reference.masked_conv2d(grad, weight.flip(2, 3), None, table, list(dilation))
+
+    within_budget("gradient of x", found[0], input_gradient, grad, weight)
+    for i, name in enumerate(("weight", "bias")[: len(found) - 1]):
+
+        def reduce(grad, x, i=i):
+            both = reference.masked_conv2d_weight_grad(grad, x, table, list(kernel), list(dilation))
+            return both[i]
+
+        within_budget(f"gradient of {name}", found[1 + i], reduce, grad, x)
 
 
 def check(*arguments, **options):
@@ -206,6 +243,46 @@ def test_without_bias(dtype):
         check_forward(make_mask("row"), side, 8, (3, 3), dtype, with_bias=False)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "side", "channels", "kernel", "options"),
+    [
+        (torch.bfloat16, 4, 72, (5, 5), {}),
+        (torch.bfloat16, 2, 24, (7, 7), {"runs": 2}),
+        (torch.bfloat16, 4, 6, (7, 7), {}),  # two kernels
+        (torch.float16, 8, 26, (3, 3), {"runs": 3}),  # words
+        (torch.float16, 2, 24, (5, 5), {"offset": 2}),
+        (torch.float16, 2, 7, (5, 5), {}),  # no words
+        (torch.float32, 4, 9, (7, 7), {"runs": 1}),
+        (torch.float32, 2, 40, (3, 3), {}),
+        (torch.float32, 4, 4, (5, 3), {"dilation": (1, 3)}),
+        (torch.float64, 4, 3, (5, 5), {}),
+    ],
+    ids=str,
+)
+def test_all_gradients_at_once(dtype, side, channels, kernel, options):
+    check_grads(make_mask("ragged"), side, channels, kernel, dtype, **options, seeds=(0, 3))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_all_gradients_at_once_for_every_mask(name):
+    check_grads(make_mask(name), 2, 8, (5, 5), torch.float16, seeds=(2,))
+
+
+def test_hidden_pixels_change_no_bit_of_all_gradients():
+    mask, side = make_mask("ragged"), 4
+    visible, weight = mask.to_dense(side), random_tensor((6, 1, 5, 5))
+    images, dense = (images_for(mask, side, 6) for _ in range(2))
+
+    def through(hidden):
+        x, grad = (gather(torch.where(visible, t, hidden), mask) for t in (images, dense))
+        found = grads(grad, x, weight, mask, seeds=(1,))
+        return [scatter(found[0], mask), *found[1:3]]
+
+    for clean, dirty in zip(through(0.0), through(NAN), strict=True):
+        assert clean.isfinite().all()
+        same(clean, dirty)
+
+
 # -- hidden means hidden ------------------------------------------------------------------------
 
 
@@ -262,6 +339,11 @@ def test_no_races(kernel, side, dtype):
     check(make_mask("row"), side, 40, kernel, dtype, runs=2, checker="races", seeds=(0, 3))
 
 
+@pytest.mark.parametrize("side", [2, 8])
+def test_no_races_in_all_gradients_at_once(side):
+    check_grads(make_mask("row"), side, 40, runs=2, checker="races", seeds=(0, 3))
+
+
 def move(**options):
     mask = make_mask("row")
     for layout in ("contiguous", "channels_last"):
@@ -283,8 +365,18 @@ def reduce_on_tiles(**options):
     check_weight_grad(mask, 4, 80, dtype=torch.float16, runs=1, **options)
 
 
+def all_gradients_on_tiles(**options):
+    """The same, and warps without a tile."""
+    mask = ck.BlockMask.full(1, (1, 2))
+    check_grads(mask, 4, 80, dtype=torch.float16, runs=1, **options)
+
+
 def convolve_on_tiles(**options):
     check_forward(make_mask("row"), 4, 40, runs=2, **options)
+
+
+def convolve_with_stride(**options):
+    check_strided(make_mask("row"), 4, (2, (3, 3), 2, (1, 1), (1, 1)), blocks_per_run=1, **options)
 
 
 # What runs the statements of synchronisation of each file, and the source that compiles them.
@@ -292,8 +384,11 @@ USES = {
     "gather_visible.cuh": ("moves.cpp", move),
     "rows.cuh": ("moves.cpp", move),
     "tiles.cuh": ("masked_conv2d.cpp", convolve_on_tiles),
+    "tile_kernels.cuh": ("masked_conv2d_grads.cpp", all_gradients_on_tiles),
+    "masked_conv2d_grads.cuh": ("masked_conv2d_grads.cpp", all_gradients_on_tiles),
     "masked_conv2d.cuh": ("masked_conv2d.cpp", convolve_on_tiles),
     "masked_conv2d_weight_grad.cuh": ("masked_conv2d_weight_grad.cpp", reduce_on_tiles),
+    "strided_conv2d.cuh": ("strided_conv2d.cpp", convolve_with_stride),
 }
 SYNCHRONISATION = [
     (path.name, statement, occurrence)

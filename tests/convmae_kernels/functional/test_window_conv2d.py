@@ -1,5 +1,7 @@
 """Convolutions of any channels, groups, stride and padding, against PyTorch's on dense maps."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -50,6 +52,8 @@ def test_every_path_is_taken(case):
     names = {event.name for event in profile.function_events}
     if "convmae::masked_conv2d" in names:
         path = "depthwise"
+    elif "convmae::strided_conv2d" in names:
+        path = "strided"
     elif "convmae::window_conv2d" not in names:
         path = "linear"
     elif "convmae::grouped_conv2d" in names or (case.groups > 1 and WHY_NOT_COMPILED):
@@ -62,6 +66,7 @@ def test_every_path_is_taken(case):
 WAYS = {
     "linear": "product",
     "depthwise": "depthwise",
+    "strided": "strided",
     "groups": "groups",
     "product": "windows, product",
     "convolution": "windows, convolution",
@@ -98,6 +103,33 @@ def test_a_name_without_kernels_is_refused(case, impl, monkeypatch):
             convolve(case, mask, *arguments, impl=impl)
     with pytest.raises(RuntimeError, match="impl='numpy' cannot run: it is not one of 'auto'"):
         convolve(case, mask, *arguments, impl="numpy")
+
+
+@pytest.mark.parametrize(
+    ("impl", "device", "dtype", "channels", "groups", "expected"),
+    [
+        ("auto", "cuda", torch.bfloat16, 16, 1, True),
+        ("auto", "cuda", torch.bfloat16, 15, 1, False),
+        ("auto", "cuda", torch.float32, 16, 2, True),
+        ("auto", "cuda", torch.float32, 16, 1, False),
+        ("auto", "cuda", torch.float64, 16, 2, False),
+        ("auto", "cpu", torch.bfloat16, 16, 1, False),
+        ("cuda", "cuda", torch.bfloat16, 16, 2, False),
+        ("triton", "cuda", torch.float32, 16, 1, True),
+        ("triton", "cuda", torch.float64, 16, 1, False),
+    ],
+    ids=str,
+)
+def test_where_triton_takes_the_place_of_windows(
+    impl, device, dtype, channels, groups, expected, monkeypatch
+):
+    x = SimpleNamespace(dtype=dtype, device=torch.device(device))
+    for outputs, inputs in ((16, channels), (channels, 16)):
+        weight = torch.zeros(groups * outputs, inputs, 3, 3)
+        for why_not_triton in (None, "triton is not installed"):
+            monkeypatch.setattr(window_conv2d, "WHY_NOT_TRITON", why_not_triton)
+            found = window_conv2d.goes_without_windows(impl, x, weight, groups)
+            assert found == (expected and (impl == "triton" or why_not_triton is None))
 
 
 def without_grouped_kernels(monkeypatch):
@@ -249,7 +281,7 @@ SMALL = [
     Case("groups", 2, (2, 4), (3, 3), groups=2),
     Case("groups", 4, (2, 2), (4, 2), stride=2, groups=2),
     Case("linear", 2, (2, 1), (2, 2), stride=2),
-    Case("depthwise", 2, (2, 2), (3, 3), stride=2, groups=2),
+    Case("strided", 2, (2, 2), (3, 3), stride=2, groups=2),
 ]
 
 

@@ -146,6 +146,22 @@ def test_only_some_gradients(impl, needed):
         assert leaf.grad is None or torch.equal(leaf.grad, value)
 
 
+@pytest.mark.skipif("cpu" not in implementations(), reason="the compiled library is not there")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_apart_have_the_same_bits(dtype):
+    """Tiles of 4 x 4, in blocks of one or several, of 2 x 2, none; few and many channels."""
+    ops, dilation = torch.ops.convmae, [1, 1]
+    mask = make_mask("ragged")
+    for side, channels, k in ((4, 37, 5), (8, 16, 7), (2, 24, 7), (2, 3, 3), (1, 16, 3)):
+        x, weight, _, grad = make_inputs(mask, side, channels, (k, k), dtype)
+        table = mask.neighbours(-(-(k // 2) // side))
+        together = ops.masked_conv2d_grads(grad, x, weight, table, dilation)
+        grad_x = ops.masked_conv2d(grad, weight.flip(2, 3), None, table, dilation)
+        apart = grad_x, *ops.masked_conv2d_weight_grad(grad, x, table, [k, k], dilation)
+        for a, b in zip(together, apart, strict=True):
+            assert torch.equal(a, b), (side, channels, k)
+
+
 @all_impls
 def test_without_bias(impl):
     mask = make_mask("ragged")
@@ -270,6 +286,21 @@ def test_derivatives_of_the_weight_gradient(bias_only):
     inputs = (grad.requires_grad_(), x.requires_grad_(not bias_only))
     assert torch.autograd.gradcheck(weight_grad, inputs)
     assert torch.autograd.gradgradcheck(weight_grad, inputs)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_derivatives_of_both_gradients(wanted):
+    mask = make_mask("corner")
+    x, weight, _, grad = make_inputs(mask, 2, 2, (3, 5), torch.float64)
+
+    def grads(*inputs):
+        table = mask.neighbours(1)
+        results = torch.ops.convmae.masked_conv2d_grads(*inputs, table, [1, 1])
+        return tuple(results[i] for i in wanted)
+
+    inputs = [t.requires_grad_() for t in (grad, x, weight)]
+    assert torch.autograd.gradcheck(grads, inputs)
+    assert torch.autograd.gradgradcheck(grads, inputs)
 
 
 # -- hidden means hidden ------------------------------------------------------------------------

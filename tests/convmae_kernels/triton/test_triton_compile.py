@@ -16,9 +16,15 @@ from convmae_kernels.triton import (  # noqa: E402
     gather_visible,
     gather_windows,
     gather_windows_grad,
+    grouped_conv2d,
+    grouped_conv2d_weight_grad,
     masked_conv2d,
+    masked_conv2d_grads,
     masked_conv2d_weight_grad,
     scatter_visible,
+    strided_conv2d,
+    strided_conv2d_input_grad,
+    strided_conv2d_weight_grad,
 )
 
 pytestmark = [
@@ -29,6 +35,7 @@ pytestmark = [
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = (80, 90, 100)
 KERNELS = (3, 5, 7)
+DEPTHS = {"bf16": 64, "fp16": 64, "fp32": 32, "fp64": 16}  # of products, see `depth`
 TYPES = {"bf16": tl.float32, "fp16": tl.float32, "fp32": tl.float32, "fp64": tl.float64}
 
 
@@ -44,7 +51,8 @@ def compiled(kernel, target, pointers, configuration=None, **constants):
     constants = {**constants, **options}
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    aligned = [i for i, name in enumerate(names) if name in pointers or name == "channels"]
+    even = {*pointers, "channels", "inputs", "outputs"} - {*constants}
+    aligned = [i for i, name in enumerate(names) if name in even]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=warps)
@@ -125,6 +133,17 @@ def compiled_weight_grad(target, dtype, configuration, kernel=(5, 5), side_bits=
     return compiled(function, target, pointers, configuration, **constants)
 
 
+def compiled_grads(target, dtype, configuration, kernel=(5, 5), side_bits=2):
+    accumulator = "fp64" if dtype == "fp64" else "fp32"
+    pointers = {f"{name}_ptr": f"*{dtype}" for name in ("grad", "x", "weight", "grad_x")}
+    pointers |= {"neighbours_ptr": "*i32", "parts_ptr": f"*{accumulator}"}
+    constants = kernel_constants(dtype, kernel, side_bits)
+    constants["LANES"] = masked_conv2d_grads.LANES
+    constants["ROWS"] = triton.next_power_of_2(kernel[0])
+    function = masked_conv2d_grads.masked_conv2d_grads_kernel
+    return compiled(function, target, pointers, configuration, **constants)
+
+
 def compiled_sum_parts(target, dtype, kernel=(5, 5)):
     accumulator = "fp64" if dtype == "fp64" else "fp32"
     pointers = {"parts_ptr": f"*{accumulator}", "weight_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
@@ -137,6 +156,52 @@ def compiled_sum_parts(target, dtype, kernel=(5, 5)):
         PART_LANES=masked_conv2d_weight_grad.PART_LANES,
         ELEMENTS=masked_conv2d_weight_grad.ELEMENTS,
     )
+
+
+def compiled_strided(target, dtype, kernel=(3, 3), side_bits=3, stride_bits=1):
+    """The first configurations of what a convolution with a stride and its gradients run."""
+    accumulator = "fp64" if dtype == "fp64" else "fp32"
+    rows, columns = kernel
+    constants = {
+        **{"KERNEL_ROWS": rows, "KERNEL_COLUMNS": columns, "ACCUMULATOR": TYPES[dtype]},
+        **{"RADIUS": -(-(max(kernel) // 2) >> side_bits), "SIDE_BITS": side_bits},
+        **{"STRIDE_BITS": stride_bits, "dilation_rows": 1, "dilation_columns": 1},
+    }
+    tensors = ("x", "weight", "bias", "y", "grad")
+    pointers = {f"{name}_ptr": f"*{dtype}" for name in tensors}
+    pointers |= {"neighbours_ptr": "*i32", "parts_ptr": f"*{accumulator}"}
+    for module, function, more in (
+        (strided_conv2d, strided_conv2d.strided_conv2d_kernel, {"HAS_BIAS": True}),
+        (strided_conv2d_input_grad, strided_conv2d_input_grad.strided_conv2d_input_grad_kernel, {}),
+        (
+            strided_conv2d_weight_grad,
+            strided_conv2d_weight_grad.sum_outputs_kernel,
+            {"LANES": strided_conv2d_weight_grad.LANES},
+        ),
+    ):
+        mine = {name: kind for name, kind in pointers.items() if name in function.arg_names}
+        yield compiled(function, target, mine, module.CONFIGURATIONS[0], **constants, **more)
+
+
+def compiled_products(target, dtype, configuration, is_grad=False, stride_bits=0):
+    """Of `grouped_conv2d` or its input gradient, on blocks of side 4 and many channels."""
+    pointers = {f"{name}_ptr": f"*{dtype}" for name in ("x", "weight", "bias", "y")}
+    pointers["neighbours_ptr"] = "*i32"
+    constants = kernel_constants(dtype, (3, 3), side_bits=2)
+    constants |= {"STRIDE_BITS": stride_bits, "HAS_BIAS": not is_grad, "IS_GRAD": is_grad}
+    constants["INPUTS"] = DEPTHS[dtype]
+    function = grouped_conv2d.sum_taps_kernel
+    return compiled(function, target, pointers, configuration, **constants)
+
+
+def compiled_products_grad(target, dtype, configuration):
+    accumulator = "fp64" if dtype == "fp64" else "fp32"
+    pointers = {"grad_ptr": f"*{dtype}", "x_ptr": f"*{dtype}"}
+    pointers |= {"neighbours_ptr": "*i32", "parts_ptr": f"*{accumulator}"}
+    constants = kernel_constants(dtype, (3, 3), side_bits=2)
+    constants |= {"STRIDE_BITS": 0, "POSITIONS": DEPTHS[dtype]}
+    function = grouped_conv2d_weight_grad.sum_positions_kernel
+    return compiled(function, target, pointers, configuration, **constants)
 
 
 def resources(kernel, folder):
@@ -173,9 +238,70 @@ def test_convolutions_stay_in_registers(architecture, kernel, tmp_path):
         assert_in_registers(found, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "kernel", "configurations"),
+    [(80, "bf16", 7, slice(1)), (90, "bf16", 5, slice(1, 2)), (100, "fp64", 3, slice(2, None))],
+)
+def test_all_gradients_stay_in_registers(architecture, dtype, kernel, configurations, tmp_path):
+    target = GPUTarget("cuda", architecture, 32)
+    for configuration in masked_conv2d_grads.CONFIGURATIONS[configurations]:
+        found = compiled_grads(target, dtype, configuration, (kernel, kernel))
+        assert_in_registers(found, tmp_path)
+        assert "atom" not in found.asm["ptx"]
+
+
+PRODUCTS = {(80, "bf16"): "mma.sync", (90, "bf16"): "wgmma", (100, "bf16"): "tcgen05.mma"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "configuration"),
+    [(80, "bf16", 5), (90, "bf16", 0), (100, "bf16", 1), (90, "fp32", 0)],
+)
+def test_products_stay_in_registers(architecture, dtype, configuration, tmp_path):
+    target = GPUTarget("cuda", architecture, 32)
+    grads = grouped_conv2d_weight_grad.OF_MANY_CHANNELS
+    for found in (
+        compiled_products(
+            target,
+            dtype,
+            grouped_conv2d.CONFIGURATIONS[configuration],
+            is_grad=architecture == 90,
+            stride_bits=architecture == 80,
+        ),
+        compiled_products_grad(target, dtype, grads[configuration % 4]),
+    ):
+        assert_in_registers(found, tmp_path)
+        assert PRODUCTS.get((architecture, dtype), "fma.rn.f32") in found.asm["ptx"]
+        assert "cp.async" in found.asm["ptx"]  # while others are multiplied
+        assert ".tf32" not in found.asm["ptx"]
+        assert "atom" not in found.asm["ptx"]
+
+
+def test_sums_of_parts_stay_in_registers(tmp_path):
+    target, module = GPUTarget("cuda", 80, 32), grouped_conv2d_weight_grad
+    pointers = {"grad_ptr": "*bf16", "parts_ptr": "*fp32", "result_ptr": "*bf16"}
+    sizes = {"LANES": module.LANES, "CHANNELS": module.CHANNELS}
+    for kernel, constants in (
+        (module.sum_grads_kernel, sizes),
+        (module.sum_parts_kernel, {"ELEMENTS": module.ELEMENTS, "taps": 1}),
+    ):
+        found = compiled(kernel, target, pointers, ACCUMULATOR=tl.float32, **constants)
+        assert_in_registers(found, tmp_path)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "fp64"])
 def test_other_dtypes_stay_in_registers(dtype, tmp_path):
     for found in compiled_convolutions(GPUTarget("cuda", 90, 32), dtype, (5, 5)):
+        assert_in_registers(found, tmp_path)
+
+
+def test_strided_convolutions(tmp_path):
+    """They stay in registers and read 16 bytes at a time."""
+    target = GPUTarget("cuda", 90, 32)
+    for found in compiled_strided(target, "bf16"):
+        assert_in_registers(found, tmp_path)
+        assert "ld.global.v4.b32" in found.asm["ptx"]
+    for found in compiled_strided(target, "fp64", (2, 5), side_bits=0, stride_bits=0):
         assert_in_registers(found, tmp_path)
 
 
@@ -259,6 +385,7 @@ def test_for_amd(architecture):
         compiled_sum_parts(target, "bf16"),
         compiled_windows(target, "bf16", gather_windows.CONFIGURATIONS[0]),
         compiled_windows_grad(target, "bf16", gather_windows_grad.CONFIGURATIONS[0]),
+        compiled_products(target, "bf16", grouped_conv2d.CONFIGURATIONS[0]),
     ]
     for kernel in kernels:
         assert f"amdgcn-amd-amdhsa--{architecture}" in kernel.asm["amdgcn"]

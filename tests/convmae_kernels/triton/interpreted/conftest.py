@@ -9,8 +9,12 @@ from convmae_kernels.triton import (
     gather_windows,
     gather_windows_grad,
     masked_conv2d,
+    masked_conv2d_grads,
     masked_conv2d_weight_grad,
     scatter_visible,
+    strided_conv2d,
+    strided_conv2d_input_grad,
+    strided_conv2d_weight_grad,
 )
 from convmae_kernels.triton.tuning import Configuration
 
@@ -20,6 +24,8 @@ POSITION_TILES = (
     gather_windows_grad,
     masked_conv2d,
     scatter_visible,
+    strided_conv2d,
+    strided_conv2d_input_grad,
 )
 
 
@@ -54,8 +60,16 @@ def few_programs(monkeypatch):
         for module in POSITION_TILES:
             monkeypatch.setattr(module, "CONFIGURATIONS", (tile,))
         tile = Configuration("test", {"TAPS": 16, "CHANNELS": across}, 1)
-        monkeypatch.setattr(masked_conv2d_weight_grad, "CONFIGURATIONS", (tile,))
-        monkeypatch.setattr(masked_conv2d_weight_grad, "LANES", down // 4)
+        for module in (masked_conv2d_weight_grad, strided_conv2d_weight_grad):
+            monkeypatch.setattr(module, "CONFIGURATIONS", (tile,))
+        tile = Configuration("test", {"CHANNELS": across}, 1)
+        monkeypatch.setattr(masked_conv2d_grads, "CONFIGURATIONS", (tile,))
+        for module in (
+            masked_conv2d_grads,
+            masked_conv2d_weight_grad,
+            strided_conv2d_weight_grad,
+        ):
+            monkeypatch.setattr(module, "LANES", down // 4)
 
     set_tiles(8)
     return set_tiles

@@ -9,8 +9,12 @@ from convmae_kernels.triton import (
     gather_windows,
     gather_windows_grad,
     masked_conv2d,
+    masked_conv2d_grads,
     masked_conv2d_weight_grad,
     scatter_visible,
+    strided_conv2d,
+    strided_conv2d_input_grad,
+    strided_conv2d_weight_grad,
 )
 
 MASK = make_mask("equal")  # 8 blocks, of 4 positions
@@ -19,23 +23,37 @@ WEIGHT, BIAS = random_tensor((70, 1, 3, 3)), random_tensor((70,))
 IMAGES = random_tensor((2, 70, 6, 8))
 WINDOWS = random_tensor((8, 5, 4, 70))
 TABLE = MASK.neighbours(1)
+FEW = make_mask("corner").neighbours(1)  # 3 blocks
+TAPS, SHAPE = WEIGHT[:, :, :2, 1:], (2, [0, 1], [1, 1])  # stride, padding, dilation
 PROBLEMS = {
     gather_visible: (IMAGES, MASK.block_index, 3, 4),
     scatter_visible: (X, MASK.block_index, 2, 3, 4, 0.5),
     gather_windows: (X, TABLE, [2, 1, -1, 2], 0.5),
     gather_windows_grad: (WINDOWS, TABLE, [2, 1, 0, 2]),
     masked_conv2d: (X, WEIGHT, BIAS, TABLE, [1, 1]),
+    masked_conv2d_grads: (GRAD[:3, :, :18], X[:3, :, :18], WEIGHT[:18, :, :, 1:2], FEW, [1, 1]),
     masked_conv2d_weight_grad: (GRAD, X, TABLE, [3, 3], [1, 1]),
+    strided_conv2d: (X, TAPS, BIAS, TABLE, *SHAPE),
+    strided_conv2d_input_grad: (GRAD[:, :1], TAPS, TABLE, *SHAPE),
+    strided_conv2d_weight_grad: (GRAD[:, :1], X, TABLE, [2, 2], *SHAPE),
 }
 
 
 @pytest.fixture(autouse=True)
 def two_parts(monkeypatch):
     monkeypatch.setattr(masked_conv2d_weight_grad, "MIN_POSITIONS_PER_PART", 16)
+    monkeypatch.setattr(strided_conv2d_weight_grad, "MIN_OUTPUTS_PER_PART", 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("module", PROBLEMS, ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    ("module", "dtype"),
+    [
+        pytest.param(module, dtype, id=f"{module.__name__.rpartition('.')[2]}-{dtype}")
+        for module in PROBLEMS
+        for dtype in (torch.float32, torch.bfloat16)
+        if dtype == torch.float32 or "strided" not in module.__name__  # like masked_conv2d
+    ],
+)
 def test_same_bits(module, dtype):
     first, *others = module.CONFIGURATIONS
     arguments = [

@@ -15,8 +15,12 @@ NAMES = (
     "gather_windows",
     "gather_windows_grad",
     "masked_conv2d",
+    "masked_conv2d_grads",
     "masked_conv2d_weight_grad",
     "scatter_visible",
+    "strided_conv2d",
+    "strided_conv2d_input_grad",
+    "strided_conv2d_weight_grad",
 )
 
 
@@ -28,13 +32,18 @@ def samples(requires_grad):
         return random_tensor(shape).requires_grad_(requires_grad)
 
     x, grad, table = tensor(8, 4, 3), tensor(8, 4, 3), mask.neighbours(1)
+    one, taps, shape = tensor(8, 1, 3), tensor(3, 1, 3, 2), (2, [1, 0], [1, 1])
     return {
         "gather_visible": (tensor(2, 3, 6, 8), mask.block_index, 3, 4),
         "scatter_visible": (x, mask.block_index, 2, 3, 4, 0.5),
         "gather_windows": (x, table, [1, 2, 0, -1], 0.5),
         "gather_windows_grad": (tensor(8, 5, 1, 3), table, [1, 2, 0, -1]),
         "masked_conv2d": (x, tensor(3, 1, 3, 3), tensor(3), table, [1, 1]),
+        "masked_conv2d_grads": (grad, x, tensor(3, 1, 3, 3), table, [1, 1]),
         "masked_conv2d_weight_grad": (grad, x, table, [3, 3], [1, 1]),
+        "strided_conv2d": (x, taps, tensor(3), table, *shape),
+        "strided_conv2d_input_grad": (one, taps, table, *shape),
+        "strided_conv2d_weight_grad": (one, x, table, [3, 2], *shape),
     }
 
 
@@ -76,6 +85,7 @@ def three_orders(impl):
         results = [
             ck.scatter_visible(y, mask, impl=impl),
             ck.gather_windows(y, mask, (1, 0, 2, -1), impl=impl),
+            ck.masked_conv2d(y, weight, bias, mask, 2, groups=3, impl=impl),
         ]
         for _ in range(3):
             loss = sum(r.sin().sum() for r in results)

@@ -20,6 +20,9 @@ from convmae_kernels.testing import (
     random_tensor,
     value_and_grads,
 )
+from convmae_kernels.triton import masked_conv2d_grads as grads_module
+from convmae_kernels.triton import masked_conv2d_weight_grad as weight_grad_module
+from tests.support.strided_conv2d import SHAPES, check_results, make_problem, strided_results
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "few_programs")
 
@@ -125,7 +128,72 @@ def test_without_bias_and_with_some_gradients_only():
     for i in range(3):
         leaves = [t.detach().requires_grad_(i == j) for j, t in enumerate((x, weight, bias))]
         ck.masked_conv2d(*leaves, mask, groups=5, impl="triton").backward(grad)
-        assert torch.equal(leaves[i].grad, everything[1 + i])
+        # all at once are summed in another order
+        torch.testing.assert_close(leaves[i].grad, everything[1 + i])
+
+
+def test_all_gradients_without_channels():
+    x, weight = torch.zeros(3, 4, 0), torch.zeros(0, 1, 3, 3)
+    table = make_mask("corner").neighbours(1)
+    grads = grads_module.masked_conv2d_grads(x, x, weight, table, [1, 1])
+    assert [g.shape for g in grads] == [x.shape, weight.shape, (0,)]
+
+
+def with_nan_before(x):
+    """A copy of packed features with a block of NaN before them: where a hidden one, -1, is."""
+    return torch.cat([x.new_full((1, *x.shape[1:]), float("nan")), x])[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "side", "channels", "kernel", "dilation", "layout"),
+    [
+        ("ragged", torch.float32, 2, 5, (3, 5), 1, "contiguous"),
+        ("all", torch.bfloat16, 1, 7, (7, 7), 1, "sliced"),
+        ("one", torch.float16, 4, 3, (5, 1), (2, 1), "transposed"),
+        ("row", torch.float64, 1, 9, (1, 3), (1, 3), "channels_last"),
+        ("corner", torch.float32, 1, 1, (15, 15), 1, "contiguous"),
+        ("none", torch.float32, 2, 3, (3, 3), 1, "contiguous"),
+    ],
+    ids=str,
+)
+def test_all_gradients_at_once(
+    name, dtype, side, channels, kernel, dilation, layout, few_programs, monkeypatch
+):
+    few_programs(channels)
+    monkeypatch.setattr(weight_grad_module, "MIN_POSITIONS_PER_PART", 40)  # the last one is ragged
+    mask = make_mask(name)
+    inputs = make_inputs(mask, side, channels, kernel, dtype, layout)[:4]
+    steps = [dilation, dilation] if isinstance(dilation, int) else list(dilation)
+    radius = max(reach([d * (k // 2)], side) for d, k in zip(steps, kernel))
+    x, weight, _, grad = inputs
+    if layout == "contiguous":
+        x, grad = with_nan_before(x), with_nan_before(grad)
+    table = mask.neighbours(radius)
+    found = grads_module.masked_conv2d_grads(grad, x, weight, table, steps)
+
+    def exact(inputs):
+        inputs = [t.double() for t in inputs]
+        return derivatives(lambda *xs: oracle(*xs, mask, dilation), inputs)[1:]
+
+    plain = derivatives(lambda *xs: dense_masked_conv2d(*xs, mask, dilation), inputs)[1:]
+    terms = exact([t.abs() for t in inputs])
+    for values in zip(found, exact(inputs), plain, terms, NAMES[1:4], strict=True):
+        assert_within_budget(*values)
+        assert values[0].is_contiguous()
+    *_, bias = weight_grad_module.masked_conv2d_weight_grad(grad, x, table, kernel, steps)
+    assert torch.equal(found[2], bias)  # summed in the same order
+
+
+@pytest.mark.parametrize(("i", "dtype"), list(enumerate(DTYPES)), ids=str)
+def test_strided_conv2d(i, dtype, few_programs):
+    """Every shape in a dtype, and every dtype with two shapes."""
+    few_programs(5)
+    mask = make_mask("ragged")
+    table = mask.neighbours(2)
+    for shape in (SHAPES[i], SHAPES[i + 4]):
+        tensors, rest = make_problem(mask, 5, shape, dtype)
+        found = strided_results(torch.ops.convmae_triton, tensors, table, rest)
+        check_results(found, tensors, table, rest)
 
 
 @dtypes

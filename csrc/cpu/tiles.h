@@ -1,0 +1,277 @@
+// What the depthwise convolution and its gradients share. A block is done in tiles of S x S
+// positions (4 x 4, or 2 x 2 where it has no more; in Z-order the positions of a tile are
+// neighbours in memory), a tile one vector of channels at a time: sums of a tile then stay in
+// registers while all that it sees passes by, and whether it sees a tile is asked once for all that
+// lies in it. In an anonymous namespace for the reason given in vec.h.
+#pragma once
+
+#include <initializer_list>
+
+#include "cpu/vec.h"
+#include "masked_conv2d.h"
+
+#define CONVMAE_INLINE __attribute__((always_inline))
+
+namespace convmae {
+namespace {
+
+// How a K x K kernel of dilation 1 looks from a tile: at `side` x `side` tiles, itself in the
+// middle.
+template <int K, int S>
+struct Sight {
+  static constexpr int reach = (K / 2 + S - 1) / S, side = 2 * reach + 1, tiles = side * side;
+};
+
+// The vectors that cover all channels. The last one begins earlier where their number is not a
+// multiple: what it shares with the one before is computed twice, alike.
+class Vectors {
+ public:
+  Vectors(int64_t channels, int64_t lanes)
+      : channels_(channels), lanes_(lanes), count_((channels + lanes - 1) / lanes) {}
+  int64_t count() const { return count_; }
+  int64_t first_channel(int64_t vector) const {
+    return vector + 1 < count_ ? vector * lanes_ : channels_ - lanes_;
+  }
+
+ private:
+  const int64_t channels_, lanes_, count_;
+};
+
+// A kernel's weights, [vectors][taps][lanes]: those that are needed together lie together.
+template <class T>
+class TapTable {
+ public:
+  using A = Acc<T>;
+
+  // `weight` is [channels][taps]. With `flipped` both axes of the kernel run the other way round.
+  TapTable(const void* weight, int64_t channels, int64_t taps, bool flipped)
+      : vectors_(channels, kLanes<A>), taps_(taps), table_(vectors_.count() * taps * kLanes<A>) {
+    for (int64_t v = 0; v < vectors_.count(); ++v) {
+      A* const to = table_.get() + v * taps * kLanes<A>;
+      for (int64_t lane = 0; lane < kLanes<A>; ++lane) {
+        const T* from = static_cast<const T*>(weight) + (vectors_.first_channel(v) + lane) * taps;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          to[(flipped ? taps - 1 - tap : tap) * kLanes<A> + lane] = to_acc(from[tap]);
+        }
+      }
+    }
+  }
+  const A* operator[](int64_t vector) const { return table_.get() + vector * taps_ * kLanes<A>; }
+
+ private:
+  const Vectors vectors_;
+  const int64_t taps_;
+  Buffer<A> table_;
+};
+
+// Where the tiles that tile `tile` of a block sees lie in `features`; null where hidden.
+template <class T, int K, int S>
+inline void look(const cpu::MaskedConv2dWindow& p, const void* features, int64_t block,
+                 int64_t tile, const T** seen) {
+  const int32_t* rows = p.neighbours + block * p.table_columns;
+  const int64_t positions = int64_t(p.side) * p.side;
+  const Place* place = p.window + tile * Sight<K, S>::tiles;
+  for (int i = 0; i < Sight<K, S>::tiles; ++i) {
+    const int64_t row = rows[place[i].neighbour];
+    seen[i] =
+        row < 0 ? nullptr
+                : static_cast<const T*>(features) + (row * positions + place[i].rank) * p.channels;
+  }
+}
+
+// The first position of row `row` of a tile; its columns are zorder(0, column) positions further.
+template <class T>
+inline const T* row_of(const T* tile, int row, int64_t channels) {
+  // zorder(row, 0), of the four rows that there are at most
+  return tile + ((row & 1) * 2 + (row >> 1) * 8) * channels;
+}
+
+// Asks for a share of what the next tiles will want: a walk that takes one vector of every position
+// at a time is one that the machine does not foresee.
+template <int S, class T>
+inline void prefetch(const T* next, int64_t vector) {
+  constexpr int64_t share = S * S * kVecBytes / (sizeof(Acc<T>) / sizeof(T)), line = 64;  // bytes
+  const uintptr_t from = reinterpret_cast<uintptr_t>(next) + vector * share;
+  for (int64_t i = 0; i < share; i += line) {
+    __builtin_prefetch(reinterpret_cast<const void*>(from + i), 0, 2);
+  }
+}
+
+// Calls f(vector, offset, seen) for every tile of the blocks [begin, end) and every vector of
+// channels; a tile begins at `offset` elements in features of the shape of x, and `seen` are the
+// tiles of `features` that it sees. A few tiles take turns with one vector, so that the weights of
+// a vector are read from near memory.
+template <class T, int K, int S, class F>
+inline void for_tiles(const cpu::MaskedConv2dWindow& p, const void* features, int64_t begin,
+                      int64_t end, std::initializer_list<const void*> touched, F&& f) {
+  constexpr int together = S == 4 ? 1 : 8;
+  const int64_t of_block = int64_t(p.side) * p.side / (S * S), last = end * of_block;
+  const int64_t vectors = Vectors(p.channels, kLanes<Acc<T>>).count();
+  const T* seen[together][Sight<K, S>::tiles];
+  for (int64_t tile = begin * of_block; tile < last; tile += together) {
+    const int count = int(last - tile < together ? last - tile : together);
+    for (int i = 0; i < count; ++i) {
+      look<T, K, S>(p, features, (tile + i) / of_block, (tile + i) % of_block, seen[i]);
+    }
+    for (int64_t vector = 0; vector < vectors; ++vector) {
+      for (int i = 0; i < count; ++i) {
+        const int64_t offset = (tile + i) * S * S * p.channels;
+        for (const void* features : touched) {
+          prefetch<S>(static_cast<const T*>(features) + offset + together * S * S * p.channels,
+                      vector);
+        }
+        f(vector, offset, seen[i]);
+      }
+    }
+  }
+}
+
+// -- convolution ------------------------------------------------------------------------------
+
+// Adds what a row of a tile, `Column` tiles to the right, gives to two rows of outputs. `taps` is
+// the kernel's row that the first of them meets it with, the second meets it with the row before.
+template <class T, int K, int S, int Column, bool First, bool Second, class V>
+CONVMAE_INLINE inline void convolve_row(const T* x, int64_t channels, const Acc<T>* taps,
+                                        V (&sums)[2 * S]) {
+  constexpr int lanes = kLanes<Acc<T>>;
+  unroll<S>([&](auto c) CONVMAE_INLINE {
+    constexpr int column = Column * S + decltype(c)::value;
+    if constexpr (column + K / 2 >= 0 && column - (S - 1) <= K / 2) {
+      const V value = load<lanes>(x + zorder(0, c) * channels);
+      unroll<S>([&](auto o) CONVMAE_INLINE {
+        constexpr int j = column - decltype(o)::value + K / 2;
+        if constexpr (j >= 0 && j < K) {
+          if constexpr (First) sums[o] += value * load<lanes>(taps + j * lanes);
+          if constexpr (Second) sums[S + o] += value * load<lanes>(taps + (j - K) * lanes);
+        }
+      });
+    }
+  });
+}
+
+// The convolution of one tile and one vector: y = bias + ..., with the table of its taps. All
+// pointers are at the vector's first channel but those in `seen`, to which `c` is added.
+template <class T, int K, int S, class V>
+inline void convolve_tile(const T* const* seen, int64_t c, int64_t channels, V bias,
+                          const Acc<T>* taps, T* y) {
+  constexpr int lanes = kLanes<Acc<T>>, reach = Sight<K, S>::reach;
+  for (int first = 0; first < S; first += 2) {
+    V sums[2 * S];
+    unroll<2 * S>([&](auto o) CONVMAE_INLINE { sums[o] = bias; });
+    for (int i = 0; i < Sight<K, S>::side; ++i) {
+      // The kernel's row with which the first output row meets the first row of these tiles.
+      const int base = (i - reach) * S - first + K / 2;
+      if (base > K || base + S <= 0) continue;
+      const int begin = base < 0 ? -base : 0, end = K - base < S ? K - base : S;
+      unroll<Sight<K, S>::side>([&](auto j) CONVMAE_INLINE {
+        constexpr int column = decltype(j)::value - reach;
+        const T* const tile = seen[i * Sight<K, S>::side + j];
+        if (tile == nullptr) return;
+        int r = begin;
+        if (base + r == 0) {
+          convolve_row<T, K, S, column, true, false>(row_of(tile + c, r, channels), channels, taps,
+                                                     sums);
+          ++r;
+        }
+        for (; r < end; ++r) {
+          convolve_row<T, K, S, column, true, true>(row_of(tile + c, r, channels), channels,
+                                                    taps + (base + r) * K * lanes, sums);
+        }
+        if (r < S) {
+          convolve_row<T, K, S, column, false, true>(row_of(tile + c, r, channels), channels,
+                                                     taps + K * K * lanes, sums);
+        }
+      });
+    }
+    T* const to = y + zorder(first, 0) * channels;
+    unroll<S>([&](auto o) CONVMAE_INLINE {
+      store<lanes>(to + zorder(0, o) * channels, sums[o]);
+      store<lanes>(to + zorder(1, o) * channels, sums[S + o]);
+    });
+  }
+}
+
+// -- gradient in the weight -------------------------------------------------------------------
+
+// Adds what a tile of x and the tiles of the output's gradient that it sees give to the gradients
+// of the taps: [K * K][lanes].
+template <class T, int K, int S>
+inline void correlate_tile(const T* x, const T* const* seen, int64_t c, int64_t channels,
+                           Acc<T>* taps) {
+  constexpr int lanes = kLanes<Acc<T>>, reach = Sight<K, S>::reach;
+  using V = Vec<Acc<T>, lanes>;
+  for (int i = 0; i < Sight<K, S>::side; ++i) {
+    unroll<Sight<K, S>::side>([&](auto j) CONVMAE_INLINE {
+      constexpr int column = decltype(j)::value - reach;
+      // A position of x, o columns from its tile's first, and c columns from that of the other tile
+      // meet with the tap o - c + shift of a row.
+      constexpr int shift = K / 2 - column * S;
+      constexpr int low = shift - (S - 1) > 0 ? shift - (S - 1) : 0,
+                    high = shift + S < K ? shift + S : K;
+      const T* const tile = seen[i * Sight<K, S>::side + j];
+      if (tile == nullptr) return;
+      // The kernel's row with which the first rows of both tiles meet.
+      const int base = K / 2 - (i - reach) * S;
+      const int first = base - (S - 1) > 0 ? base - (S - 1) : 0, last = base + S < K ? base + S : K;
+      for (int tap = first; tap < last; ++tap) {
+        // From zero, as each addition to a long sum rounds anew.
+        V sums[high - low];
+        unroll<high - low>([&](auto k) CONVMAE_INLINE { sums[k] = V{}; });
+        const int behind = tap - base;  // rows of x behind those of the gradient
+        for (int r = behind > 0 ? behind : 0; r < (behind < 0 ? S + behind : S); ++r) {
+          const T* const from = row_of(x, r, channels);
+          const T* const grad = row_of(tile + c, r - behind, channels);
+          V value[S];
+          unroll<S>([&](auto o)
+                        CONVMAE_INLINE { value[o] = load<lanes>(from + zorder(0, o) * channels); });
+          unroll<S>([&](auto g) CONVMAE_INLINE {
+            if constexpr (shift - decltype(g)::value < K &&
+                          shift - decltype(g)::value + S - 1 >= 0) {
+              const V weight = load<lanes>(grad + zorder(0, g) * channels);
+              unroll<S>([&](auto o) CONVMAE_INLINE {
+                constexpr int k = decltype(o)::value - decltype(g)::value + shift;
+                if constexpr (k >= 0 && k < K) sums[k - low] += weight * value[o];
+              });
+            }
+          });
+        }
+        Acc<T>* const to = taps + (tap * K + low) * lanes;
+        unroll<high - low>([&](auto k) CONVMAE_INLINE {
+          store<lanes>(to + k * lanes, load<lanes>(to + k * lanes) + sums[k]);
+        });
+      }
+    });
+  }
+}
+
+// The sum of a tile's positions.
+template <class T, int S>
+inline Vec<Acc<T>, kLanes<Acc<T>>> sum_tile(const T* x, int64_t channels) {
+  Vec<Acc<T>, kLanes<Acc<T>>> sum = {};
+  unroll<S * S>([&](auto i) CONVMAE_INLINE { sum += load<kLanes<Acc<T>>>(x + i * channels); });
+  return sum;
+}
+
+// -- the choice of a kernel -------------------------------------------------------------------
+
+// f(kernel side, tile side), as constants; false where the kernel for any shape must run.
+template <class T, class F>
+bool with_tiles(const cpu::MaskedConv2dWindow& p, F&& f) {
+  if constexpr (!std::is_same_v<T, double>) {
+    const auto with_kernel = [&](auto side) {
+      switch (p.kernel_rows) {
+        case 3: return f(Index<3>{}, side);
+        case 5: return f(Index<5>{}, side);
+        case 7: return f(Index<7>{}, side);
+      }
+    };
+    switch (p.tile_side) {
+      case 4: return with_kernel(Index<4>{}), true;
+      case 2: return with_kernel(Index<2>{}), true;
+    }
+  }
+  return false;
+}
+
+}  // namespace
+}  // namespace convmae

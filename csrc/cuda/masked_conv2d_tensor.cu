@@ -1,0 +1,20 @@
+// Launches; the kernel is in masked_conv2d_tensor.cuh.
+#include "cuda/masked_conv2d_tensor.cuh"
+
+#include "cuda/launcher.cuh"
+
+namespace convmae::cuda {
+
+LaunchError masked_conv2d_tensor(const MaskedConv2dForward& p, Stream stream) {
+  Launcher launcher{"masked_conv2d", stream};
+  launch_masked_conv2d_tensor(p, launcher);
+  return launcher.error;
+}
+
+int64_t masked_conv2d_tensor_blocks(const MaskedConv2dForward& p) {
+  BlocksHeld held;
+  launch_masked_conv2d_tensor(p, held);
+  return held.count;
+}
+
+}  // namespace convmae::cuda
