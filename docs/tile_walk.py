@@ -49,10 +49,13 @@ class Shape(NamedTuple):
     dtype: str
     side: int  # of a tile
     kernel: int
+    tensor: bool = False  # tensor cores: groups of eight tiles
 
     @classmethod
     def of(cls, name: str) -> Shape:
         """From a kernel's name, such as `masked_conv2d_tiles<bfloat16, 4, 5>`."""
+        if match := re.fullmatch(r"masked_conv2d_tensor<(\w+)>", name):
+            return cls(False, match[1], 4, 7, True)
         match = re.fullmatch(r"masked_conv2d(_weight_grad)?_tiles<(\w+), (\d), (\d)>", name)
         if match is None:
             raise ValueError(f"{name!r} is no tiled kernel")
@@ -69,8 +72,8 @@ class Shape(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Of one warp: 128 bytes of them."""
-        return 32 if self.dtype == "float" else 64
+        """Of one thread block: 128 bytes of them, with tensor cores 64."""
+        return 32 if self.dtype == "float" or self.tensor else 64
 
 
 class Problem:
@@ -126,11 +129,11 @@ class Problem:
         params.pointers = (ctypes.c_uint64 * 4)(*pointers)
         self.params = bytes(params)
 
-    def run(self, code: list[sass.Instruction]) -> sass.Warp:
-        """The first warp of the thread block, after all have run."""
+    def run(self, code: list[sass.Instruction]) -> list[sass.Warp]:
+        """The warps of the thread block, after all have run."""
         warps = [sass.Warp(code, self.params, self.memory, row=row) for row in range(self.warps)]
         sass.run_block(warps)
-        return warps[0]
+        return warps
 
     def output(self) -> np.ndarray:
         """float32: y, like x; or the sums of bias and taps, [1 + taps, channels]."""
@@ -193,12 +196,14 @@ def count(name: str, code: list[sass.Instruction], warps: int, *kinds: str) -> C
         RuntimeError: the cost of a tile is not, to 1 %, the sum of what its neighbours cost, so
             that `Counts.expected` would be wrong.
     """
+    if Shape.of(name).tensor:
+        return _count_groups(name, code, warps, *kinds)
     neighbours = Shape.of(name).neighbours
     alone = np.zeros((neighbours + 4, neighbours), bool)
     one = np.eye(neighbours, dtype=bool)
 
     def issued(visible: np.ndarray) -> int:
-        warp = Problem(name, visible, warps, alone=True).run(code)
+        warp = Problem(name, visible, warps, alone=True).run(code)[0]
         return warp.count(*kinds) if kinds else sum(warp.issued)
 
     few, many = issued(alone[:4]), issued(alone)
@@ -210,3 +215,28 @@ def count(name: str, code: list[sass.Instruction], warps: int, *kinds: str) -> C
             f"{name}: neighbours cost {one_each} instructions one by one, but {more} together"
         )
     return Counts(tile, tile + more, few - 4 * tile)
+
+
+def _count_groups(name: str, code: list[sass.Instruction], warps: int, *kinds: str) -> Counts:
+    """`count` where eight tiles are computed at a time, by all warps of a thread block.
+
+    What all of them issue counts, twice, because it is for 64 bytes of channels.
+    """
+    neighbours = Shape.of(name).neighbours
+
+    def issued(visible: np.ndarray) -> float:
+        run = Problem(name, visible, warps).run(code)
+        return 2 * sum(warp.count(*kinds) if kinds else sum(warp.issued) for warp in run)
+
+    alone = np.zeros((48, neighbours), bool)
+    around = np.arange(neighbours) != neighbours // 2
+    some = np.random.default_rng(0).random((32, neighbours)) < 0.4
+    few = issued(alone[:16])
+    tile = (issued(alone) - few) / 32
+    once = few - 16 * tile
+    more = (issued(~alone) - once) / 48 - tile
+    found = (issued(np.concatenate([alone[:16], some])) - few) / 32
+    expected = tile + more * some[:, around].mean()
+    if abs(found - expected) > 0.02 * expected:
+        raise RuntimeError(f"{name}: {found} instructions for a tile, but {expected} by neighbours")
+    return Counts(tile, tile + more, once)

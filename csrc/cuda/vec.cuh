@@ -92,13 +92,13 @@ __device__ inline void store_word(uint32_t word, void* global) {
 #endif
 }
 
-__device__ inline void store_piece(Piece piece, void* global) {
+__device__ inline void store_chunk(const Chunk& chunk, void* global) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(piece.words[0]),
-               "r"(piece.words[1])
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(chunk.words[0]),
+               "r"(chunk.words[1]), "r"(chunk.words[2]), "r"(chunk.words[3])
                : "memory");
 #else
-  std::memcpy(global, &piece, sizeof(piece));
+  std::memcpy(global, &chunk, sizeof(chunk));
 #endif
 }
 
@@ -178,13 +178,10 @@ __device__ inline uint32_t pack(Half, const float (&x)[2]) {
 #endif
 }
 
-// Copies 16 bytes, 8, or 4, from global to shared memory without waiting; `copies_wait` waits for all
+// Copies 16 bytes, or 4, from global to shared memory without waiting; `copies_wait` waits for all
 // copies of the thread.
 __device__ inline void copy_chunk(void* shared, const void* global) {
   __pipeline_memcpy_async(shared, global, 16);
-}
-__device__ inline void copy_piece(void* shared, const void* global) {
-  __pipeline_memcpy_async(shared, global, 8);
 }
 __device__ inline void copy_word(void* shared, const void* global) {
   __pipeline_memcpy_async(shared, global, 4);

@@ -26,7 +26,7 @@ def _for_all_lanes(step: Step) -> Step:
 def compile_step(instruction: Instruction) -> Step:
     """The step that the instruction is, with its operands read once."""
     kind, name = instruction.kind, instruction.name
-    if kind in ("NOP", "DEPBAR", "LDGDEPBAR", "WARPSYNC"):
+    if kind in ("NOP", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "CCTL"):
         return lambda warp, mask: None  # one warp: the scheduler of `run` keeps its lanes together
     for family, build in _FAMILIES.items():
         if re.fullmatch(family, kind):
@@ -223,6 +223,14 @@ def _compare(i: Instruction) -> Step:  # ISETP
     return step
 
 
+def _compare_reals(i: Instruction) -> Step:  # FSETP.NEU.AND P0, PT, R1, RZ, PT
+    if i.name != "FSETP.NEU.AND" or i.operands[1] != "PT":
+        raise UnknownInstruction("a comparison of another kind")
+    out, a, b = predicate(i.operands[0]), Source(i.operands[2]), Source(i.operands[3])
+    last = i.operands[4]
+    return lambda w, m: w.write_predicate(out, (a.real(w) != b.real(w)) & w.guard(last), m)
+
+
 def _select(i: Instruction) -> Step:  # SEL, VIMNMX, VIADDMNMX
     o = split(i)
     unsigned = ".U32" in i.name
@@ -344,6 +352,44 @@ def _two_halves(i: Instruction) -> Step:  # HFMA2.MMA R1, -RZ, RZ, 0, 1e-5: two 
     return lambda w, m: w.write(out, value, m)
 
 
+def _sparse_matrices(i: Instruction) -> Step:  # HMMA.SP.16832.F32 R4, R8, R12, R4, R16, 0x0
+    """Of four elements of a row of the first factor two are there; the metadata says which.
+
+    The metadata must be the same for all rows.
+    """
+    if not re.fullmatch(r"HMMA\.SP\.16832\.F32(\.BF16)?", i.name) or i.operands[5] != "0x0":
+        raise UnknownInstruction("a product of another kind")
+    out, a, b, c, chosen = (register(re.sub(r"\.reuse", "", o)) for o in i.operands[:5])
+    lane = np.arange(LANES)
+
+    def halves(w: Warp, first: int) -> np.ndarray:
+        words = np.ascontiguousarray(w.registers[first : first + 4])
+        if ".BF16" not in i.name:
+            return words.view(np.float16).reshape(4, 8, 8).astype(np.float64)
+        bits = words.view(np.uint16).astype(np.uint32) << 16
+        return bits.view(np.float32).reshape(4, 8, 8).astype(np.float64)
+
+    def step(w: Warp, m: np.ndarray) -> None:
+        if not m.any():
+            return
+        meta = w.registers[chosen]
+        nibble = int(meta[0]) & 15
+        if not m.all() or (meta != nibble * 0x11111111).any():
+            raise UnknownInstruction("lanes that are not there, or rows that differ")
+        left, right = halves(w, a), halves(w, b)  # [word, group, 2 * quad + half]
+        x = np.block([[left[0], left[2]], [left[1], left[3]]])  # [16, 16]
+        every = right.transpose(0, 2, 1).reshape(32, 8)
+        fours = 4 * np.arange(8)[:, None] + [nibble & 3, nibble >> 2]
+        with np.errstate(all="ignore"):
+            product = x @ every[fours.reshape(16)]
+        for word in range(4):
+            held = np.zeros(LANES, np.float32) if c == RZ else w.registers[c + word].view(np.float32)
+            value = held + product[lane // 4 + word // 2 * 8, lane % 4 * 2 + word % 2]
+            w.write(out + word, value.astype(np.float32).view(np.uint32), m)
+
+    return step
+
+
 def _pack(i: Instruction) -> Step:  # F2FP.BF16.F32.PACK_AB
     o = split(i)
     bfloat = ".BF16" in i.name
@@ -457,8 +503,15 @@ def _store(i: Instruction) -> Step:  # STG, STS
 
 def _copy(i: Instruction) -> Step:  # LDGSTS: global to shared memory
     to, source, size = _Address(i.operands[0]), _Address(i.operands[1]), _access_bytes(i.name)
+    wanted = i.operands[2] if len(i.operands) > 2 else "PT"  # if not, zeros and no read
 
     def step(w: Warp, m: np.ndarray) -> None:
+        zeros = m & ~w.guard(wanted)
+        if zeros.any():
+            first = w.words(w.shared, to.of(w)[zeros], 4)
+            for word in range(size // 4):
+                w.shared.view(np.uint32)[first + word] = 0
+        m = m & ~zeros
         if not m.any():
             return
         w.words(w.memory, source.of(w)[m], size), w.words(w.shared, to.of(w)[m], size)
@@ -481,6 +534,7 @@ _FAMILIES: dict[str, Callable[[Instruction], Step]] = {
     "U?PLOP3": _logic_of_predicates,
     "U?SHF": _shift,
     "U?ISETP": _compare,
+    "FSETP": _compare_reals,
     "U?SEL|VIMNMX|VIADDMNMX": _select,
     "U?PRMT": _permute,
     "R2P": _predicates_from,
@@ -490,6 +544,7 @@ _FAMILIES: dict[str, Callable[[Instruction], Step]] = {
     "SHFL": _shuffle,
     "FADD|FMUL|FFMA|HADD2": _real,
     "HFMA2": _two_halves,
+    "HMMA": _sparse_matrices,
     "F2FP": _pack,
     "I2F|F2I|MUFU": _convert,
     "LDG|LDS": _load,
