@@ -47,14 +47,18 @@ __device__ inline void multiply_pairs(float (&sum)[4], const uint32_t (&a)[4],
   std::memcpy(own.b, b, sizeof(b));
   simt::exchange(&own, sizeof(own), all);
   const int group = simt::lane() / 4, quad = simt::lane() % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row = i / 2, column = 2 * quad + i % 2;  // row: group + 8 * row
+  float rows[2][16], columns[2][16];  // those that the lane's sums need
+  for (int i = 0; i < 2; ++i) {
     for (int k = 0; k < 16; ++k) {
-      float left[2], right[2];
-      unpack(T{}, all[4 * group + k % 8 / 2].a[row + k / 8 * 2], left);
-      unpack(T{}, all[4 * column + k % 4].b[k / 4], right);
-      sum[i] += left[k % 2] * right[chosen & 1];
+      float pair[2];
+      unpack(T{}, all[4 * group + k % 8 / 2].a[i + k / 8 * 2], pair);
+      rows[i][k] = pair[k % 2];
+      unpack(T{}, all[4 * (2 * quad + i) + k % 4].b[k / 4], pair);
+      columns[i][k] = pair[chosen & 1];
     }
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < 16; ++k) sum[i] += rows[i / 2][k] * columns[i % 2][k];
   }
 #endif
 }
