@@ -178,9 +178,8 @@ __device__ inline float sum_of_taps(const MaskedConv2dForward& p, const int32_t 
   return sum;
 }
 
-// Computes those of a lane's results again that are not finite, without tensor cores: of two tiles
-// two positions, eight apart, of the warp's channels, the first of which has this place in a
-// result.
+// Computes those of a lane's results again that are NaN, without tensor cores: of two tiles two
+// positions, eight apart, of the warp's channels, the first of which has this place in a result.
 template <class T>
 __device__ inline void sum_again(const MaskedConv2dForward& p, TensorMemory& memory, int parity,
                                  int first_tile, int first_position, int place, int64_t channel) {
@@ -188,7 +187,8 @@ __device__ inline void sum_again(const MaskedConv2dForward& p, TensorMemory& mem
   for (int i = 0; i < 4 * kTensorChannels; ++i) {
     const int tile = first_tile + i % 2, position = first_position + i / 2 % 2 * 8, c = i / 4;
     T* const result = reinterpret_cast<T*>(memory.result(tile, position)) + place + c;
-    if (is_finite(load(result))) continue;
+    const float sum = load(result);
+    if (sum == sum) continue;
     store(sum_of_taps<T>(p, memory.neighbours[parity][tile], position, channel + c), result);
   }
 }
@@ -295,20 +295,33 @@ __global__ void __launch_bounds__(32 * kTensorWarps) masked_conv2d_tensor(Masked
       });
     });
 
-    float check = 0;
-    unroll<4>([&](auto i) {
-      Piece piece;
+    const auto round = [&] {
+      unroll<4>([&](auto i) {
+        Piece piece;
 #pragma unroll
-      for (int w = 0; w < 2; ++w) {
-        const float pair[2] = {sum[2 * w][i], sum[2 * w + 1][i]};
-        piece.words[w] = pack(T{}, pair);
-        check += pair[0] * pair[1];
-      }
-      results.store<i % 2 * kResultBytes + i / 2 * (8 * 80)>(piece);
-    });
+        for (int w = 0; w < 2; ++w) {
+          const float pair[2] = {sum[2 * w][i], sum[2 * w + 1][i]};
+          piece.words[w] = pack(T{}, pair);
+        }
+        results.store<i % 2 * kResultBytes + i / 2 * (8 * 80)>(piece);
+      });
+    };
+    round();
+    float check = 0;
+#pragma unroll
+    for (int c = 0; c < kTensorChannels; c += 2) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) check += sum[c][i] * sum[c + 1][i];
+    }
     // Zero times infinity or NaN is NaN, so a sum that is not finite may owe it to an input out of
-    // its reach.
+    // its reach. x - x is 0 for a finite x and NaN for others.
     if (!is_finite(check)) {
+#pragma unroll
+      for (int c = 0; c < kTensorChannels; ++c) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[c][i] += sum[c][i] - sum[c][i];
+      }
+      round();
       sum_again<T>(p, memory, parity, 2 * quad, group, warp * kTensorChannels, channel);
     }
     first += kTensorTiles;

@@ -90,7 +90,7 @@ KERNELS = [
     f"masked_conv2d{op}_tiles<{shape}>"
     for op in ("", "_weight_grad")
     for shape in ("bfloat16, 4, 5", "bfloat16, 2, 5", "half, 2, 3", "float, 4, 7", "float, 2, 7")
-]
+] + ["masked_conv2d_tensor<bfloat16>", "masked_conv2d_tensor<half>"]
 
 
 def positions(tiles_first):
@@ -152,6 +152,16 @@ def test_one_store_for_each_output_and_one_wide_copy_for_four_positions(compiled
     assert (copies.alone, copies.all) == (16 / 4, around)
     # The weights, 64 channels x 25 taps x 2 bytes: seven copies of 32 lanes.
     assert copies.once == 7
+
+
+@needs_code_for_sm_90
+def test_tensor_cores_take_less_than_half_of_the_instructions(compiled):
+    names = "masked_conv2d_tiles<bfloat16, 4, 7>", "masked_conv2d_tensor<bfloat16>"
+    tiles, tensor = (tile_walk.count(name, *compiled[name]).expected(0.4) for name in names)
+    assert tensor < tiles / 2
+    # A product for each of eight neighbours and the tile itself, of each of 64 channels, does for
+    # eight tiles.
+    assert tile_walk.count(names[1], *compiled[names[1]], "HMMA") == (72, 72, 0)
 
 
 @needs_code_for_sm_90

@@ -70,7 +70,7 @@ def test_as_before_where_tensor_cores_do_not_fit():
 
 
 def test_how_tiles_are_cut_changes_no_bit():
-    """Tiles meet others in their groups; -0 is where adding the zeros of hidden tiles could show."""
+    """Tiles meet others in their groups; a sum of -0 would show the zeros of hidden tiles."""
     mask = ck.BlockMask.random(2, (3, 4), 0.4, generator=torch.Generator().manual_seed(0))
     x, weight, bias, table = problem(mask, 4, 32, torch.bfloat16)
     bias[:] = -0.0
