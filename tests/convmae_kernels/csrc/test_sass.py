@@ -159,9 +159,6 @@ def test_tensor_cores_take_less_than_half_of_the_instructions(compiled):
     names = "masked_conv2d_tiles<bfloat16, 4, 7>", "masked_conv2d_tensor<bfloat16>"
     tiles, tensor = (tile_walk.count(name, *compiled[name]).expected(0.4) for name in names)
     assert tensor < tiles / 2
-    # A product for each of eight neighbours and the tile itself, of each of 64 channels, does for
-    # eight tiles.
-    assert tile_walk.count(names[1], *compiled[names[1]], "HMMA") == (72, 72, 0)
 
 
 @needs_code_for_sm_90
