@@ -74,7 +74,7 @@ class Kernel(NamedTuple):
     @property
     def is_specialised(self) -> bool:
         """One of the kernels for a given kernel side on tiles of a given side."""
-        return "_tiles" in self.symbol
+        return "_tiles" in self.symbol or "_tensor" in self.symbol
 
     @property
     def resident_warps(self) -> int:
@@ -200,7 +200,7 @@ class Tile(NamedTuple):
     alone: float  # the tile sees no other one
     all: float
     expected: float
-    multiply_adds: float  # among the expected ones
+    multiply_adds: float  # among the expected ones; products of matrices on tensor cores
     once: float  # a run
 
     def share(self, card: Card) -> float:
@@ -223,9 +223,11 @@ def tiles() -> list[Tile]:
     for kernel in sorted(kernels(), key=lambda kernel: kernel.name):
         if kernel.arch != "sm_90" or not kernel.is_specialised:
             continue
-        visible = 0.4 if tile_walk.Shape.of(kernel.name).kernel == 7 else 0.25
-        walk = tile_walk.Walk(kernel.name, code[kernel.symbol], kernel.threads // 32)
-        issued, multiply_adds = walk.count(), walk.count("FFMA").expected(visible)
+        shape = tile_walk.Shape.of(kernel.name)
+        visible = 0.4 if shape.kernel == 7 else 0.25
+        walk = tile_walk.walk(kernel.name, code[kernel.symbol], kernel.threads // 32)
+        kind = "HMMA" if shape.tensor else "FFMA"
+        issued, multiply_adds = walk.count(), walk.count(kind).expected(visible)
         costs = issued.alone, issued.all, issued.expected(visible), multiply_adds, issued.once
         counted.append(Tile(kernel.name, *costs))
     return counted

@@ -52,10 +52,13 @@ class Shape(NamedTuple):
     dtype: str
     side: int  # of a tile
     kernel: int
+    tensor: bool = False  # tensor cores: groups of eight tiles
 
     @classmethod
     def of(cls, name: str) -> Shape:
         """From a kernel's name, such as `masked_conv2d_tiles<bfloat16, 4, 5>`."""
+        if match := re.fullmatch(r"masked_conv2d_tensor<(\w+)>", name):
+            return cls("", match[1], 4, 7, True)
         match = re.fullmatch(r"masked_conv2d(|_weight_grad|_grads)_tiles<(\w+), (\d), (\d)>", name)
         if match is None:
             raise ValueError(f"{name!r} is no tiled kernel")
@@ -77,8 +80,8 @@ class Shape(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Of one warp: 128 bytes of them."""
-        return 32 if self.dtype == "float" else 64
+        """Of one thread block: 128 bytes of them, with tensor cores 64."""
+        return 32 if self.dtype == "float" or self.tensor else 64
 
 
 class Problem:
@@ -150,8 +153,8 @@ class Problem:
         params.rest = (ctypes.c_uint64 * 7)(*rest)
         self.params = bytes(params)
 
-    def run(self, code: list[sass.Instruction]) -> sass.Warp:
-        """The first warp of the first thread block, after all have run."""
+    def run(self, code: list[sass.Instruction]) -> list[sass.Warp]:
+        """The warps of the first thread block, after all have run."""
         blocks = [
             [
                 sass.Warp(code, self.params, self.memory, (0, share, 0), row)
@@ -161,7 +164,7 @@ class Problem:
         ]
         for warps in blocks:
             sass.run_block(warps)
-        return blocks[0][0]
+        return blocks[0]
 
     def output(self) -> np.ndarray:
         """float32: y, like x; or the sums of bias and taps, [1 + taps, channels]."""
@@ -240,7 +243,7 @@ class Walk:
         one = np.eye(self.neighbours, dtype=bool)
 
         def run(visible: np.ndarray) -> sass.Warp:
-            return Problem(name, visible, warps, alone=True).run(code)
+            return Problem(name, visible, warps, alone=True).run(code)[0]
 
         self._few, self._many = run(alone[:4]), run(alone)
         self._all, self._one_each = run(~alone[:4]), run(np.concatenate([alone[:4], one]))
@@ -272,3 +275,54 @@ class Walk:
                 "together"
             )
         return Counts(tile, tile + more, few - 4 * tile)
+
+
+class GroupWalk:
+    """What all warps of a thread block issue where eight tiles are computed at a time.
+
+    It counts twice, because it is for 64 bytes of channels.
+
+    Args:
+        name: of the kernel.
+        code: its instructions.
+        warps: of its thread blocks.
+    """
+
+    def __init__(self, name: str, code: list[sass.Instruction], warps: int) -> None:
+        self.name, neighbours = name, Shape.of(name).neighbours
+        alone = np.zeros((48, neighbours), bool)
+        around = np.arange(neighbours) != neighbours // 2
+        some = np.random.default_rng(0).random((32, neighbours)) < 0.4
+        self._visible = some[:, around].mean()
+
+        def run(visible: np.ndarray) -> list[sass.Warp]:
+            return Problem(name, visible, warps).run(code)
+
+        self._few, self._many, self._all = run(alone[:16]), run(alone), run(~alone)
+        self._some = run(np.concatenate([alone[:16], some]))
+
+    def count(self, *kinds: str) -> Counts:
+        """All instructions, or those of some kinds (`HMMA`).
+
+        Raises:
+            RuntimeError: the cost of tiles is not, to 2 %, what their neighbours cost.
+        """
+
+        def issued(run: list[sass.Warp]) -> int:
+            return 2 * sum(warp.count(*kinds) if kinds else sum(warp.issued) for warp in run)
+
+        few = issued(self._few)
+        tile = (issued(self._many) - few) / 32
+        once = few - 16 * tile
+        more = (issued(self._all) - once) / 48 - tile
+        found, expected = (issued(self._some) - few) / 32, tile + more * self._visible
+        if abs(found - expected) > 0.02 * expected:
+            raise RuntimeError(
+                f"{self.name}: {found} instructions for a tile, but {expected} by neighbours"
+            )
+        return Counts(tile, tile + more, once)
+
+
+def walk(name: str, code: list[sass.Instruction], warps: int) -> Walk | GroupWalk:
+    """The walk that fits a kernel; arguments are those of `Walk`."""
+    return (GroupWalk if Shape.of(name).tensor else Walk)(name, code, warps)

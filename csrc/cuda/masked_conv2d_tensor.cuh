@@ -17,107 +17,121 @@
 namespace convmae::cuda {
 
 constexpr int kTensorTiles = 8, kTensorWarps = 8;  // of a group; of a thread block
-constexpr int kPieceChannels = 4;                  // of a warp
+constexpr int kTensorWords = 16;                   // of a slice of 64 bytes; two for each warp
+constexpr int kTensorChannels = 4;                 // of a warp
+constexpr int kTensorAhead = 4;  // groups: how early memory is asked for what they read
 
 // The weights of a channel as 15 x 16, the taps from [4][4] on and zeros around them; and once
 // more, moved by one column, so that any two taps that are neighbours in a row are a word.
 struct alignas(16) Taps {
-  uint16_t values[2][kPieceChannels][15][16];
+  uint16_t values[2][kTensorChannels][15][16];
 };
 
-// The shared memory of a thread block. Pieces lie by the row and column of the neighbour, by piece,
-// then as the words of a Fragment lie in lanes. What no kernel reaches of a neighbour stays zero.
+// The shared memory of a thread block.
 struct TensorMemory {
-  Piece pieces[3][3][kTensorWarps][4][32];
-  Piece zeros[4][32];  // stand for hidden tiles
+  // By the row and column of the neighbour, by word of the slice: for each lane of a Fragment its
+  // four words, lane l at l ^ (word % 8), so that copies meet no conflicts either. What no kernel
+  // reaches of a neighbour stays zero.
+  Chunk words[3][3][kTensorWords][32];
   // Of the tiles of two groups: the first position of each neighbour, -1: hidden.
   int32_t neighbours[2][kTensorTiles][3][4];
   // Of two groups: a bit for each visible neighbour, the eight tiles of the first one lowest.
   uint32_t visible[2][4];
+  // Outputs on their way to memory, by tile and position; five chunks and one more, for banks.
+  Chunk results[kTensorTiles][81];
 
-  static constexpr int kZeroed = int(sizeof(pieces) + sizeof(zeros)) / kTensorWarps;  // by a warp
+  static constexpr int kZeroed = int(sizeof(words)) / kTensorWarps;  // by a warp
+
+  __device__ Chunk* result(int tile, int position) { return results[tile] + position * 5; }
 };
-static_assert(TensorMemory::kZeroed % 16 == 0 && int(sizeof(Taps)) <= TensorMemory::kZeroed);
+static_assert(sizeof(Taps) <= TensorMemory::kZeroed && sizeof(TensorMemory) <= 99 << 10);
 
 // A lane's part of the matrices of its warp's channels. The 16 inputs and outputs of a tile are in
 // Z-order, so words have two inputs that are neighbours in a row, and both inputs and outputs 8
 // further on are two rows below.
 template <class T>
 __device__ inline void load_matrices(const MaskedConv2dForward& p, int lane, int64_t channel,
-                                     Taps& taps, uint32_t (&matrix)[3][3][kPieceChannels][4]) {
+                                     Taps& taps, uint32_t (&matrix)[9][kTensorChannels][4]) {
   for (int i = lane; i < int(sizeof(Taps) / sizeof(Chunk)); i += 32) {
     reinterpret_cast<Chunk*>(&taps)[i] = {};
   }
   __syncwarp();
   const uint16_t* const weight = static_cast<const uint16_t*>(p.weight) + channel * 49;
-  const int count = int(min(int64_t(kPieceChannels), p.channels - channel)) * 49;
-  for (int i = lane; i < count; i += 32) {
+  for (int i = lane; i < kTensorChannels * 49; i += 32) {
     const int c = i / 49, row = i % 49 / 7 + 4, column = i % 7 + 4;
-    const uint16_t value = weight[i];
+    const uint16_t value = weight[p.flipped ? i / 49 * 98 + 48 - i : i];
     taps.values[0][c][row][column] = value;
     taps.values[1][c][row][column - 1] = value;
   }
   __syncwarp();
   const int output = lane / 4, input = lane % 4 * 2;
   const int row = 7 + zorder_row(input) - zorder_row(output);
-  const int column = 7 + zorder_column(input) - zorder_column(output);
-  const int odd = column & 1;
-#pragma unroll
-  for (int n = 0; n < 9; ++n) {
-    const int below = n / 3 - 1, right = n % 3 - 1;
-#pragma unroll
-    for (int c = 0; c < kPieceChannels; ++c) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int down = 4 * below + 2 * (i / 2) - 2 * (i % 2);
-        const uint16_t* const pair = &taps.values[odd][c][row + down][column - odd + 4 * right];
-        matrix[n / 3][n % 3][c][i] = *reinterpret_cast<const uint32_t*>(pair);
-      }
-    }
-  }
+  const int column = 7 + zorder_column(input) - zorder_column(output), odd = column & 1;
+  // Volatile: factors need registers in fours, so words that are equal are read twice.
+  const volatile uint32_t* const words =
+      reinterpret_cast<const volatile uint32_t*>(&taps.values[odd][0][row][column - odd]);
+  unroll<9>([&](auto n) {
+    unroll<kTensorChannels * 4>([&](auto ci) {
+      constexpr int below = n / 3 - 1, right = n % 3 - 1, c = ci / 4, i = ci % 4;
+      constexpr int down = 4 * below + 2 * (i / 2) - 2 * (i % 2);
+      matrix[n][c][i] = words[(c * 15 + down) * 8 + 2 * right];
+    });
+  });
 }
 
-// What a lane copies: of the positions with its place in each of the four squares of 2x2 of a tile,
-// one piece.
-struct TensorCopies {
-  const char* from;  // its piece of the position with its place in the first square of tile 0
-  uint32_t position_bytes;
-  int place, piece;
-  bool lower, right;  // its place in a square
+// Bytes between the words of two neighbours and between those of a neighbour that lie 32 bytes
+// apart in memory; between the results of two tiles.
+constexpr int kNeighbourBytes = kTensorWords * 512, kHalfBytes = kNeighbourBytes / 2;
+constexpr int kResultBytes = 81 * 16;
 
-  __device__ TensorCopies(const MaskedConv2dForward& p, int lane, int64_t slice)
-      : position_bytes(uint32_t(p.channels * 2)), place(lane / 8), piece(lane % 8) {
-    // Lanes beyond the last channel copy again what the last one copies.
-    const uint32_t byte = min(uint32_t(slice) * 64 + piece * 8, position_bytes - 8);
-    from = kept(static_cast<const char*>(p.x) + byte + place * int64_t(position_bytes));
-    lower = place / 2 == 1;
-    right = place % 2 == 1;
+// Copies the neighbours of a warp's tile of a group. A lane copies two words, 32 bytes apart, of
+// the positions of one of the four squares of 2x2 of a neighbour.
+struct TensorCopies {
+  const char* from;     // its first word of the first position of its square of tile 0
+  SharedAddress to[4];  // where they go for the first neighbour
+  SharedAddress zeros;  // its part of what is cleared for a hidden one
+  uint32_t position_bytes;
+  uint32_t squares;  // bit 3 * r + c for r = 0, and 1 if the square is a lower one, 2 if not; and
+                     // for c = 0, and 1 if it is a right one, 2 if not
+
+  __device__ TensorCopies(const MaskedConv2dForward& p, uint32_t position_bytes_, Chunk* words,
+                          int lane, int tile, int64_t slice_byte)
+      : to{at(words, lane, tile, 0), at(words, lane, tile, 1), at(words, lane, tile, 2),
+           at(words, lane, tile, 3)},
+        zeros(words + lane % 8 * 32 + ((tile * 4 + lane / 8) ^ lane % 8)),
+        position_bytes(position_bytes_) {
+    const int square = lane / 8;
+    from = kept(static_cast<const char*>(p.x) + slice_byte + lane % 8 * 4 +
+                4 * square * p.channels * 2);
+    squares =
+        kept((square % 2 == 1 ? 0b011u : 0b101u) * (square / 2 == 1 ? 0b001001u : 0b1000001u));
   }
 
-  // Starts the copies of what is visible of a row of three neighbours of tile `tile` of a group.
+  __device__ static SharedAddress at(Chunk* words, int lane, int tile, int i) {
+    const int word = lane % 8;
+    return SharedAddress(words[word * 32 + ((tile * 4 + i) ^ word)].words + lane / 8);
+  }
+
+  // Starts the copies of a row of three neighbours. Of the four rows, or columns, of a neighbour a
+  // 7x7 kernel reaches three.
   template <int Row>
-  __device__ void start(TensorMemory& memory, int parity, int tile) const {
-    const Chunk entries = *reinterpret_cast<const Chunk*>(memory.neighbours[parity][tile][Row]);
-    Piece* const to = &memory.pieces[Row][0][piece][0][(tile * 4 + place) ^ (piece << 1)];
+  __device__ void start(const int32_t (&neighbours)[3][4]) const {
+    const Chunk entries = *reinterpret_cast<const Chunk*>(neighbours[Row]);
     unroll<3>([&](auto column) {
+      constexpr int to_first = (Row * 3 + column) * kNeighbourBytes;
       const int32_t neighbour = int32_t(entries.words[column]);
-      if (neighbour < 0) return;
-      unroll<4>([&](auto square) {
-        // A 7x7 kernel reaches three of the four rows or columns of a neighbour.
-        if constexpr (Row == 0 && square / 2 == 0) {
-          if (!lower) return;
-        }
-        if constexpr (Row == 2 && square / 2 == 1) {
-          if (lower) return;
-        }
-        if constexpr (column == 0 && square % 2 == 0) {
-          if (!right) return;
-        }
-        if constexpr (column == 2 && square % 2 == 1) {
-          if (right) return;
-        }
-        copy_piece(to + column * (kTensorWarps * 128) + square * 32,
-                   advance(from, neighbour + 4 * square, position_bytes));
+      if (neighbour < 0) {
+        zeros.clear<to_first>();
+        zeros.clear<to_first + kHalfBytes>();
+        return;
+      }
+      const char* x = advance(from, neighbour, position_bytes);
+      unroll<4>([&](auto i) {
+        constexpr int r = Row == 0 && i / 2 == 0 ? 1 : Row == 2 && i / 2 == 1 ? 2 : 0;
+        constexpr int c = column == 0 && i % 2 == 0 ? 1 : column == 2 && i % 2 == 1 ? 2 : 0;
+        const uint32_t wanted = r + c == 0 ? 1 : squares & 1u << (3 * r + c);
+        to[i].template copy_two_words<to_first, kHalfBytes, 32>(x, wanted);
+        x += position_bytes;
       });
     });
   }
@@ -158,126 +172,168 @@ __device__ inline float sum_of_taps(const MaskedConv2dForward& p, const int32_t 
   float sum = p.bias == nullptr ? 0 : load(static_cast<const T*>(p.bias) + channel);
 #pragma unroll 1
   for (int tap = 0; tap < 49; ++tap) {
-    const int row = zorder_row(position) + tap / 7 + 1,
-              column = zorder_column(position) + tap % 7 + 1;
+    const int row = zorder_row(position) + tap / 7 + 1;
+    const int column = zorder_column(position) + tap % 7 + 1;
     const int64_t tile = neighbours[row / 4][column / 4];
     if (tile < 0) continue;
     const int64_t at = tile + zorder(row % 4, column % 4);
-    sum += load(weight + tap) * load(static_cast<const T*>(p.x) + at * p.channels + channel);
+    sum += load(weight + (p.flipped ? 48 - tap : tap)) *
+           load(static_cast<const T*>(p.x) + at * p.channels + channel);
   }
   return sum;
 }
 
+// Computes those of a lane's results again that are NaN, without tensor cores: of two tiles two
+// positions, eight apart, of the warp's channels, the first of which has this place in a result.
+template <class T>
+__device__ inline void sum_again(const MaskedConv2dForward& p, TensorMemory& memory, int parity,
+                                 int first_tile, int first_position, int place, int64_t channel) {
+#pragma unroll 1
+  for (int i = 0; i < 4 * kTensorChannels; ++i) {
+    const int tile = first_tile + i % 2, position = first_position + i / 2 % 2 * 8, c = i / 4;
+    T* const result = reinterpret_cast<T*>(memory.result(tile, position)) + place + c;
+    const float sum = load(result);
+    if (sum == sum) continue;
+    store(sum_of_taps<T>(p, memory.neighbours[parity][tile], position, channel + c), result);
+  }
+}
+
 // Launch: grid (p.slices of 64 bytes, p.runs), block (32, kTensorWarps), sizeof(TensorMemory) bytes
-// of shared memory. Needs channels in fours, x and y aligned to 8 bytes; tiles of 4x4, K = 7.
+// of shared memory. Needs 32 channels or more, in eights, x and y aligned to 16 bytes; tiles of 4x4
+// and K = 7. The last slice begins earlier than the others would let it, so that it is whole.
 template <class T>
 __global__ void __launch_bounds__(32 * kTensorWarps) masked_conv2d_tensor(MaskedConv2dForward p) {
   extern __shared__ __align__(16) char shared[];
   TensorMemory& memory = *reinterpret_cast<TensorMemory*>(shared);
   const int lane = threadIdx.x, warp = __shfl_sync(0xffffffffu, int(threadIdx.y), 0);
-  const int64_t slice = blockIdx.x, run = blockIdx.y;
-  const int64_t channel = slice * (kTensorWarps * kPieceChannels) + warp * kPieceChannels;
-  const bool has_channels = channel < p.channels;
-  const int32_t begin = int32_t(run * p.tiles_per_run);
-  const int32_t last = int32_t(min(begin + p.tiles_per_run, p.tiles));
+  const int group = lane / 4, quad = lane % 4;
+  const int64_t slice_byte = min(int64_t(blockIdx.x) * 64, p.channels * 2 - 64);
+  const int64_t channel = slice_byte / 2 + warp * kTensorChannels;
+  const int64_t begin = blockIdx.y * p.tiles_per_run;
+  int32_t first = int32_t(begin);
+  const int32_t last = int32_t(kept(uint32_t(min(begin + p.tiles_per_run, p.tiles))));
+
+  // A thread of the first four warps has one position of a group.
+  const char* const x =
+      kept(static_cast<const char*>(p.x) + slice_byte + (warp * 32 + lane) * p.channels * 2);
+  const uint32_t position_bytes = kept(uint32_t(p.channels * 2));
+  const auto ask_for = [&](int32_t tile) {
+    if (warp < 4 && tile + warp * 2 + lane / 16 < last) {
+      prefetch(advance(x, tile * 16, position_bytes));
+    }
+  };
+  for (int i = 1; i < kTensorAhead; ++i) ask_for(first + i * kTensorTiles);
 
   const TensorFinder finder(p, warp * 32 + lane);
-  const auto first_found = finder.load(p, begin, last);
-  auto found = finder.load(p, begin + kTensorTiles, last);
-  char* const own = reinterpret_cast<char*>(memory.pieces) + warp * TensorMemory::kZeroed;
-  uint32_t matrix[3][3][kPieceChannels][4] = {};
-  float bias[kPieceChannels] = {};
-  if (has_channels) {
-    load_matrices<T>(p, lane, channel, *reinterpret_cast<Taps*>(own), matrix);
-    if (p.bias != nullptr) {
+  const auto found_first = finder.load(p, first, last);
+  auto found = finder.load(p, first + kTensorTiles, last);
+  char* const own = reinterpret_cast<char*>(memory.words) + warp * TensorMemory::kZeroed;
+  uint32_t matrix[9][kTensorChannels][4];
+  load_matrices<T>(p, lane, channel, *reinterpret_cast<Taps*>(own), matrix);
+  float bias[kTensorChannels] = {};
+  if (p.bias != nullptr) {
 #pragma unroll
-      for (int c = 0; c < kPieceChannels; ++c) {
-        // + 0: a sum is never -0, so what is added for hidden tiles changes no bit.
-        bias[c] = load(static_cast<const T*>(p.bias) + channel + c) + 0.0f;
-      }
+    for (int c = 0; c < kTensorChannels; ++c) {
+      // + 0: a sum is never -0, so what is added for hidden tiles changes no bit.
+      bias[c] = load(static_cast<const T*>(p.bias) + channel + c) + 0.0f;
     }
   }
   __syncwarp();
   for (int i = lane; i < TensorMemory::kZeroed / int(sizeof(Chunk)); i += 32) {
     reinterpret_cast<Chunk*>(own)[i] = {};
   }
-  finder.write(memory, 0, warp, lane, first_found);
+  finder.write(memory, 0, warp, lane, found_first);
   __syncthreads();
-  const TensorCopies copies(p, lane, slice);
-  copies.start<0>(memory, 0, warp);
+  const TensorCopies copies(p, position_bytes, memory.words[0][0][0], lane, warp, slice_byte);
+  copies.start<1>(memory.neighbours[0][warp]);
   copies_commit();
-  copies.start<1>(memory, 0, warp);
+  copies.start<0>(memory.neighbours[0][warp]);
   copies_commit();
 
-  // The lane's words of the pieces of its tile, and its results.
-  const Piece* const pieces = &memory.pieces[0][0][warp][0][lane ^ (warp << 1)];
-  const Piece* const zeros = &memory.zeros[0][lane ^ (warp << 1)];
-  const int group = lane / 4, quad = lane % 4;
-  char* const y = kept(static_cast<char*>(p.y) + channel * 2 +
-                       (quad * 32 + group) * int64_t(copies.position_bytes));
-  int parity = 0;
-  for (int32_t first = begin; first < last; first += kTensorTiles, parity ^= 1) {
-    float sum[kPieceChannels][4];
+  // The lane's words, where it puts its outputs, and the two chunks of outputs that it stores.
+  const int swizzled = lane ^ 2 * warp % 8;
+  const SharedAddress words[2] = {SharedAddress(memory.words[0][0][2 * warp] + swizzled),
+                                  SharedAddress(memory.words[0][0][2 * warp + 1] + (swizzled ^ 1))};
+  const SharedAddress results(reinterpret_cast<Piece*>(memory.result(2 * quad, group)) + warp);
+  const int row = warp * 8 + group;  // tile * 16 + position, and 64 more
+  const SharedAddress stored(memory.result(row / 16, row % 16) + quad);
+  char* const y = kept(static_cast<char*>(p.y) + slice_byte + quad * 16 + row * p.channels * 2);
+  const uint32_t chosen[2] = {kept(kFirstOfPairs), kept(kSecondOfPairs)};
+  const auto store_results = [&](int32_t tile) {
+    if (tile + row / 16 < last) {
+      store_chunk(stored.load<0>(), advance(y, tile * 16, position_bytes));
+    }
+    if (tile + row / 16 + 4 < last) {
+      store_chunk(stored.load<4 * kResultBytes>(), advance(y, tile * 16 + 64, position_bytes));
+    }
+  };
+  for (int parity = 0;; parity ^= 1) {
+    float sum[kTensorChannels][4];
 #pragma unroll
-    for (int c = 0; c < kPieceChannels; ++c) {
+    for (int c = 0; c < kTensorChannels; ++c) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[c][i] = bias[c];
     }
-    unroll<3>([&](auto row) {
+    Chunk visible;
+    // The tile's own row of neighbours comes first: the tile itself is always visible.
+    unroll<3>([&](auto step) {
+      constexpr int kOrder[5] = {1, 0, 2, 1, 0};
       copies_wait_but_one();
       __syncthreads();
-      if constexpr (row == 0) {
+      if constexpr (step == 1) ask_for(first + kTensorAhead * kTensorTiles);
+      if constexpr (step == 0) {
+        visible = *reinterpret_cast<const Chunk*>(memory.visible[parity]);
+        if (first > int32_t(begin)) store_results(first - kTensorTiles);
         finder.write(memory, parity ^ 1, warp, lane, found);
         found = finder.load(p, first + 2 * kTensorTiles, last);
       }
-      copies.start<(row + 2) % 3>(memory, row == 0 ? parity : parity ^ 1, warp);
+      copies.start<kOrder[step + 2]>(memory.neighbours[step == 0 ? parity : parity ^ 1][warp]);
       copies_commit();
       unroll<3>([&](auto column) {
-        constexpr int n = row * 3 + column;
-        const uint32_t visible = memory.visible[parity][n / 4] >> n % 4 * 8 & 0xff;
-        if (visible == 0) return;
-        const Piece* from = pieces + n * (kTensorWarps * 128);
-        if ((visible >> group & 1) == 0) from = zeros;
-        Piece piece[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) piece[i] = from[i * 32];
-#pragma unroll
-        for (int w = 0; w < 2; ++w) {
-          const uint32_t words[4] = {piece[0].words[w], piece[1].words[w], piece[2].words[w],
-                                     piece[3].words[w]};
-          multiply_pairs<T, 0>(sum[2 * w], matrix[row][column][2 * w], words);
-          multiply_pairs<T, 1>(sum[2 * w + 1], matrix[row][column][2 * w + 1], words);
-        }
+        constexpr int n = kOrder[step] * 3 + kOrder[column];
+        if (n != 4 && (visible.words[n / 4] & 0xffu << n % 4 * 8) == 0) return;
+        unroll<2>([&](auto w) {
+          const Chunk b = words[w].template load<n * kNeighbourBytes>();
+          multiply_pairs<T>(sum[2 * w], matrix[n][2 * w], b.words, chosen[0]);
+          multiply_pairs<T>(sum[2 * w + 1], matrix[n][2 * w + 1], b.words, chosen[1]);
+        });
       });
     });
-    if (!has_channels) continue;
+
+    const auto round = [&] {
+      unroll<4>([&](auto i) {
+        Piece piece;
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+          const float pair[2] = {sum[2 * w][i], sum[2 * w + 1][i]};
+          piece.words[w] = pack(T{}, pair);
+        }
+        results.store<i % 2 * kResultBytes + i / 2 * (8 * 80)>(piece);
+      });
+    };
+    round();
     float check = 0;
-    char* const out = advance(y, first * 16, copies.position_bytes);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      Piece result;
+    for (int c = 0; c < kTensorChannels; c += 2) {
 #pragma unroll
-      for (int w = 0; w < 2; ++w) {
-        const float pair[2] = {sum[2 * w][i], sum[2 * w + 1][i]};
-        result.words[w] = pack(T{}, pair);
-        check = pair[0] * pair[1] + check;
+      for (int i = 0; i < 4; ++i) check += sum[c][i] * sum[c + 1][i];
+    }
+    // Zero times infinity or NaN is NaN, so a sum that is not finite may owe it to an input out of
+    // its reach. x - x is 0 for a finite x and NaN for others.
+    if (!is_finite(check)) {
+#pragma unroll
+      for (int c = 0; c < kTensorChannels; ++c) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[c][i] += sum[c][i] - sum[c][i];
       }
-      if (first + 2 * quad + i % 2 >= last) continue;
-      store_piece(result, advance(out, i / 2 * 8 + i % 2 * 16, copies.position_bytes));
+      round();
+      sum_again<T>(p, memory, parity, 2 * quad, group, warp * kTensorChannels, channel);
     }
-    // Zero times infinity or NaN is NaN: an output that is not finite may owe it to an input out of
-    // its reach.
-    if (is_finite(check)) continue;
-#pragma unroll 1
-    for (int i = 0; i < 4 * kPieceChannels; ++i) {
-      const int tile = 2 * quad + i % 2, position = group + i / 2 % 2 * 8;
-      if (first + tile >= last) continue;
-      T* const result = static_cast<T*>(p.y) +
-                        (int64_t(first + tile) * 16 + position) * p.channels + channel + i / 4;
-      if (is_finite(load(result))) continue;
-      store(sum_of_taps<T>(p, memory.neighbours[parity][tile], position, channel + i / 4), result);
-    }
+    first += kTensorTiles;
+    if (first >= last) break;
   }
+  __syncthreads();
+  store_results(first - kTensorTiles);
 }
 
 // Calls launch(kernel, grid, block, shared bytes, p), where p was planned for tensor cores.

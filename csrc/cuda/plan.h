@@ -67,11 +67,11 @@ inline void cut_runs(MaskedConv2dRuns& p, int64_t runs) {
   p.runs = std::max<int64_t>(1, ceil_div(p.tiles, p.tiles_per_run));
 }
 
-// Half types and 7x7 on tiles of 4x4: tensor cores, with slices of 64 bytes and four channels for
-// each warp.
+// 7x7 in half types, on tiles of 4x4 and with 16 bytes at a time: tensor cores, and slices of 64
+// bytes.
 inline bool fits_tensor_cores(const MaskedConv2dForward& p) {
-  return !p.flipped && p.tile_side == 4 && p.kernel_rows == 7 && size_of(p.dtype) == 2 &&
-         p.channels % 4 == 0 && aligned(p.x, 8) && aligned(p.y, 8);
+  return p.tile_side == 4 && p.kernel_rows == 7 && size_of(p.dtype) == 2 && p.wide &&
+         p.channels >= 32;
 }
 
 // The first step of a plan: which kernel. The second one cuts runs for the GPU.

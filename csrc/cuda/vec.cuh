@@ -113,16 +113,6 @@ __device__ inline void store_word(uint32_t word, void* global) {
 #endif
 }
 
-__device__ inline void store_piece(Piece piece, void* global) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(piece.words[0]),
-               "r"(piece.words[1])
-               : "memory");
-#else
-  std::memcpy(global, &piece, sizeof(piece));
-#endif
-}
-
 __device__ inline void store_chunk(const Chunk& chunk, void* global) {
 #if defined(__CUDA_ARCH__)
   const uint4 words = *reinterpret_cast<const uint4*>(&chunk);
@@ -210,13 +200,10 @@ __device__ inline uint32_t pack(Half, const float (&x)[2]) {
 #endif
 }
 
-// Copies 16 bytes, 8, or 4, from global to shared memory without waiting; `copies_wait` waits for
-// all copies of the thread.
+// Copies 16 bytes, or 4, from global to shared memory without waiting; `copies_wait` waits for all
+// copies of the thread.
 __device__ inline void copy_chunk(void* shared, const void* global) {
   __pipeline_memcpy_async(shared, global, 16);
-}
-__device__ inline void copy_piece(void* shared, const void* global) {
-  __pipeline_memcpy_async(shared, global, 8);
 }
 __device__ inline void copy_word(void* shared, const void* global) {
   __pipeline_memcpy_async(shared, global, 4);

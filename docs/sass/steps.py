@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from docs.sass import reals
 from docs.sass.operands import LANES, MASK, Source, split
 from docs.sass.text import RZ, URZ, Instruction, UnknownInstruction, predicate, register
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from docs.sass.reals import Step
     from docs.sass.warp import Warp
 
 ALL = np.ones(LANES, bool)
-Step = Callable[["Warp", np.ndarray], None]  # one instruction on the lanes that take part
 
 
 def _for_all_lanes(step: Step) -> Step:
@@ -26,7 +28,7 @@ def _for_all_lanes(step: Step) -> Step:
 def compile_step(instruction: Instruction) -> Step:
     """The step that the instruction is, with its operands read once."""
     kind, name = instruction.kind, instruction.name
-    if kind in ("NOP", "DEPBAR", "LDGDEPBAR", "WARPSYNC"):
+    if kind in ("NOP", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "CCTL"):
         return lambda warp, mask: None  # one warp: the scheduler of `run` keeps its lanes together
     for family, build in _FAMILIES.items():
         if re.fullmatch(family, kind):
@@ -320,68 +322,6 @@ def _shuffle(i: Instruction) -> Step:  # SHFL.IDX PT, R1, R2, 0x3, 0x1f
     return step
 
 
-def _real(i: Instruction) -> Step:  # FADD, FMUL, FFMA, HADD2.F32
-    out, sources = register(i.operands[0]), [Source(text) for text in i.operands[1:]]
-
-    def step(w: Warp, m: np.ndarray) -> None:
-        with np.errstate(all="ignore"):  # what a lane holds that takes no part may be anything
-            values = [s.real(w).astype(np.float64) for s in sources]
-            if i.kind == "FFMA":
-                value = values[0] * values[1] + values[2]
-            else:
-                value = values[0] * values[1] if i.kind == "FMUL" else values[0] + values[1]
-            w.write(out, value.astype(np.float32).view(np.uint32), m)
-
-    return step
-
-
-def _two_halves(i: Instruction) -> Step:  # HFMA2.MMA R1, -RZ, RZ, 0, 1e-5: two numbers
-    zero = i.operands[1].endswith("RZ") and i.operands[2].endswith("RZ")
-    if len(i.operands) != 5 or not zero:
-        raise UnknownInstruction("arithmetic on halves")
-    high, low = (np.float16(float(text)).view(np.uint16) for text in i.operands[3:])
-    out, value = register(i.operands[0]), np.full(LANES, int(high) << 16 | int(low))
-    return lambda w, m: w.write(out, value, m)
-
-
-def _pack(i: Instruction) -> Step:  # F2FP.BF16.F32.PACK_AB
-    o = split(i)
-    bfloat = ".BF16" in i.name
-
-    def half(x: np.ndarray) -> np.ndarray:
-        if not bfloat:
-            return x.astype(np.float16).view(np.uint16).astype(np.uint32)
-        bits = x.astype(np.float32).view(np.uint32)  # to nearest, ties to even
-        return (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & 1)) >> np.uint32(16)
-
-    def step(w: Warp, m: np.ndarray) -> None:
-        a, b = (half(s.real(w)) for s in o.sources)
-        w.write(o.out, a << np.uint32(16) | b, m)
-
-    return step
-
-
-def _convert(i: Instruction) -> Step:  # what an integer division uses
-    out, source = register(i.operands[0]), Source(i.operands[1])
-
-    def step(w: Warp, m: np.ndarray) -> None:
-        if i.name == "I2F.U32.RP":
-            exact = source.raw(w).astype(np.float64)
-            near = exact.astype(np.float32)
-            value = np.where(near < exact, np.nextafter(near, np.float32(np.inf)), near)
-            w.write(out, value.astype(np.float32).view(np.uint32), m)
-        elif i.name == "MUFU.RCP":
-            with np.errstate(divide="ignore"):
-                value = (np.float32(1) / source.real(w)).astype(np.float32)
-            w.write(out, value.view(np.uint32), m)
-        elif i.name == "F2I.FTZ.U32.TRUNC.NTZ":
-            w.write(out, np.minimum(source.real(w), np.float32(2**32 - 256)).astype(np.uint64), m)
-        else:
-            raise UnknownInstruction(f"{i}")
-
-    return step
-
-
 # -- memory -------------------------------------------------------------------------------------
 
 _ADDRESS = re.compile(r"(?:desc\[UR\d+\])?\[([^\]]*)\]")
@@ -457,8 +397,15 @@ def _store(i: Instruction) -> Step:  # STG, STS
 
 def _copy(i: Instruction) -> Step:  # LDGSTS: global to shared memory
     to, source, size = _Address(i.operands[0]), _Address(i.operands[1]), _access_bytes(i.name)
+    wanted = i.operands[2] if len(i.operands) > 2 else "PT"  # if not, zeros and no read
 
     def step(w: Warp, m: np.ndarray) -> None:
+        zeros = m & ~w.guard(wanted)
+        if zeros.any():
+            first = w.words(w.shared, to.of(w)[zeros], 4)
+            for word in range(size // 4):
+                w.shared.view(np.uint32)[first + word] = 0
+        m = m & ~zeros
         if not m.any():
             return
         w.words(w.memory, source.of(w)[m], size), w.words(w.shared, to.of(w)[m], size)
@@ -481,6 +428,7 @@ _FAMILIES: dict[str, Callable[[Instruction], Step]] = {
     "U?PLOP3": _logic_of_predicates,
     "U?SHF": _shift,
     "U?ISETP": _compare,
+    "FSETP": reals.compare_reals,
     "U?SEL|VIMNMX|VIADDMNMX": _select,
     "U?PRMT": _permute,
     "R2P": _predicates_from,
@@ -488,10 +436,11 @@ _FAMILIES: dict[str, Callable[[Instruction], Step]] = {
     "R2UR": _to_uniform,
     "VOTEU?": _vote,
     "SHFL": _shuffle,
-    "FADD|FMUL|FFMA|HADD2": _real,
-    "HFMA2": _two_halves,
-    "F2FP": _pack,
-    "I2F|F2I|MUFU": _convert,
+    "FADD|FMUL|FFMA|HADD2": reals.real,
+    "HFMA2": reals.two_halves,
+    "HMMA": reals.sparse_matrices,
+    "F2FP": reals.pack,
+    "I2F|F2I|MUFU": reals.convert,
     "LDG|LDS": _load,
     "STG|STS": _store,
     "LDGSTS": _copy,

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from docs.sass.operands import LANES, MASK
-from docs.sass.steps import ALL, Step, compile_step
+from docs.sass.steps import ALL, compile_step
 from docs.sass.text import PT, RZ, UNIFORM, UPT, URZ, Instruction, predicate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from docs.sass.reals import Step
 
 PARAMETERS = 0x210  # where a kernel's parameters begin in constant bank 0
 MEMORY_BASE = 1 << 33  # the address of the first byte of a warp's global memory

@@ -23,6 +23,7 @@ KERNELS = {
     for kernel in (3, 5, 7)
     if (op, side, kernel) != ("_grads", 4, 7) or dtype == "float"  # too few registers
 }
+TENSOR = {f"masked_conv2d_tensor<{dtype}>" for dtype in ("bfloat16", "half")}
 SYSTEM = {"libm", "libgcc_s", "libc", "ld-linux-x86-64", "ld-linux-aarch64", "libstdc++"}
 OLD_GLIBC = {"librt", "libpthread", "libdl"}
 
@@ -63,7 +64,7 @@ def test_the_library_holds_the_architectures_that_it_names():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nothing_spills(kernels, arch):
     compiled = {kernel.name: kernel for kernel in kernels if kernel.arch == sm(arch)}
-    assert set(compiled) >= KERNELS
+    assert set(compiled) >= KERNELS | TENSOR
     spilling = {name for name, kernel in compiled.items() if kernel.stack or kernel.local}
     assert not spilling
 

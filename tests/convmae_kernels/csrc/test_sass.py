@@ -90,7 +90,7 @@ KERNELS = [
     f"masked_conv2d{op}_tiles<{shape}>"
     for op in ("", "_weight_grad", "_grads")
     for shape in ("bfloat16, 4, 5", "bfloat16, 2, 5", "half, 2, 3", "float, 4, 7", "float, 2, 7")
-]
+] + ["masked_conv2d_tensor<bfloat16>", "masked_conv2d_tensor<half>"]
 
 
 def positions(tiles_first):
@@ -180,6 +180,14 @@ def test_one_wide_store_and_one_wide_copy_for_four_positions(compiled):
 def test_instructions_of_an_expected_tile(name, most, compiled):
     """With a quarter of the neighbours visible: what leaves most of the copy rate possible."""
     assert tile_walk.Walk(name, *compiled[name]).count().expected(0.25) <= most
+
+
+@needs_code_for_sm_90
+def test_tensor_cores_take_less_than_half_of_the_instructions(compiled):
+    names = "masked_conv2d_tiles<bfloat16, 4, 7>", "masked_conv2d_tensor<bfloat16>"
+    walks = (tile_walk.walk(name, *compiled[name]) for name in names)
+    tiles, tensor = (walk.count().expected(0.4) for walk in walks)
+    assert tensor < tiles / 2
 
 
 @needs_code_for_sm_90

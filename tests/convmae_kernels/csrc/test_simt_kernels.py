@@ -415,6 +415,11 @@ def convolve_with_stride(**options):
     check_strided(make_mask("row"), 4, (2, (3, 3), 2, (1, 1), (1, 1)), blocks_per_run=1, **options)
 
 
+def convolve_on_tensor_cores(**options):
+    """Three groups of tiles in one run."""
+    check_forward(ck.BlockMask.full(1, (3, 6)), 4, 32, (7, 7), torch.float16, runs=1, **options)
+
+
 # What runs the statements of synchronisation of each file, and the source that compiles them.
 USES = {
     "gather_visible.cuh": ("moves.cpp", move),
@@ -423,13 +428,19 @@ USES = {
     "tile_kernels.cuh": ("masked_conv2d_grads.cpp", all_gradients_on_tiles),
     "masked_conv2d_grads.cuh": ("masked_conv2d_grads.cpp", all_gradients_on_tiles),
     "masked_conv2d.cuh": ("masked_conv2d.cpp", convolve_on_tiles),
+    "masked_conv2d_tensor.cuh": ("masked_conv2d_tensor.cpp", convolve_on_tensor_cores),
     "masked_conv2d_weight_grad.cuh": ("masked_conv2d_weight_grad.cpp", reduce_on_tiles),
     "strided_conv2d.cuh": ("strided_conv2d.cpp", convolve_with_stride),
 }
 SYNCHRONISATION = [
     (path.name, statement, occurrence)
     for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))
-    for statement in ("__syncthreads();", "__syncwarp();", "copies_wait();")
+    for statement in (
+        "__syncthreads();",
+        "__syncwarp();",
+        "copies_wait();",
+        "copies_wait_but_one();",
+    )
     for occurrence in range(path.read_text().count(statement))
 ]
 
