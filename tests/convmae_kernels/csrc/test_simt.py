@@ -186,7 +186,7 @@ def test_sanitizers_report(kernel, shape, message, options):
         ({"grid": (1, 65536, 1)}, r"a grid of \(1, 65536, 1\) cannot"),
         ({"block": 1025}, r"blocks of \(1025, 1, 1\) threads cannot"),
         ({"block": (32, 2, 64)}, r"blocks of \(32, 2, 64\) threads cannot"),
-        ({"shared": 49153}, "49153 bytes of shared memory are too many"),
+        ({"shared": 101377}, "101377 bytes of shared memory are too many"),
     ],
 )
 def test_limits_of_a_launch(options, message):

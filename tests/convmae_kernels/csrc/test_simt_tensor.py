@@ -94,8 +94,3 @@ def test_what_is_not_finite_reaches_its_window_and_channel_only(value):
     inside = window & (torch.arange(32) == 8)
     assert not y[inside].isfinite().any()
     torch.testing.assert_close(y[~inside], clean[~inside], rtol=2**-7, atol=1e-2)
-
-
-def test_no_races():
-    mask = make_mask("row")
-    check_forward(mask, 4, 32, (7, 7), torch.float16, runs=2, checker="races", seeds=(0, 3))
