@@ -1,7 +1,6 @@
 // Launches; the kernel is in masked_conv2d_tensor.cuh.
-#include "cuda/masked_conv2d_tensor.cuh"
-
 #include "cuda/launcher.cuh"
+#include "cuda/masked_conv2d_tensor.cuh"
 
 namespace convmae::cuda {
 
