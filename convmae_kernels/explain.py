@@ -89,8 +89,8 @@ class Step:
             words.append(f"{plan['tiles']} tiles of {side} x {side}, {plan['slices']} slices")
         if "runs" in plan:
             words.append(f"{plan['runs']} runs of {plan['tiles_per_run']}")
-        if "warps" in plan:
-            words.append(f"{plan['warps']} warps held, by {plan['warps_from']}")
+        if "held" in plan:
+            words.append(f"{plan['held']} thread blocks held, by {plan['held_by']}")
         if "share_bytes" in plan:
             words.append(f"shares of {_megabytes(int(plan['share_bytes']))}")
         return ", ".join(words)
@@ -465,6 +465,7 @@ class _Recorder(TorchDispatchMode):
             plan = self._plan(func, args)
             kernel, reason = plan.pop("kernel"), plan.pop("reason")
             moved += 2 * int(plan.get("share_bytes", 0))  # written, and read to be added up
+            moved += int(plan.get("more_bytes", 0))
         return Step(self.phase, name, implementation, kernel, reason, plan, moved)
 
     def _plan(self, func, args) -> dict[str, str]:

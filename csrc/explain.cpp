@@ -15,7 +15,8 @@ using Numbers = std::vector<int64_t>;
 
 // The ops with several kernels, and the names of these.
 const std::map<std::string, std::vector<std::string>> kKernels = {
-    {"masked_conv2d", {"any", "tiles"}},
+    {"masked_conv2d", {"any", "tiles", "tensor"}},
+    {"masked_conv2d_grads", {"any", "tiles"}},
     {"masked_conv2d_weight_grad", {"any", "tiles"}},
 };
 
@@ -89,30 +90,51 @@ struct Told {
   void add(const char* name, int64_t value) { add(name, std::to_string(value)); }
 };
 
-const char* kernel_of(const cuda::MaskedConv2dRuns& p) { return p.tile_side > 0 ? "tiles" : "any"; }
+template <class Params>
+cuda::Kernel kernel_of(const Params& p) {
+  if constexpr (requires { p.kernel; }) {
+    return p.kernel;
+  } else {
+    return p.tile_side > 0 ? cuda::Kernel::Tiles : cuda::Kernel::Any;
+  }
+}
+
+const char* word_of(cuda::Kernel kernel) {
+  switch (kernel) {
+    case cuda::Kernel::Any: return "any";
+    case cuda::Kernel::Tiles: return "tiles";
+    case cuda::Kernel::Tensor: return "tensor";
+  }
+  return "";
+}
 
 // Why this kernel: what was measured, what the shape allows, or both where they contradict.
-std::string reason_of(const cuda::MaskedConv2dRuns& p, const std::string& op,
+std::string reason_of(const cuda::MaskedConv2dRuns& p, cuda::Kernel kernel, const std::string& op,
                       std::initializer_list<const void*> tensors) {
-  const std::string chosen = cuda::kernel_choices().find(op.c_str(), p), kernel = kernel_of(p);
-  const char* const why_not = cuda::why_not_tiles(p, tensors);
-  if (!chosen.empty() && chosen == kernel) return "a measured table chose it";
+  const std::string chosen = cuda::kernel_choices().find(op.c_str(), p);
+  if (!chosen.empty() && chosen == word_of(kernel)) return "a measured table chose it";
   const std::string refused =
       chosen.empty() ? "" : "a measured table chose \"" + chosen + "\", which cannot: ";
-  if (why_not != nullptr) return refused + why_not;
-  return refused + "a square kernel of " + std::to_string(p.kernel_rows) + " on tiles of " +
+  if (const char* const why_not = cuda::why_not_tiles(p, tensors)) return refused + why_not;
+  if (kernel == cuda::Kernel::Any) {
+    return refused + "one after the other: a thread has no registers for both gradients";
+  }
+  const char* const how = kernel == cuda::Kernel::Tensor ? " by tensor cores" : "";
+  return refused + "a square kernel of " + std::to_string(p.kernel_rows) + how + " on tiles of " +
          std::to_string(p.tile_side) + " x " + std::to_string(p.tile_side);
 }
 
 template <class Params>
 void tell_plan(Told& told, const Params& p, const std::string& op,
                std::initializer_list<const void*> tensors) {
-  told.add("kernel", kernel_of(p));
-  told.add("reason", reason_of(p, op, tensors));
-  told.add("tile_side", p.tile_side);
+  const cuda::Kernel kernel = kernel_of(p);
+  const bool on_tiles = kernel != cuda::Kernel::Any;
+  told.add("kernel", word_of(kernel));
+  told.add("reason", reason_of(p, kernel, op, tensors));
+  told.add("tile_side", on_tiles ? p.tile_side : 0);
   told.add("tiles", p.tiles);
-  told.add("slices", p.tile_side > 0 ? p.slices : cuda::ceil_div(p.channels, 32));
-  told.add("access_bytes", p.tile_side == 0 ? size_of(p.dtype) : p.wide ? 16 : 4);
+  told.add("slices", on_tiles ? p.slices : cuda::ceil_div(p.channels, 32));
+  told.add("access_bytes", !on_tiles ? size_of(p.dtype) : p.wide ? 16 : 4);
 }
 
 // How many warps of the forward kernel on tiles a GPU holds that has so much shared memory for each
@@ -126,47 +148,85 @@ int64_t warps_by_shared_memory(const cuda::MaskedConv2dForward& p, int64_t multi
   return multiprocessors * std::clamp<int64_t>(warps, 1, 32);
 }
 
-// What the plan decides for an op on a GPU, as lines "name=value". `device` is the number of a GPU
-// that is there; -1: one with these multiprocessors and shared memory for each of them.
-std::string explain_kernel(std::string op, std::string dtype, int64_t blocks, int64_t channels,
-                           int64_t side, Numbers kernel, Numbers dilation, int64_t address,
-                           [[maybe_unused]] int64_t device, int64_t multiprocessors,
-                           int64_t shared_bytes) {
-  STD_TORCH_CHECK(kKernels.count(op) == 1, op, " has no kernels to choose from");
-  Told told;
-  if (op == "masked_conv2d_weight_grad") {
-    cuda::MaskedConv2dWeightGrad p;
-    fill_shape(p, dtype_named(dtype), blocks, channels, side, kernel, dilation, address);
-    p.grad = p.x;
-    cuda::plan_weight_grad(p);
-    tell_plan(told, p, op, {p.x, p.grad});
-    const int64_t rows = 1 + int64_t(p.kernel_rows) * p.kernel_columns;
-    told.add("runs", p.runs);
-    told.add("tiles_per_run", p.tiles_per_run);
-    told.add("share_bytes", p.runs * rows * channels * (p.dtype == DType::Double ? 8 : 4));
-    return told.text;
-  }
-  cuda::MaskedConv2dForward p;
-  fill_shape(p, dtype_named(dtype), blocks, channels, side, kernel, dilation, address);
+void tell_runs(Told& told, const cuda::MaskedConv2dWeightGrad& p) {
+  const int64_t rows = 1 + int64_t(p.kernel_rows) * p.kernel_columns;
+  told.add("runs", p.runs);
+  told.add("tiles_per_run", p.tiles_per_run);
+  told.add("share_bytes", p.shares * rows * p.channels * (p.dtype == DType::Double ? 8 : 4));
+}
+
+void tell_weight_grad(Told& told, cuda::MaskedConv2dWeightGrad& p, const std::string& op) {
+  p.grad = p.x;
+  cuda::plan_weight_grad(p);
+  tell_plan(told, p, op, {p.x, p.grad});
+  tell_runs(told, p);
+}
+
+void tell_grads(Told& told, cuda::MaskedConv2dGrads& p, const std::string& op) {
+  p.grad = p.x;
+  p.grad_x = const_cast<void*>(p.x);
+  cuda::plan_grads(p);
+  tell_plan(told, p, op, {p.x, p.grad, p.grad_x});
+  if (kernel_of(p) != cuda::Kernel::Any) return tell_runs(told, p);
+  cuda::MaskedConv2dWeightGrad apart = p;
+  cuda::plan_weight_grad(apart);
+  tell_runs(told, apart);
+  told.add("more_bytes", p.blocks * p.side * p.side * p.channels * size_of(p.dtype));  // grad again
+}
+
+// `device` is the number of a GPU that is there, or -1.
+void tell_forward(Told& told, cuda::MaskedConv2dForward& p, const std::string& op,
+                  [[maybe_unused]] int64_t device, int64_t multiprocessors, int64_t shared_bytes) {
   p.y = const_cast<void*>(p.x);
   cuda::plan_forward(p);
-  if (p.tile_side > 0) {
-    int64_t warps = -1;
+  int64_t held = -1;  // thread blocks
 #ifdef WITH_CUDA
-    if (device >= 0) {
-      cudaSetDevice(int(device));
-      warps = cuda::masked_conv2d_warps(p);
+  if (device >= 0 && p.kernel != cuda::Kernel::Any) {
+    cudaSetDevice(int(device));
+    if (p.kernel == cuda::Kernel::Tensor) {
+      held = cuda::masked_conv2d_tensor_blocks(p);
+      if (held <= 0) cuda::plan_forward(p, false);  // as the op does
     }
+    if (p.kernel == cuda::Kernel::Tiles) held = cuda::masked_conv2d_warps(p);
+  }
 #endif
-    const bool asked = warps >= 0;
-    if (!asked) warps = warps_by_shared_memory(p, multiprocessors, shared_bytes);
-    cuda::cut_forward(p, warps);
-    told.add("warps", warps);
-    told.add("warps_from", asked ? "the GPU" : "shared memory alone");
+  const bool asked = held >= 0;
+  if (!asked && p.kernel == cuda::Kernel::Tiles) {
+    held = warps_by_shared_memory(p, multiprocessors, shared_bytes);
+  }
+  if (held >= 0) {
+    cuda::cut_forward(p, held);
+    told.add("held", held);
+    told.add("held_by", asked ? "the GPU" : "shared memory alone");
     told.add("runs", p.runs);
     told.add("tiles_per_run", p.tiles_per_run);
   }
   tell_plan(told, p, op, {p.x, p.y});
+}
+
+// What the plan decides for an op on a GPU, as lines "name=value". `device` is the number of a GPU
+// that is there; -1: one with these multiprocessors and shared memory for each of them.
+std::string explain_kernel(std::string op, std::string dtype, int64_t blocks, int64_t channels,
+                           int64_t side, Numbers kernel, Numbers dilation, int64_t address,
+                           int64_t device, int64_t multiprocessors, int64_t shared_bytes) {
+  STD_TORCH_CHECK(kKernels.count(op) == 1, op, " has no kernels to choose from");
+  Told told;
+  const auto fill = [&](MaskedConv2dParams& p) {
+    fill_shape(p, dtype_named(dtype), blocks, channels, side, kernel, dilation, address);
+  };
+  if (op == "masked_conv2d_weight_grad") {
+    cuda::MaskedConv2dWeightGrad p;
+    fill(p);
+    tell_weight_grad(told, p, op);
+  } else if (op == "masked_conv2d_grads") {
+    cuda::MaskedConv2dGrads p;
+    fill(p);
+    tell_grads(told, p, op);
+  } else {
+    cuda::MaskedConv2dForward p;
+    fill(p);
+    tell_forward(told, p, op, device, multiprocessors, shared_bytes);
+  }
   return told.text;
 }
 

@@ -155,40 +155,34 @@ template <class T, int K, int S, class V>
 inline void convolve_tile(const T* const* seen, int64_t c, int64_t channels, V bias,
                           const Acc<T>* taps, T* y) {
   constexpr int lanes = kLanes<Acc<T>>, reach = Sight<K, S>::reach;
-  for (int first = 0; first < S; first += 2) {
+  unroll<S / 2>([&](auto half) CONVMAE_INLINE {
+    constexpr int first = 2 * decltype(half)::value;
     V sums[2 * S];
     unroll<2 * S>([&](auto o) CONVMAE_INLINE { sums[o] = bias; });
-    for (int i = 0; i < Sight<K, S>::side; ++i) {
-      // The kernel's row with which the first output row meets the first row of these tiles.
-      const int base = (i - reach) * S - first + K / 2;
-      if (base > K || base + S <= 0) continue;
-      const int begin = base < 0 ? -base : 0, end = K - base < S ? K - base : S;
-      unroll<Sight<K, S>::side>([&](auto j) CONVMAE_INLINE {
-        constexpr int column = decltype(j)::value - reach;
-        const T* const tile = seen[i * Sight<K, S>::side + j];
-        if (tile == nullptr) return;
-        int r = begin;
-        if (base + r == 0) {
-          convolve_row<T, K, S, column, true, false>(row_of(tile + c, r, channels), channels, taps,
-                                                     sums);
-          ++r;
-        }
-        for (; r < end; ++r) {
-          convolve_row<T, K, S, column, true, true>(row_of(tile + c, r, channels), channels,
-                                                    taps + (base + r) * K * lanes, sums);
-        }
-        if (r < S) {
-          convolve_row<T, K, S, column, false, true>(row_of(tile + c, r, channels), channels,
-                                                     taps + K * K * lanes, sums);
-        }
-      });
-    }
+    unroll<Sight<K, S>::tiles>([&](auto i) CONVMAE_INLINE {
+      constexpr int column = decltype(i)::value % Sight<K, S>::side - reach;
+      // The kernel's row with which the first output row meets the first row of this tile.
+      constexpr int base = (decltype(i)::value / Sight<K, S>::side - reach) * S - first + K / 2;
+      if constexpr (base <= K && base + S > 0) {
+        if (seen[i] == nullptr) return;
+        const T* const tile = seen[i] + c;
+        unroll<S>([&](auto r) CONVMAE_INLINE {
+          constexpr int tap = base + decltype(r)::value;
+          if constexpr (tap >= 0 && tap <= K) {
+            // Weights of the row before are read again: kept, they would push sums out.
+            asm volatile("" : "+r"(taps));
+            convolve_row<T, K, S, column, (tap < K), (tap > 0)>(
+                tile + zorder(r, 0) * channels, channels, taps + tap * K * lanes, sums);
+          }
+        });
+      }
+    });
     T* const to = y + zorder(first, 0) * channels;
     unroll<S>([&](auto o) CONVMAE_INLINE {
       store<lanes>(to + zorder(0, o) * channels, sums[o]);
       store<lanes>(to + zorder(1, o) * channels, sums[S + o]);
     });
-  }
+  });
 }
 
 // -- gradient in the weight -------------------------------------------------------------------

@@ -118,6 +118,7 @@ inline void plan_grads(MaskedConv2dGrads& p) {
   plan_tiles(p, "masked_conv2d_grads", {p.x, p.grad, p.grad_x});
   if (p.kernel == Kernel::Any || !fits_grads(p.tile_side, p.kernel_rows, 4 / size_of(p.dtype))) {
     p.kernel = Kernel::Any;
+    p.tile_side = 0;
     return;
   }
   with_tile_shape(p, [&](auto side, auto kernel) {

@@ -12,6 +12,11 @@ H100 = {"device": "cuda", "capability": (9, 0)}
 STAGE1 = {"side": 4, "channels": 256, "kernel": 5, "groups": 256, "dtype": torch.bfloat16}
 
 
+@pytest.fixture
+def random_mask():
+    return ck.BlockMask.random(2, (4, 4), 0.5, torch.Generator().manual_seed(0))
+
+
 def steps(explained, phase="forward"):
     return [s for s in explained.steps if s.phase == phase and s.implementation != "pytorch"]
 
@@ -32,11 +37,40 @@ def test_a_depthwise_convolution_on_a_gpu_that_is_not_there():
         "forward": 2 * features + 2 * 256 * 26,
         "backward": 3 * features + 2 * 256 * (25 + 26),
     }
-    # As the plan has it: docs/kernels.md, the same problem.
-    (weight,) = (s for s in steps(found, "backward") if s.op == "masked_conv2d_weight_grad")
-    assert (weight.plan["runs"], int(weight.plan["share_bytes"])) == ("161", 161 * 26 * 256 * 4)
+    (grads,) = steps(found, "backward")
+    shares = int(grads.plan["share_bytes"])
+    assert (grads.op, grads.kernel) == ("masked_conv2d_grads", "tiles")
+    assert shares % (26 * 256 * 4) == 0
+    assert grads.bytes == 3 * features + table + 2 * 256 * (25 + 25 + 1) + 2 * shares
     said = str(found)
-    assert "161 runs of 39" in said and "way 'depthwise'" in said and "capability 9.0" in said
+    assert f"{grads.plan['runs']} runs of " in said and "way 'depthwise'" in said
+    assert "on a CUDA GPU of compute capability 9.0" in said
+
+
+@needs_library
+def test_the_weight_gradient_alone_is_cut_as_planned():
+    """docs/kernels.md has the same problem."""
+    mask = ck.BlockMask.from_noise(torch.empty(128, 196, device="meta"), (14, 14), 0.75)
+    x = torch.empty(6272, 16, 256, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(256, 1, 5, 5, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    found = ck.explain(ck.masked_conv2d, x, weight, None, mask, groups=256, capability=(9, 0))
+    (step,) = steps(found, "backward")
+    assert step.op == "masked_conv2d_weight_grad"
+    assert (step.plan["runs"], int(step.plan["share_bytes"])) == ("161", 161 * 26 * 256 * 4)
+
+
+@needs_library
+def test_seven_by_seven_of_a_half_type():
+    shape = {"side": 8, "channels": 96, "kernel": 7, "groups": 96, "batch": 2}
+    found = ck.explain("masked_conv2d", **shape, dtype=torch.bfloat16, **H100)
+    (forward,), (grads,) = steps(found), steps(found, "backward")
+    reason = "a square kernel of 7 by tensor cores on tiles of 4 x 4"
+    assert (forward.kernel, forward.reason) == ("tensor", reason)
+    assert grads.kernel == "any" and grads.reason.startswith("one after the other: ")
+    features = 2 * 2 * 49 * 64 * 96
+    assert grads.bytes > 4 * features  # the gradient of the output is read twice
+    wide = ck.explain("masked_conv2d", **shape, **H100)
+    assert [s.kernel for s in wide.steps] == ["tiles", "tiles"]
 
 
 @needs_library
@@ -69,11 +103,6 @@ def test_the_call_itself_on_features_that_are_not_aligned(random_mask):
         ck.masked_conv2d, x.clone(), weight, None, random_mask, groups=8, capability=(8, 6)
     )
     assert aligned.steps[0].kernel == "tiles" and "backward" not in aligned.floors
-
-
-@pytest.fixture
-def random_mask():
-    return ck.BlockMask.random(2, (4, 4), 0.5, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("groups", [8, 2, 1])

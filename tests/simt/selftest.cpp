@@ -37,6 +37,7 @@ void launch(const std::string& name, dim3 grid, dim3 block, size_t shared, unsig
   LAUNCH(past_shared_memory, int_out)
   LAUNCH(past_dynamic_shared_memory, int_out)
   LAUNCH(misaligned_vector, int_out)
+  LAUNCH(same_bytes, int_out)
   throw std::runtime_error("no kernel " + name);
 }
 

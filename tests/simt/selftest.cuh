@@ -133,6 +133,9 @@ __global__ void past_dynamic_shared_memory(int* out) {
   out[threadIdx.x] = tile[threadIdx.x + 1] == 0;
 }
 
+// All thread blocks write the same values.
+__global__ void same_bytes(int* out) { out[threadIdx.x] = 1; }
+
 __global__ void misaligned_vector(int* out) {
   const int4 value = make_int4(0, 1, 2, 3);
   *reinterpret_cast<int4*>(out + 4 * threadIdx.x + 1) = value;

@@ -1,5 +1,6 @@
 """The warp of `docs/sass/` that counts instructions: right numbers, and right counts."""
 
+import functools
 import re
 
 import numpy as np
@@ -86,6 +87,12 @@ def compiled():
     return {kernel.name: (code[kernel.symbol], kernel.threads // 32) for kernel in kernels}
 
 
+@pytest.fixture(scope="module")
+def walk(compiled):
+    """The `Walk` of a kernel by its name; each kernel walks once."""
+    return functools.cache(lambda name: tile_walk.Walk(name, *compiled[name]))
+
+
 KERNELS = [
     f"masked_conv2d{op}_tiles<{shape}>"
     for op in ("", "_weight_grad", "_grads")
@@ -144,11 +151,11 @@ def multiply_adds(side, kernel, all_visible):
 @needs_code_for_sm_90
 @pytest.mark.parametrize("op", ["", "_weight_grad", "_grads"])
 @pytest.mark.parametrize(("dtype", "kernel"), [("bfloat16", 5), ("float", 7)])
-def test_counts_of_multiply_adds(dtype, kernel, op, compiled):
+def test_counts_of_multiply_adds(dtype, kernel, op, walk):
     name = f"masked_conv2d{op}_tiles<{dtype}, 4, {kernel}>"
     channels = 2 if dtype == "bfloat16" else 1  # of a lane
     channels *= 2 if op == "_grads" else 1  # for the gradients of x and of the taps
-    counts = tile_walk.Walk(name, *compiled[name]).count("FFMA")
+    counts = walk(name).count("FFMA")
     assert counts.alone == channels * multiply_adds(4, kernel, False)
     assert counts.all == channels * multiply_adds(4, kernel, True)
     assert counts.once == 0
@@ -156,11 +163,10 @@ def test_counts_of_multiply_adds(dtype, kernel, op, compiled):
 
 
 @needs_code_for_sm_90
-def test_one_wide_store_and_one_wide_copy_for_four_positions(compiled):
+def test_one_wide_store_and_one_wide_copy_for_four_positions(walk):
     name = "masked_conv2d_tiles<bfloat16, 4, 5>"
-    walk = tile_walk.Walk(name, *compiled[name])
-    assert walk.count("STG") == (4, 4, 0)
-    copies = walk.count("LDGSTS")
+    assert walk(name).count("STG") == (4, 4, 0)
+    copies = walk(name).count("LDGSTS")
     around = (4 * (2 * 2) + 4 * (2 * 4) + 16) / 4
     assert (copies.alone, copies.all) == (16 / 4, around)
     # The weights, 64 channels x 25 taps x 2 bytes: seven copies of 32 lanes.
@@ -177,9 +183,9 @@ def test_one_wide_store_and_one_wide_copy_for_four_positions(compiled):
         ("masked_conv2d_grads_tiles<bfloat16, 2, 5>", 420),
     ],
 )
-def test_instructions_of_an_expected_tile(name, most, compiled):
+def test_instructions_of_an_expected_tile(name, most, walk):
     """With a quarter of the neighbours visible: what leaves most of the copy rate possible."""
-    assert tile_walk.Walk(name, *compiled[name]).count().expected(0.25) <= most
+    assert walk(name).count().expected(0.25) <= most
 
 
 @needs_code_for_sm_90
@@ -202,9 +208,9 @@ def test_the_generated_page_has_every_kernel():
 
 @needs_code_for_sm_90
 @pytest.mark.parametrize("name", KERNELS[::5])
-def test_nothing_waits_for_the_table_while_a_tile_is_computed(name, compiled):
+def test_nothing_waits_for_the_table_while_a_tile_is_computed(name, walk):
     """What the load of a table entry brings is used after the tile: a warp would wait for it."""
-    code = tile_walk.Walk(name, *compiled[name]).each_tile
+    code = walk(name).each_tile
     (load,) = (i for i, instruction in enumerate(code) if instruction.name.startswith("LDG.E"))
     last = max(i for i, instruction in enumerate(code) if instruction.kind == "FFMA")
     assert load < last

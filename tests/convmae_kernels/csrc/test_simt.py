@@ -193,6 +193,12 @@ def test_limits_of_a_launch(options, message):
     fails("ids", (1,), message, **options)
 
 
+def test_two_thread_blocks_that_write_the_same_bytes():
+    message = r"writes byte \d+ of an array of 128 bytes, which thread block \d has written"
+    fails("same_bytes", (32,), message, grid=2, checker="races")
+    assert (launch("same_bytes", (32,), checker="races") == 1).all()
+
+
 # Those of block_sum, each taken out of a copy of the source.
 BARRIERS = {
     name: Removed("selftest.cpp", "selftest.cuh", "__syncthreads();", occurrence)

@@ -290,7 +290,8 @@ def test_bytes_that_move():
     """Forward reads and writes the features once; all gradients at once read twice as much."""
     mask = ck.BlockMask.random(2, (7, 7), 0.5, generator=torch.Generator().manual_seed(0))
     (x, weight, bias, grad), *_ = problem(mask, 4, 64, (5, 5), torch.bfloat16, (1, 1), 0)
-    emulator, options = module("kernels", "races"), {"checker": "races", "seeds": (0,)}
+    emulator = module("kernels", "races", None)  # the one that `emulate` asks
+    options = {"checker": "races", "seeds": (0,)}
 
     def traffic():
         """Of the arrays that are like x: bytes once for each kernel, and all, in sizes of x."""
@@ -310,7 +311,9 @@ def test_bytes_that_move():
 def test_which_kernels_are_chosen():
     def plan(dtype, side, kernel):
         """ConvMAE-Base, batch 128, on a GPU that holds 1,716 thread blocks of one warp."""
-        return tuple(module("kernels").call("plan", dtype, 6272, 256, side, kernel, 1716))
+        return tuple(
+            module("kernels", "address", None).call("plan", dtype, 6272, 256, side, kernel, 1716)
+        )
 
     assert plan(1, 4, 5) == ("tiles", 419, "tiles", 33)
     assert plan(1, 2, 5) == ("tiles", 419, "tiles", 98)
@@ -402,9 +405,9 @@ def reduce_on_tiles(**options):
 
 
 def all_gradients_on_tiles(**options):
-    """The same, and warps without a tile."""
+    """Two warps with one tile each and two without, whose weights come where sums go to."""
     mask = ck.BlockMask.full(1, (1, 2))
-    check_grads(mask, 4, 80, dtype=torch.float16, runs=1, **options)
+    check_grads(mask, 2, 80, dtype=torch.float16, runs=1, **options)
 
 
 def convolve_on_tiles(**options):
