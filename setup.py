@@ -124,6 +124,7 @@ class Cuda:
             codes.append(f"-gencode=arch=compute_{name},code=sm_{name}")
             if arch.endswith("+PTX"):
                 codes.append(f"-gencode=arch=compute_{name},code=compute_{name}")
+        codes.append(f"-DCONVMAE_LEAST_CUDA_ARCH={min(map(number, self.archs))}")
         host = "-Xcompiler=-fPIC,-fvisibility=hidden"
         return f"-O3 -std=c++20 {host} -I{ROOT / 'csrc'} {' '.join(codes)}"
 

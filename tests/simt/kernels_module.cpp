@@ -249,7 +249,8 @@ py::tuple masked_conv2d_grads(int dtype, const py::array& grad, const py::array&
     f.y = grad_x.data();
     convmae::cuda::plan_forward(f);
     convmae::cuda::cut_forward(f, 40);
-    simt::masked_conv2d(f, seed);
+    const bool tensor = f.kernel == convmae::cuda::Kernel::Tensor;
+    tensor ? simt::masked_conv2d_tensor(f, seed) : simt::masked_conv2d(f, seed);
     return py::make_tuple(grad_x.numpy(), 0);
   }
   if (runs > 0) {

@@ -249,6 +249,7 @@ def test_without_bias(dtype):
         (torch.bfloat16, 4, 72, (5, 5), {}),
         (torch.bfloat16, 2, 24, (7, 7), {"runs": 2}),
         (torch.bfloat16, 4, 6, (7, 7), {}),  # two kernels
+        (torch.float16, 4, 40, (7, 7), {}),  # of which one has tensor cores
         (torch.float16, 8, 26, (3, 3), {"runs": 3}),  # words
         (torch.float16, 2, 24, (5, 5), {"offset": 2}),
         (torch.float16, 2, 7, (5, 5), {}),  # no words
