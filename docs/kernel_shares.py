@@ -47,7 +47,8 @@ class Counted(NamedTuple):
     @property
     def tile_bytes(self) -> int:
         """Of a tile of 128 bytes of channels."""
-        side = int(re.findall(r"\d+", self.name.partition("<")[2].partition(",")[2])[0])
+        sides = re.findall(r", (\d+)", self.name)  # of tile and kernel; tensor cores have 4 and 7
+        side = int(sides[0]) if sides else 4
         return self.passes * side * side * 128
 
 
