@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(32 * kTensorWarps) masked_conv2d_tensor(Masked
   TensorMemory& memory = *reinterpret_cast<TensorMemory*>(shared);
   const int lane = threadIdx.x, warp = __shfl_sync(0xffffffffu, int(threadIdx.y), 0);
   const int group = lane / 4, quad = lane % 4;
-  const int64_t slice_byte = min(int64_t(blockIdx.x) * 64, p.channels * 2 - 64);
+  const int64_t slice_byte = int64_t(blockIdx.x) * 64;
   const int64_t channel = slice_byte / 2 + warp * kTensorChannels;
   const int64_t begin = blockIdx.y * p.tiles_per_run;
   int32_t first = int32_t(begin);

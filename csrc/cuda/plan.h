@@ -68,10 +68,10 @@ inline void cut_runs(MaskedConv2dRuns& p, int64_t runs) {
 }
 
 // 7x7 in half types, on tiles of 4x4 and with 16 bytes at a time: tensor cores, and slices of 64
-// bytes.
+// bytes, all of them whole.
 inline bool fits_tensor_cores(const MaskedConv2dForward& p) {
   return p.tile_side == 4 && p.kernel_rows == 7 && size_of(p.dtype) == 2 && p.wide &&
-         p.channels >= 32;
+         p.channels % 32 == 0;
 }
 
 // The first step of a plan: which kernel. The second one cuts runs for the GPU.

@@ -372,6 +372,7 @@ def test_an_nvcc_that_is_too_old_leaves_triton(tmp_path, monkeypatch, capsys):
     """The build fails before anything is compiled, and the stage says what runs instead."""
     from tests.convmae_kernels.csrc.test_cuda_build import write_nvcc
 
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(write_nvcc(tmp_path, "11.8", (80, 86, 90))))
     monkeypatch.setattr(build, "why_not_cuda", lambda: "there is no library")
     with pytest.raises(SystemExit) as error:
