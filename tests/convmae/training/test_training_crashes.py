@@ -44,9 +44,7 @@ def run_options(data: Path) -> Options:
     }
 
 
-def test_killed_twice_and_resumed_is_the_same_run(
-    run_options: Options, tmp_path: Path
-) -> None:
+def test_killed_twice_and_resumed_is_the_same_run(run_options: Options, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_here(["pretrain", *flags(**run_options, output_dir=whole)])
     command = ["pretrain", *flags(**run_options, output_dir=parts, resume="auto")]
