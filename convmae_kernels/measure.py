@@ -36,10 +36,18 @@ FLUSH_BYTES = 256 * 2**20  # written before a timed call on a GPU, so that its c
 REPEATS = 15  # at most, of a timed call
 # Blocks of the stages of ConvMAE, and of a ConvNeXt whose blocks are 32 pixels wide.
 DEPTHWISE = [
-    Sizes(side, channels, (kernel, kernel))
+    Sizes(side, channels, (kernel, kernel), 1, 1)
     for side, all_channels in {4: (128, 256, 512), 2: (256, 384, 768), 8: (96, 128)}.items()
     for channels in all_channels
     for kernel in (3, 5, 7)
+]
+# Between the stages of a MobileNet or an EfficientNet, dense ones of a ResNet, groups of a ResNeXt.
+OTHER_CONVOLUTIONS = [
+    *(("strided_conv2d", Sizes(8, 96, (kernel, kernel), 2, 1)) for kernel in (3, 5)),
+    ("strided_conv2d", Sizes(4, 240, (3, 3), 2, 1)),
+    *(("window_conv2d", Sizes(side, c, (3, 3), 1, c)) for side, c in ((8, 64), (4, 128), (2, 256))),
+    ("window_conv2d", Sizes(4, 128, (3, 3), 2, 128)),
+    *(("window_conv2d", Sizes(4, c, (3, 3), 1, c // 32)) for c in (256, 512)),
 ]
 MOVES = [
     ("gather_visible", Sizes(16, 3)),
@@ -55,8 +63,8 @@ class Problem:
     """An op, its sizes and its dtype.
 
     Attributes:
-        op: a function of `ops`, timed forward and backward; or a registered op with several
-            kernels, timed alone.
+        op: one of `choices.OPS`, timed forward and backward; or a registered op with several
+            kernels, and " kernels", timed alone.
     """
 
     op: str
@@ -66,6 +74,10 @@ class Problem:
     def __str__(self) -> str:
         rows, columns = self.sizes.kernel
         kernel = f", {rows} x {columns}" if rows else ""
+        if self.sizes.stride > 1:
+            kernel += f", stride {self.sizes.stride}"
+        if self.sizes.group_channels > 1:
+            kernel += f", {self.sizes.group_channels} channels a group"
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.op}, {dtype}, side {self.sizes.side}, {self.sizes.channels} channels{kernel}"
 
@@ -82,6 +94,7 @@ def problems(device: torch.device) -> list[Problem]:
         *(Problem(f"{op} kernels", p.sizes, p.dtype) for op in kernels for p in depthwise),
         *(Problem(op, sizes, dtype) for dtype in dtypes for op, sizes in MOVES),
         *depthwise,
+        *(Problem(op, sizes, dtype) for dtype in dtypes for op, sizes in OTHER_CONVOLUTIONS),
     ]
 
 
@@ -129,15 +142,13 @@ class Bench:
         return values.to(dtype)
 
     def call(self, problem: Problem) -> Callable[[str], Sequence[Tensor]]:
-        """What runs a function of `ops` with an `impl`, forward and backward."""
-        (side, channels, kernel), dtype, mask = (
-            problem.sizes,
-            problem.dtype,
-            self.mask(problem.sizes.side),
-        )
+        """What runs an op with an `impl`, forward and backward."""
+        (side, channels, kernel, stride, group_channels), dtype = problem.sizes, problem.dtype
+        mask = self.mask(side)
         x = self.randn(dtype, mask.num_visible, side * side, channels)
         options: dict[str, Any] = {}
         arguments: list[Any] = [x, mask]
+        function: Callable = getattr(ops, problem.op, ops.masked_conv2d)
         if problem.op == "gather_visible":
             gh, gw = mask.grid
             images = self.randn(dtype, self.batch, channels, gh * side, gw * side)
@@ -145,15 +156,15 @@ class Bench:
             arguments = [images.contiguous(memory_format=layout), mask]
         elif problem.op == "gather_windows":
             arguments.append((1, 1, 1, 1))
-        elif problem.op == "masked_conv2d":
-            weight = self.randn(dtype, channels, 1, *kernel) / (kernel[0] * kernel[1]) ** 0.5
+        elif function is ops.masked_conv2d:
+            fan_in = group_channels * kernel[0] * kernel[1]
+            weight = self.randn(dtype, channels, group_channels, *kernel) / fan_in**0.5
             arguments = [x, weight, self.randn(dtype, channels), mask]
-            options["groups"] = channels
+            options = {"groups": channels // group_channels, "stride": stride}
         wanted = [t for t in arguments if isinstance(t, Tensor)]
         if channels > 3:  # pixels have no gradient
             for tensor in wanted:
                 tensor.requires_grad_()
-        function = getattr(ops, problem.op)
 
         def run(impl: str) -> list[Tensor]:
             y = function(*arguments, impl=impl, **options)
@@ -165,7 +176,7 @@ class Bench:
 
     def kernel_call(self, problem: Problem) -> Callable[[str], Sequence[Tensor]]:
         """What runs a registered op with one of its kernels."""
-        (side, channels, kernel), dtype = problem.sizes, problem.dtype
+        (side, channels, kernel, *_), dtype = problem.sizes, problem.dtype
         mask, name = self.mask(side), problem.op.partition(" ")[0]
         x = self.randn(dtype, mask.num_visible, side * side, channels)
         table = mask.neighbours(-(-(max(kernel) // 2) // side))
@@ -263,7 +274,7 @@ def _kernels(problem: Problem, device: torch.device) -> Iterator[str]:
 
 def _planned(problem: Problem) -> str:
     """The kernel that would run now."""
-    side, channels, kernel = problem.sizes
+    side, channels, kernel, *_ = problem.sizes
     said = torch.ops.convmae.explain_kernel(
         *(problem.op.partition(" ")[0], str(problem.dtype).removeprefix("torch."), 1000, channels),
         *(side, list(kernel), [1, 1], 0, -1, 132, 102400),
@@ -275,7 +286,7 @@ def _choice(problem: Problem, times: dict[str, float]) -> Choice:
     """The fastest candidate, or the default, which is the first, where that is about as fast."""
     default = next(iter(times))
     best = min(times, key=lambda name: times[name])
-    side, channels, kernel = problem.sizes
+    side, channels, kernel, stride, group_channels = problem.sizes
     return Choice(
         op=problem.op.partition(" ")[0],
         dtype=str(problem.dtype).removeprefix("torch."),
@@ -287,6 +298,8 @@ def _choice(problem: Problem, times: dict[str, float]) -> Choice:
         choice=best if times[best] < WORTHWHILE * times[default] else default,
         default=default,
         microseconds={name: round(time, 2) for name, time in times.items()},
+        stride=stride,
+        group_channels=group_channels,
     )
 
 
@@ -334,7 +347,8 @@ def report(path: Path, table: Table, left_out: Sequence[str], device: torch.devi
         rows, columns = choice.kernel
         print(
             f"{choice.op} {choice.dtype}, side {choice.side}, {choice.least} to {choice.most} "
-            f"channels, {rows} x {columns}: {choice.choice} ({times})"
+            f"channels, {choice.group_channels} of a group, {rows} x {columns}, stride "
+            f"{choice.stride}: {choice.choice} ({times})"
         )
     choices.use_table(path)
     print(_in_use(chosen, device))

@@ -99,20 +99,11 @@ cuda::Kernel kernel_of(const Params& p) {
   }
 }
 
-const char* word_of(cuda::Kernel kernel) {
-  switch (kernel) {
-    case cuda::Kernel::Any: return "any";
-    case cuda::Kernel::Tiles: return "tiles";
-    case cuda::Kernel::Tensor: return "tensor";
-  }
-  return "";
-}
-
 // Why this kernel: what was measured, what the shape allows, or both where they contradict.
 std::string reason_of(const cuda::MaskedConv2dRuns& p, cuda::Kernel kernel, const std::string& op,
                       std::initializer_list<const void*> tensors) {
   const std::string chosen = cuda::kernel_choices().find(op.c_str(), p);
-  if (!chosen.empty() && chosen == word_of(kernel)) return "a measured table chose it";
+  if (!chosen.empty() && chosen == cuda::name_of(kernel)) return "a measured table chose it";
   const std::string refused =
       chosen.empty() ? "" : "a measured table chose \"" + chosen + "\", which cannot: ";
   if (const char* const why_not = cuda::why_not_tiles(p, tensors)) return refused + why_not;
@@ -129,7 +120,7 @@ void tell_plan(Told& told, const Params& p, const std::string& op,
                std::initializer_list<const void*> tensors) {
   const cuda::Kernel kernel = kernel_of(p);
   const bool on_tiles = kernel != cuda::Kernel::Any;
-  told.add("kernel", word_of(kernel));
+  told.add("kernel", cuda::name_of(kernel));
   told.add("reason", reason_of(p, kernel, op, tensors));
   told.add("tile_side", on_tiles ? p.tile_side : 0);
   told.add("tiles", p.tiles);

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.support.checks import check_tensor
 from convmae_kernels.ops.support.choices import Sizes
-from convmae_kernels.ops.support.dispatch import Impl, register, select
+from convmae_kernels.ops.support.dispatch import Impl, as_measured, register, select
 from convmae_kernels.zorder import BLOCK_SIZES
 
 if TYPE_CHECKING:
@@ -73,5 +73,6 @@ def gather_visible(images: Tensor, mask: BlockMask, *, impl: Impl = "auto") -> T
             f"of side {', '.join(map(str, BLOCK_SIZES))}"
         )
     sizes = Sizes(side, images.shape[1])
-    run = select(impl, "gather_visible", reference.gather_visible, images, mask, sizes)
+    impl = as_measured(impl, "gather_visible", images, sizes)
+    run = select(impl, "gather_visible", reference.gather_visible, images, mask)
     return run(images, mask.block_index, gh, gw)

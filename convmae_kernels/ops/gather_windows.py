@@ -8,7 +8,7 @@ from convmae_kernels.ops import reference
 from convmae_kernels.ops.support import geometry
 from convmae_kernels.ops.support.checks import check_packed
 from convmae_kernels.ops.support.choices import Sizes
-from convmae_kernels.ops.support.dispatch import Impl, register, select
+from convmae_kernels.ops.support.dispatch import Impl, as_measured, register, select
 from convmae_kernels.zorder import block_side
 
 if TYPE_CHECKING:
@@ -106,5 +106,6 @@ def gather_windows(
         raise ValueError(f"halo {halo} leaves no window of blocks of side {side}")
     neighbours = mask.neighbours(geometry.reach(halo, side))
     sizes = Sizes(side, x.shape[2])
-    run = select(impl, "gather_windows", reference.gather_windows, x, mask, sizes)
+    impl = as_measured(impl, "gather_windows", x, sizes)
+    run = select(impl, "gather_windows", reference.gather_windows, x, mask)
     return run(x, neighbours, halo, fill)

@@ -18,7 +18,13 @@ from convmae_kernels.ops.support.autocast import autocast_dtype, autocast_is_on
 from convmae_kernels.ops.support.checks import check_packed
 from convmae_kernels.ops.support.choices import Sizes
 from convmae_kernels.ops.support.conv_plan import ConvPlan, plan_conv2d
-from convmae_kernels.ops.support.dispatch import Impl, check_impl, register, select
+from convmae_kernels.ops.support.dispatch import (
+    Impl,
+    as_measured,
+    check_impl,
+    register,
+    select,
+)
 from convmae_kernels.ops.support.flops import (
     both_gradients_flops,
     depthwise_flops,
@@ -219,18 +225,20 @@ def masked_conv2d(
     neighbours = mask.neighbours(plan.radius)
     # In a program of plain ops the other way is one convolution, and this one a sum over taps.
     plain = impl == "auto" and mask.wants_plain_ops()
+    op = {"depthwise": "masked_conv2d", "strided": "strided_conv2d"}.get(plan.way, "window_conv2d")
+    if max(plan.dilation) == 1:
+        _, group_channels, *kernel = weight.shape
+        sizes = Sizes(side, x.shape[2], (kernel[0], kernel[1]), plan.stride, group_channels)
+        impl = as_measured(impl, op, x, sizes)
     if plan.way == "depthwise" and not plain:
-        sizes = None
-        if max(plan.dilation) == 1:
-            sizes = Sizes(side, x.shape[2], (weight.shape[2], weight.shape[3]))
-        run = select(impl, "masked_conv2d", reference.masked_conv2d, x, mask, sizes)
+        run = select(impl, op, reference.masked_conv2d, x, mask)
         return run(x, weight, bias, neighbours, plan.dilation)
     if plan.way == "strided" and not plain:
-        run = select(impl, "strided_conv2d", reference.strided_conv2d, x, mask)
+        run = select(impl, op, reference.strided_conv2d, x, mask)
         return run(x, weight, bias, neighbours, plan.stride, plan.padding, plan.dilation)
-    without_windows = goes_without_windows(impl, x, weight, groups)
-    name = "grouped_conv2d" if without_windows else "window_conv2d"
-    run = select(impl, name, reference.window_conv2d, x, mask)
+    if goes_without_windows(impl, x, weight, groups):
+        op = "grouped_conv2d"
+    run = select(impl, op, reference.window_conv2d, x, mask)
     return run(x, weight, bias, neighbours, plan.stride, plan.padding, plan.dilation, groups)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.support.checks import check_packed
 from convmae_kernels.ops.support.choices import Sizes
-from convmae_kernels.ops.support.dispatch import Impl, register, select
+from convmae_kernels.ops.support.dispatch import Impl, as_measured, register, select
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,5 +63,6 @@ def scatter_visible(
         RuntimeError: `impl` was named and cannot run.
     """
     sizes = Sizes(check_packed("x", x, mask), x.shape[2])
-    run = select(impl, "scatter_visible", reference.scatter_visible, x, mask, sizes)
+    impl = as_measured(impl, "scatter_visible", x, sizes)
+    run = select(impl, "scatter_visible", reference.scatter_visible, x, mask)
     return run(x, mask.block_index, mask.batch_size, *mask.grid, float(fill))

@@ -30,7 +30,7 @@ def mask():
 def choice(**changes):
     values = {"op": "masked_conv2d", "dtype": "float32", "side": 4, "kernel": (3, 3), "least": 5}
     values |= {"most": 8, "wide": True, "choice": "reference", "default": "cpu"}
-    return Choice(**{**values, "microseconds": {}, **changes})
+    return Choice(**{**values, "microseconds": {}, "group_channels": 1, **changes})
 
 
 def write(path, implementations=(), kernels=(), **facts):
@@ -67,6 +67,25 @@ def test_a_table_chooses_among_implementations(tmp_path, mask):
 
 
 @needs_library
+def test_a_table_chooses_for_strides_and_groups(tmp_path, mask):
+    def implementations(**options):
+        shape = {"side": 4, "channels": 8, "kernel": 3, "batch": 1, "groups": 8}
+        return {s.implementation for s in ck.explain("masked_conv2d", **shape | options).steps}
+
+    x = torch.randn(mask.num_visible, 16, 8)
+    strided = choice(op="strided_conv2d", stride=2)
+    grouped = choice(op="window_conv2d", group_channels=2)
+    weight = torch.randn(8, 2, 3, 3)
+    expected = ck.masked_conv2d(x, weight, None, mask, groups=4)
+    assert implementations(stride=2) == implementations(groups=4) == {"cpu"}
+    ck.use_table(write(tmp_path / "t.json", [strided, grouped]))
+    assert implementations(stride=2) == implementations(groups=4) == {"pytorch"}
+    for other in ({"stride": 1}, {"groups": 2}, {"groups": 4, "stride": 2}):
+        assert "cpu" in implementations(**other)
+    torch.testing.assert_close(ck.masked_conv2d(x, weight, None, mask, groups=4), expected)
+
+
+@needs_library
 def test_a_named_implementation_keeps_its_name(tmp_path, mask):
     ck.use_table(write(tmp_path / "t.json", [choice()]))
     assert ran(mask, impl="cpu")[0] == {"convmae::masked_conv2d"}
@@ -75,17 +94,19 @@ def test_a_named_implementation_keeps_its_name(tmp_path, mask):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (None, "No such file"),
         ("{", "it is no JSON"),
         (b"\xff\xfe", "it is no text"),
-        ("[]", '"format" is not 1'),
-        ({"format": 2}, '"format" is not 1'),
+        ("[]", '"format" is not 2'),
+        ({"format": 1}, '"format" is not 2'),
         ({"torch": ...}, "it has no 'torch'"),
         ({"kernels": 1}, "'kernels' is not a list"),
         ({"implementations": [{"op": "masked_conv2d"}]}, r"implementations\[0\]: .*missing"),
         ({"implementations": [choice(choice="no")._asdict()]}, r"\[0\]: 'no' is not one of refer"),
         ({"implementations": [choice(dtype="int8")._asdict()]}, r"\[0\]: 'int8' is not one of"),
-        ({"kernels": [choice(side="4")._asdict()]}, r"kernels\[0\]: side, least and most must be"),
+        (
+            {"kernels": [choice(side="4")._asdict()]},
+            r"kernels\[0\]: side is '4', expected",
+        ),
         ({"device": "a Z80"}, "its device is a Z80, here it is "),
         ({"convmae_kernels": "0.0.1"}, "its convmae_kernels is 0.0.1, here it is "),
         ({"torch": "1.0"}, "its torch is 1.0, here it is "),
@@ -96,8 +117,7 @@ def test_a_table_that_does_not_fit_is_ignored_with_one_note(content, why, tmp_pa
     if isinstance(content, dict):
         whole = json.loads(write(path, [choice()]).read_text()) | content
         content = json.dumps({name: value for name, value in whole.items() if value is not ...})
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.warns(RuntimeWarning, match=f"(?s)ignores the table .*t.json: .*{why}") as caught:
         ck.use_table(path)
     assert len(caught) == 1 and choices.in_use() is None
@@ -139,7 +159,7 @@ def test_a_gpus_table_where_torch_has_no_cuda(tmp_path, monkeypatch):
 @needs_library
 def test_measuring_on_the_cpu(tmp_path, monkeypatch):
     """The candidates really run; one that is wrong and one that fails are left out."""
-    sizes = Sizes(2, 8, (3, 3))
+    sizes = Sizes(2, 8, (3, 3), 1, 1)
     problems = [measure.Problem("masked_conv2d", sizes, torch.float32)]
     problems += [
         measure.Problem(op, Sizes(2, 8), torch.float32)
@@ -172,7 +192,7 @@ def test_measuring_on_the_cpu(tmp_path, monkeypatch):
 
 
 def test_the_default_stays_where_nothing_is_faster_by_more_than_noise():
-    problem = measure.Problem("masked_conv2d", Sizes(4, 256, (5, 5)), torch.bfloat16)
+    problem = measure.Problem("masked_conv2d", Sizes(4, 256, (5, 5), 1, 1), torch.bfloat16)
     assert measure._choice(problem, {"cuda": 10.0, "triton": 9.9}).choice == "cuda"
     found = measure._choice(problem, {"cuda": 10.0, "triton": 9.0})
     assert (found.choice, found.default, found.least, found.most) == ("triton", "cuda", 129, 256)
@@ -182,6 +202,17 @@ def test_the_variable(tmp_path, monkeypatch):
     monkeypatch.setenv(choices.VARIABLE, str(write(tmp_path / "t.json")))
     choices.use_table_of_environment()
     assert choices.in_use().where == str(tmp_path / "t.json")
+
+
+def test_a_table_that_is_not_there(tmp_path, monkeypatch):
+    """Who names it by hand gets an error; a variable that was left behind stops nobody."""
+    ck.use_table(write(tmp_path / "t.json"))
+    with pytest.raises(FileNotFoundError, match="no table of measured choices .*none.json"):
+        ck.use_table(tmp_path / "none.json")
+    assert choices.in_use().where == str(tmp_path / "t.json")
+    monkeypatch.setenv(choices.VARIABLE, str(tmp_path / "none.json"))
+    with pytest.warns(RuntimeWarning, match="none.json: CONVMAE_KERNELS_TABLE names it, but"):
+        choices.use_table_of_environment()
 
 
 def test_a_compiled_program_is_made_of_what_was_chosen(tmp_path, mask):
@@ -202,7 +233,7 @@ def test_a_compiled_program_is_made_of_what_was_chosen(tmp_path, mask):
 
 
 def test_the_command_writes_a_table_that_is_in_use_then(tmp_path, monkeypatch, capsys):
-    small = measure.Problem("masked_conv2d", Sizes(2, 8, (3, 3)), torch.float32)
+    small = measure.Problem("masked_conv2d", Sizes(2, 8, (3, 3), 1, 1), torch.float32)
     monkeypatch.setattr(measure, "problems", lambda device: [small])
     path = tmp_path / "results" / "t.json"
     measure.main(["--out", str(path), "--device", "cpu", "--batch", "1", "--seconds", "0"])

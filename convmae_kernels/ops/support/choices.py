@@ -21,18 +21,31 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 VARIABLE = "CONVMAE_KERNELS_TABLE"
-FORMAT = 1
-OPS = ("masked_conv2d", "gather_visible", "scatter_visible", "gather_windows")
+FORMAT = 2
+OPS = (
+    *("masked_conv2d", "strided_conv2d", "window_conv2d"),
+    *("gather_visible", "scatter_visible", "gather_windows"),
+)
 IMPLEMENTATIONS = ("reference", "cpu", "cuda", "triton")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class Sizes(NamedTuple):
-    """What a choice depends on besides op and dtype; `kernel` is (0, 0) where there is none."""
+    """What a choice depends on besides op and dtype.
+
+    Attributes:
+        side: of the blocks.
+        channels: of the input.
+        kernel: (0, 0) where there is none.
+        stride: of a convolution.
+        group_channels: input channels of a group of a convolution; 0 where there is none.
+    """
 
     side: int
     channels: int
     kernel: tuple[int, int] = (0, 0)
+    stride: int = 1
+    group_channels: int = 0
 
 
 class Choice(NamedTuple):
@@ -47,6 +60,8 @@ class Choice(NamedTuple):
         choice: an implementation, or the name of a CUDA kernel.
         default: what would run without the table.
         microseconds: of each candidate.
+        stride, group_channels: as in `Sizes`. A depthwise convolution has 1 channel in a group,
+            `window_conv2d` stands for all convolutions that are not depthwise.
     """
 
     op: str
@@ -59,6 +74,8 @@ class Choice(NamedTuple):
     choice: str
     default: str
     microseconds: dict[str, float]
+    stride: int = 1
+    group_channels: int = 0
 
     def covers(self, op: str, dtype: torch.dtype, sizes: Sizes) -> bool:
         """Whether it is of this problem."""
@@ -67,6 +84,8 @@ class Choice(NamedTuple):
             and f"torch.{self.dtype}" == str(dtype)
             and self.side == sizes.side
             and self.kernel == sizes.kernel
+            and self.stride == sizes.stride
+            and self.group_channels == sizes.group_channels
             and self.least <= sizes.channels <= self.most
             and self.wide == is_wide(sizes.channels, dtype)
         )
@@ -102,7 +121,7 @@ def in_use() -> Table | None:
 
 
 def find(op: str, x: torch.Tensor, sizes: Sizes) -> str | None:
-    """The implementation that was chosen for an op; None: the default."""
+    """The implementation that was measured to be the fastest; None: nothing was measured."""
     if _in_use is None or x.device.type != _in_use.device_type:
         return None
     for choice in _in_use.implementations:
@@ -171,9 +190,15 @@ def use_table(path: str | os.PathLike | None) -> None:
     bits everywhere, all processes of a job use the same table. Programs that are compiled already
     keep their implementations.
 
-    A file that cannot be read, or that was measured on another device or with other versions, is
-    ignored, with a warning that says why. `CONVMAE_KERNELS_TABLE` names one from the start.
+    A file that is no such table, or that was measured on another device or with other versions, is
+    ignored, with a warning that says why. `CONVMAE_KERNELS_TABLE` names one from the start; one
+    that is not there is ignored too.
+
+    Raises:
+        FileNotFoundError: there is no such file. What was in use stays.
     """
+    if path is not None and not Path(path).exists():
+        raise FileNotFoundError(f"there is no table of measured choices {os.fspath(path)}")
     global _table, _in_use
     _table = _in_use = None
     _clear_kernels()
@@ -202,8 +227,12 @@ def use_table(path: str | os.PathLike | None) -> None:
 def use_table_of_environment() -> None:
     """Uses the table that the environment names, if it does."""
     path = os.environ.get(VARIABLE)
-    if path:
+    if not path:
+        return
+    try:
         use_table(path)
+    except FileNotFoundError:
+        _ignore(path, f"{VARIABLE} names it, but there is no such file")
 
 
 def _begin(table: Table, devices: Sequence[torch.device]) -> None:
@@ -303,9 +332,10 @@ def _choices(
         try:
             choice = Choice(**entry)
             choice = choice._replace(kernel=(int(choice.kernel[0]), int(choice.kernel[1])))
-            numbers = (choice.side, choice.least, choice.most)
-            if not all(isinstance(number, int) for number in numbers):
-                raise ValueError("side, least and most must be integers")
+            numbers = ("side", "least", "most", "stride", "group_channels")
+            for name in numbers:
+                if not isinstance(getattr(choice, name), int):
+                    raise ValueError(f"{name} is {getattr(choice, name)!r}, expected an integer")
             for value, known in ((choice.dtype, DTYPES), (choice.op, ops), (choice.choice, names)):
                 if known is not None and value not in known:
                     raise ValueError(f"{value!r} is not one of {', '.join(known)}")

@@ -336,20 +336,26 @@ def check_impl(impl: Impl, x: Tensor) -> None:
         raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
 
 
+def as_measured(impl: Impl, op: str, x: Tensor, sizes: Sizes) -> Impl:
+    """`impl`; in place of "auto" what a measured table says of the problem, if that can run."""
+    chosen = find(op, x, sizes) if impl == "auto" and not transforms_active() else None
+    if chosen is None or why_not(cast("Impl", chosen), x) is not None:
+        return impl
+    return cast("Impl", chosen)
+
+
 def select(
     impl: Impl,
     name: str,
     reference: Callable,
     x: Tensor,
     mask: BlockMask,
-    sizes: Sizes | None = None,
 ) -> Callable:
     """The callable that runs the op `name` on `x`: a registered op, or the reference.
 
     The reference is plain PyTorch, so "auto" takes it under `torch.func` transforms and
     forward-mode differentiation too, which registered ops do not support, and in exported programs
-    where it should (`BlockMask.wants_plain_ops`). Otherwise "auto" is what a measured table says of
-    problems of these `sizes`, if there is one.
+    where it should (`BlockMask.wants_plain_ops`).
 
     Raises:
         RuntimeError: `impl` was asked for by name and cannot run.
@@ -357,11 +363,6 @@ def select(
     check_impl(impl, x)
     if impl == "reference" or transforms_active() or mask.wants_plain_ops():
         return reference
-    chosen = find(name, x, sizes) if impl == "auto" and sizes is not None else None
-    if chosen is not None and why_not(cast("Impl", chosen), x) is None:
-        if chosen == "reference":
-            return reference
-        impl = cast("Impl", chosen)
     return getattr(torch.ops.convmae_triton if impl == "triton" else torch.ops.convmae, name)
 
 
