@@ -64,7 +64,7 @@ lint: build
 # The documentation site, in build/docs/index.html; needs no compiled library. A warning is an error: so
 # is a link to a page, a heading or a picture that is not there. Links to other sites are not tried.
 docs: .venv/installed
-	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+	$(BIN)/sphinx-build -E -W --keep-going -q -b html docs build/docs
 
 bench: build
 	$(BIN)/python -m benchmarks
