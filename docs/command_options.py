@@ -84,6 +84,7 @@ class CommandOptions(SphinxDirective):
             lines += [f"   * - {', '.join(f'``{flag}``' for flag in flags)}"]
             lines += [f"     - {default(field)}", f"     - {marked_up(text[field.name])}"]
         holder = nodes.container()
+        lines = ["```{eval-rst}", *lines, "```"]  # the page is Markdown; the help is not
         source = inspect.getsourcefile(options) or ""
         self.state.nested_parse(StringList(lines, source=source), 0, holder)
         return holder.children
