@@ -6,7 +6,7 @@ CODE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 SOURCES := $(CODE) setup.py
 export CONVMAE_REQUIRE_EXT = 1
 
-.PHONY: demo fashion-mnist stamps test coverage compat lint docs bench gpu build clean
+.PHONY: demo fashion-mnist stamps test test-thorough coverage compat lint docs bench gpu build clean
 
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -46,6 +46,10 @@ data/stamps: | .venv/installed
 
 test: build
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# The long ones too: more cases of what `make test` tests. For a release, or where one has changed something.
+test-thorough: build
+	$(BIN)/pytest -n 2 --dist worksteal --thorough
 
 # Which lines the tests run, processes that they start included; takes twice as long as the tests.
 coverage: build

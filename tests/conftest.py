@@ -18,6 +18,28 @@ WARNINGS_OF_OTHERS = (
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--thorough", action="store_true", help="the tests marked `thorough` too, and whole sweeps"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what `thorough` marks: a test, or of a sweep all but every so many cases."""
+    if config.getoption("--thorough"):
+        return
+    cases: dict[str, int] = {}
+    kept, left_out = [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        number = cases[test] = cases.get(test, -1) + 1
+        marks = [mark.kwargs.get("but_every") for mark in item.iter_markers("thorough")]
+        runs = all(every is not None and number % every == 0 for every in marks)
+        (kept if runs else left_out).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
+
+
 def pytest_configure(config):
     for warning in WARNINGS_OF_OTHERS:
         config.addinivalue_line("filterwarnings", warning)

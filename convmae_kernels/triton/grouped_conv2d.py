@@ -21,8 +21,9 @@ import triton.language as tl
 
 from convmae_kernels.triton import tuning
 from convmae_kernels.triton.accumulation import accumulator
+from convmae_kernels.triton.tile import position_in
 from convmae_kernels.triton.tuning import Configuration
-from convmae_kernels.triton.zorder import compact, side_bits, spread
+from convmae_kernels.triton.zorder import compact, side_bits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,9 +106,7 @@ def sum_taps_kernel(
         neighbour = (source_row >> SOURCE_BITS) * TABLE_SIDE + (source_column >> SOURCE_BITS)
         block = tl.load(table_ptr + neighbour, mask=meets, other=-1)
         if tl.max(block, axis=0) >= 0:
-            source = block.to(tl.int64) << (2 * SOURCE_BITS)
-            source += spread(source_row & ((1 << SOURCE_BITS) - 1), SOURCE_BITS) << 1
-            source += spread(source_column & ((1 << SOURCE_BITS) - 1), SOURCE_BITS)
+            source = position_in(block, source_row, source_column, SOURCE_BITS)
             row_ptr = x_ptr + (source * groups + group) * inputs
             tap_ptr = weight_ptr + (tap * groups + group) * inputs * outputs
             for first in tl.range(0, inputs, INPUTS, num_stages=STAGES):

@@ -1,16 +1,10 @@
-"""`masked_conv2d` in Triton."""
+"""`masked_conv2d` in Triton: the kernel of `strided_conv2d` with stride 1."""
 
-import math
-
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from convmae_kernels.triton import tuning
-from convmae_kernels.triton.accumulation import accumulator
-from convmae_kernels.triton.tile import tile_of_program
+from convmae_kernels.triton.strided_conv2d import describe, sum_taps
 from convmae_kernels.triton.tuning import Configuration
-from convmae_kernels.triton.zorder import compact, side_bits, spread
 
 CONFIGURATIONS = (
     Configuration("square", {"POSITIONS": 16, "CHANNELS": 64}, num_warps=4),
@@ -19,65 +13,6 @@ CONFIGURATIONS = (
     Configuration("small", {"POSITIONS": 16, "CHANNELS": 32}, num_warps=2),
     Configuration("tall", {"POSITIONS": 128, "CHANNELS": 8}, num_warps=4),
 )
-
-
-@triton.jit(do_not_specialize=["positions"])
-def masked_conv2d_kernel(
-    x_ptr,  # [T, s*s, C]
-    weight_ptr,  # [kh * kw, C]
-    bias_ptr,  # [C], or anything
-    neighbours_ptr,  # int32 [T, (2 * RADIUS + 1) ** 2]
-    y_ptr,  # [T, s*s, C]
-    positions,  # T * s*s
-    channels,
-    dilation_rows,
-    dilation_columns,
-    HAS_BIAS: tl.constexpr,
-    KERNEL_ROWS: tl.constexpr,
-    KERNEL_COLUMNS: tl.constexpr,
-    RADIUS: tl.constexpr,
-    SIDE_BITS: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    position, channel = tile_of_program(channels, POSITIONS, CHANNELS)
-    inside, real = position < positions, channel < channels
-
-    SIDE: tl.constexpr = 1 << SIDE_BITS
-    TABLE_SIDE: tl.constexpr = 2 * RADIUS + 1
-    rank = (position & (SIDE * SIDE - 1)).to(tl.int32)
-    # Row and column in the window of the block and its neighbours.
-    top = compact(rank >> 1, SIDE_BITS) + RADIUS * SIDE - KERNEL_ROWS // 2 * dilation_rows
-    left = compact(rank, SIDE_BITS) + RADIUS * SIDE - KERNEL_COLUMNS // 2 * dilation_columns
-    table_ptr = neighbours_ptr + (position >> (2 * SIDE_BITS)) * (TABLE_SIDE * TABLE_SIDE)
-
-    # Each sum is made in the order of the taps and by fused multiply-adds, whatever the tile.
-    y = tl.zeros([POSITIONS, CHANNELS], ACCUMULATOR)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + channel, mask=real, other=0).to(ACCUMULATOR)[None, :]
-    for i in range(KERNEL_ROWS):
-        row = top + i * dilation_rows
-        row_ptr = table_ptr + (row >> SIDE_BITS) * TABLE_SIDE
-        row_rank = spread(row & (SIDE - 1), SIDE_BITS) << 1
-        for j in tl.static_range(KERNEL_COLUMNS):
-            column = left + j * dilation_columns
-            block = tl.load(row_ptr + (column >> SIDE_BITS), mask=inside, other=-1)
-            source = block.to(tl.int64) << (2 * SIDE_BITS)
-            source += row_rank | spread(column & (SIDE - 1), SIDE_BITS)
-            x = tl.load(
-                x_ptr + source[:, None] * channels + channel[None, :],
-                mask=(block >= 0)[:, None] & real[None, :],
-                other=0,
-            )
-            tap_ptr = weight_ptr + (i * KERNEL_COLUMNS + j) * channels
-            weight = tl.load(tap_ptr + channel, mask=real, other=0)
-            y = tl.fma(x.to(ACCUMULATOR), weight.to(ACCUMULATOR)[None, :], y)
-    tl.store(
-        y_ptr + position[:, None] * channels + channel[None, :],
-        y.to(y_ptr.dtype.element_ty),
-        mask=inside[:, None] & real[None, :],
-    )
 
 
 def launch(
@@ -89,38 +24,15 @@ def launch(
     dilation: list[int],
 ) -> tuple[Tensor]:
     """Runs one configuration; the same as `masked_conv2d`."""
-    blocks, square, channels = x.shape
-    y = x.new_empty(x.shape)
-    if y.numel() > 0:
-        taps = weight.flatten(1).t().contiguous()
-        masked_conv2d_kernel[configuration.grid(POSITIONS=blocks * square, CHANNELS=channels)](
-            x.contiguous(),
-            taps,
-            taps if bias is None else bias.contiguous(),
-            neighbours.contiguous(),
-            y,
-            blocks * square,
-            channels,
-            *dilation,
-            HAS_BIAS=bias is not None,
-            KERNEL_ROWS=weight.shape[2],
-            KERNEL_COLUMNS=weight.shape[3],
-            RADIUS=math.isqrt(neighbours.shape[1]) // 2,
-            SIDE_BITS=side_bits(square),
-            ACCUMULATOR=accumulator(x.dtype),
-            **configuration.options,
-        )
-    return (y,)
+    padding = [step * (side // 2) for step, side in zip(dilation, weight.shape[2:], strict=True)]
+    return (sum_taps(configuration, x, weight, bias, neighbours, 1, padding, dilation),)
 
 
 def masked_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, dilation: list[int]
 ) -> Tensor:
     """Depthwise convolution of packed features, see `reference.masked_conv2d`."""
-    problem = (
-        f"kernel {weight.shape[2]}x{weight.shape[3]}, side {math.isqrt(x.shape[1])}, "
-        f"{x.shape[2]} channels, {x.dtype}"
-    )
+    problem = describe(x, weight.shape[2:])
     arguments = (x, weight, bias, neighbours, dilation)
     (y,) = tuning.run("masked_conv2d", problem, CONFIGURATIONS, launch, arguments)
     return y

@@ -14,8 +14,10 @@ from torch import Tensor
 from convmae_kernels.triton import tuning
 from convmae_kernels.triton.accumulation import accumulator, pairwise_sum
 from convmae_kernels.triton.masked_conv2d_weight_grad import add_parts, empty_parts
+from convmae_kernels.triton.strided_conv2d import describe
+from convmae_kernels.triton.tile import position_in
 from convmae_kernels.triton.tuning import Configuration
-from convmae_kernels.triton.zorder import compact, side_bits, spread
+from convmae_kernels.triton.zorder import compact, side_bits
 
 LANES = 4
 
@@ -84,7 +86,6 @@ def masked_conv2d_grads_kernel(
         left = compact(rank, SIDE_BITS) + RADIUS * SIDE - KERNEL_COLUMNS // 2 * dilation_columns
         table_ptr = neighbours_ptr + (position >> (2 * SIDE_BITS)) * (TABLE_SIDE * TABLE_SIDE)
         row_ptr = table_ptr[None, :] + (row >> SIDE_BITS) * TABLE_SIDE
-        row_rank = spread(row & (SIDE - 1), SIDE_BITS) << 1
 
         products = tl.zeros([ROWS, LANES, CHANNELS], ACCUMULATOR)
         added = ()
@@ -95,8 +96,7 @@ def masked_conv2d_grads_kernel(
                 mask=real_row[:, None] & inside[None, :],
                 other=-1,
             )
-            source = block.to(tl.int64) << (2 * SIDE_BITS)
-            source += row_rank | spread(column & (SIDE - 1), SIDE_BITS)[None, :]
+            source = position_in(block, row, column[None, :], SIDE_BITS)
             grad = tl.load(
                 grad_ptr + source[:, :, None] * channels + channel[None, None, :],
                 mask=(block >= 0)[:, :, None] & real[None, None, :],
@@ -173,10 +173,6 @@ def masked_conv2d_grads(
     Returns:
         `[T, s*s, C]`, `[C, 1, kh, kw]` and `[C]`, in the dtype of `x`.
     """
-    kernel = weight.shape[2:]
-    problem = (
-        f"kernel {kernel[0]}x{kernel[1]}, side {math.isqrt(x.shape[1])}, "
-        f"{x.shape[2]} channels, {x.dtype}"
-    )
+    problem = describe(x, weight.shape[2:])
     arguments = (grad, x, weight, neighbours, dilation)
     return tuning.run("masked_conv2d_grads", problem, CONFIGURATIONS, launch, arguments)

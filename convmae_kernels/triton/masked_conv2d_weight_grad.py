@@ -16,8 +16,10 @@ from torch import Tensor
 
 from convmae_kernels.triton import tuning
 from convmae_kernels.triton.accumulation import accumulator, pairwise_sum
+from convmae_kernels.triton.strided_conv2d import describe
+from convmae_kernels.triton.tile import position_in
 from convmae_kernels.triton.tuning import Configuration
-from convmae_kernels.triton.zorder import compact, side_bits, spread
+from convmae_kernels.triton.zorder import compact, side_bits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,19 +39,22 @@ CONFIGURATIONS = (
 
 @triton.jit(do_not_specialize=["positions", "positions_per_part"])
 def sum_positions_kernel(
-    grad_ptr,  # [T, s*s, C]
+    grad_ptr,  # [T, (s / stride) ** 2, C]
     x_ptr,  # [T, s*s, C]
     neighbours_ptr,  # int32 [T, (2 * RADIUS + 1) ** 2]
     parts_ptr,  # [parts, kh * kw + 1, C]
-    positions,  # T * s*s
+    positions,  # T * (s / stride) ** 2
     positions_per_part,
     channels,
     dilation_rows,
     dilation_columns,
+    PADDING_ROWS: tl.constexpr,
+    PADDING_COLUMNS: tl.constexpr,
     KERNEL_ROWS: tl.constexpr,
     KERNEL_COLUMNS: tl.constexpr,
     RADIUS: tl.constexpr,
     SIDE_BITS: tl.constexpr,
+    STRIDE_BITS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     LANES: tl.constexpr,
     TAPS: tl.constexpr,
@@ -57,6 +62,7 @@ def sum_positions_kernel(
 ):
     ALL_TAPS: tl.constexpr = KERNEL_ROWS * KERNEL_COLUMNS
     SIDE: tl.constexpr = 1 << SIDE_BITS
+    OUT_BITS: tl.constexpr = SIDE_BITS - STRIDE_BITS
     TABLE_SIDE: tl.constexpr = 2 * RADIUS + 1
     tap_tiles, channel_tiles = tl.cdiv(ALL_TAPS + 1, TAPS), tl.cdiv(channels, CHANNELS)
     pid = tl.program_id(0)
@@ -64,8 +70,8 @@ def sum_positions_kernel(
     channel = (pid // tap_tiles % channel_tiles) * CHANNELS + tl.arange(0, CHANNELS)
     part = (pid // tap_tiles // channel_tiles).to(tl.int64)
     real = channel < channels
-    down = (tap // KERNEL_COLUMNS - KERNEL_ROWS // 2) * dilation_rows + RADIUS * SIDE
-    right = (tap % KERNEL_COLUMNS - KERNEL_COLUMNS // 2) * dilation_columns + RADIUS * SIDE
+    down = tap // KERNEL_COLUMNS * dilation_rows + RADIUS * SIDE - PADDING_ROWS
+    right = tap % KERNEL_COLUMNS * dilation_columns + RADIUS * SIDE - PADDING_COLUMNS
 
     sums = tl.zeros([TAPS, LANES, CHANNELS], ACCUMULATOR)
     first = part * positions_per_part
@@ -78,18 +84,16 @@ def sum_positions_kernel(
             mask=inside[:, None] & real[None, :],
             other=0,
         )
-        rank = (position & (SIDE * SIDE - 1)).to(tl.int32)
-        row = compact(rank >> 1, SIDE_BITS)[None, :] + down[:, None]  # [TAPS, LANES]
-        column = compact(rank, SIDE_BITS)[None, :] + right[:, None]
-        table_ptr = neighbours_ptr + (position >> (2 * SIDE_BITS)) * (TABLE_SIDE * TABLE_SIDE)
-        block = tl.load(
+        rank = (position & ((1 << (2 * OUT_BITS)) - 1)).to(tl.int32)
+        row = (compact(rank >> 1, OUT_BITS) << STRIDE_BITS)[None, :] + down[:, None]
+        column = (compact(rank, OUT_BITS) << STRIDE_BITS)[None, :] + right[:, None]
+        table_ptr = neighbours_ptr + (position >> (2 * OUT_BITS)) * (TABLE_SIDE * TABLE_SIDE)
+        block = tl.load(  # [TAPS, LANES]
             table_ptr[None, :] + (row >> SIDE_BITS) * TABLE_SIDE + (column >> SIDE_BITS),
             mask=inside[None, :] & (tap < ALL_TAPS)[:, None],
             other=-1,
         )
-        source = block.to(tl.int64) << (2 * SIDE_BITS)
-        source += spread(row & (SIDE - 1), SIDE_BITS) << 1
-        source += spread(column & (SIDE - 1), SIDE_BITS)
+        source = position_in(block, row, column, SIDE_BITS)
         x = tl.load(
             x_ptr + source[:, :, None] * channels + channel[None, None, :],
             mask=(block >= 0)[:, :, None] & real[None, None, :],
@@ -133,13 +137,51 @@ def sum_parts_kernel(
     tl.store(bias_ptr + channel, total, mask=tap == ALL_TAPS)
 
 
-def empty_parts(x: Tensor, kernel: Sequence[int]) -> tuple[int, Tensor]:
+def sum_positions(
+    configuration: Configuration,
+    grad: Tensor,
+    x: Tensor,
+    neighbours: Tensor,
+    kernel: Sequence[int],
+    stride: int,
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The gradients in weight, `[C, 1, kh, kw]`, and bias, `[C]`."""
+    blocks, outputs, channels = grad.shape
+    per_part, sums = empty_parts(grad, kernel)
+    if sums.numel() > 0:
+        programs = configuration.grid(TAPS=sums.shape[1], CHANNELS=channels)[0] * sums.shape[0]
+        sum_positions_kernel[(programs,)](
+            grad.contiguous(),
+            x.contiguous(),
+            neighbours.contiguous(),
+            sums,
+            blocks * outputs,
+            per_part,
+            channels,
+            *dilation,
+            PADDING_ROWS=padding[0],
+            PADDING_COLUMNS=padding[1],
+            KERNEL_ROWS=kernel[0],
+            KERNEL_COLUMNS=kernel[1],
+            RADIUS=math.isqrt(neighbours.shape[1]) // 2,
+            SIDE_BITS=side_bits(x.shape[1]),
+            STRIDE_BITS=stride.bit_length() - 1,
+            ACCUMULATOR=accumulator(x.dtype),
+            LANES=LANES,
+            **configuration.options,
+        )
+    return add_parts(sums, kernel, x.dtype)
+
+
+def empty_parts(grad: Tensor, kernel: Sequence[int]) -> tuple[int, Tensor]:
     """The positions of each part, and room for the sums of all: `[parts, kh * kw + 1, C]`."""
-    positions, taps = x.shape[0] * x.shape[1], kernel[0] * kernel[1]
+    positions, taps = grad.shape[0] * grad.shape[1], kernel[0] * kernel[1]
     per_part = max(MIN_POSITIONS_PER_PART, triton.cdiv(positions, MAX_PARTS))
-    dtype = torch.float64 if accumulator(x.dtype) == tl.float64 else torch.float32
+    dtype = torch.float64 if accumulator(grad.dtype) == tl.float64 else torch.float32
     parts = triton.cdiv(positions, per_part)
-    return per_part, x.new_empty(parts, taps + 1, x.shape[2], dtype=dtype)
+    return per_part, grad.new_empty(parts, taps + 1, grad.shape[2], dtype=dtype)
 
 
 def add_parts(sums: Tensor, kernel: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -172,37 +214,14 @@ def launch(
     dilation: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Runs one configuration; the same as `masked_conv2d_weight_grad`."""
-    blocks, square, channels = x.shape
-    per_part, sums = empty_parts(x, kernel)
-    if sums.numel() > 0:
-        programs = configuration.grid(TAPS=sums.shape[1], CHANNELS=channels)[0] * sums.shape[0]
-        sum_positions_kernel[(programs,)](
-            grad.contiguous(),
-            x.contiguous(),
-            neighbours.contiguous(),
-            sums,
-            blocks * square,
-            per_part,
-            channels,
-            *dilation,
-            KERNEL_ROWS=kernel[0],
-            KERNEL_COLUMNS=kernel[1],
-            RADIUS=math.isqrt(neighbours.shape[1]) // 2,
-            SIDE_BITS=side_bits(square),
-            ACCUMULATOR=accumulator(x.dtype),
-            LANES=LANES,
-            **configuration.options,
-        )
-    return add_parts(sums, kernel, x.dtype)
+    padding = [step * (side // 2) for step, side in zip(dilation, kernel, strict=True)]
+    return sum_positions(configuration, grad, x, neighbours, kernel, 1, padding, dilation)
 
 
 def masked_conv2d_weight_grad(
     grad: Tensor, x: Tensor, neighbours: Tensor, kernel: list[int], dilation: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Gradients in weight and bias, see `reference.masked_conv2d_weight_grad`."""
-    problem = (
-        f"kernel {kernel[0]}x{kernel[1]}, side {math.isqrt(x.shape[1])}, "
-        f"{x.shape[2]} channels, {x.dtype}"
-    )
+    problem = describe(x, kernel)
     arguments = (grad, x, neighbours, kernel, dilation)
     return tuning.run("masked_conv2d_weight_grad", problem, CONFIGURATIONS, launch, arguments)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from convmae_kernels.triton import tuning
 from convmae_kernels.triton.accumulation import accumulator
-from convmae_kernels.triton.tile import tile_of_program
+from convmae_kernels.triton.tile import position_in, tile_of_program
 from convmae_kernels.triton.tuning import Configuration
-from convmae_kernels.triton.zorder import compact, side_bits, spread
+from convmae_kernels.triton.zorder import compact, side_bits
 
 CONFIGURATIONS = (
     Configuration("square", {"POSITIONS": 16, "CHANNELS": 64}, num_warps=4),
@@ -29,10 +29,10 @@ def strided_conv2d_kernel(
     y_ptr,  # [T, (s / stride) ** 2, C]
     positions,  # T * (s / stride) ** 2
     channels,
-    padding_rows,
-    padding_columns,
     dilation_rows,
     dilation_columns,
+    PADDING_ROWS: tl.constexpr,
+    PADDING_COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KERNEL_ROWS: tl.constexpr,
     KERNEL_COLUMNS: tl.constexpr,
@@ -51,8 +51,8 @@ def strided_conv2d_kernel(
     TABLE_SIDE: tl.constexpr = 2 * RADIUS + 1
     rank = (position & ((1 << (2 * OUT_BITS)) - 1)).to(tl.int32)
     # Row and column of the input that the first tap meets, in the block and its neighbours.
-    top = (compact(rank >> 1, OUT_BITS) << STRIDE_BITS) + RADIUS * SIDE - padding_rows
-    left = (compact(rank, OUT_BITS) << STRIDE_BITS) + RADIUS * SIDE - padding_columns
+    top = (compact(rank >> 1, OUT_BITS) << STRIDE_BITS) + RADIUS * SIDE - PADDING_ROWS
+    left = (compact(rank, OUT_BITS) << STRIDE_BITS) + RADIUS * SIDE - PADDING_COLUMNS
     table_ptr = neighbours_ptr + (position >> (2 * OUT_BITS)) * (TABLE_SIDE * TABLE_SIDE)
 
     # Each sum is made in the order of the taps and by fused multiply-adds, whatever the tile.
@@ -62,12 +62,10 @@ def strided_conv2d_kernel(
     for i in range(KERNEL_ROWS):
         row = top + i * dilation_rows
         row_ptr = table_ptr + (row >> SIDE_BITS) * TABLE_SIDE
-        row_rank = spread(row & (SIDE - 1), SIDE_BITS) << 1
         for j in tl.static_range(KERNEL_COLUMNS):
             column = left + j * dilation_columns
             block = tl.load(row_ptr + (column >> SIDE_BITS), mask=inside, other=-1)
-            source = block.to(tl.int64) << (2 * SIDE_BITS)
-            source += row_rank | spread(column & (SIDE - 1), SIDE_BITS)
+            source = position_in(block, row, column, SIDE_BITS)
             x = tl.load(
                 x_ptr + source[:, None] * channels + channel[None, :],
                 mask=(block >= 0)[:, None] & real[None, :],
@@ -83,17 +81,17 @@ def strided_conv2d_kernel(
     )
 
 
-def launch(
+def sum_taps(
     configuration: Configuration,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     neighbours: Tensor,
     stride: int,
-    padding: list[int],
-    dilation: list[int],
-) -> tuple[Tensor]:
-    """Runs one configuration; the same as `strided_conv2d`."""
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Runs the kernel."""
     blocks, square, channels = x.shape
     outputs = square // (stride * stride)
     y = x.new_empty(blocks, outputs, channels)
@@ -107,8 +105,9 @@ def launch(
             y,
             blocks * outputs,
             channels,
-            *padding,
             *dilation,
+            PADDING_ROWS=padding[0],
+            PADDING_COLUMNS=padding[1],
             HAS_BIAS=bias is not None,
             KERNEL_ROWS=weight.shape[2],
             KERNEL_COLUMNS=weight.shape[3],
@@ -118,13 +117,19 @@ def launch(
             ACCUMULATOR=accumulator(x.dtype),
             **configuration.options,
         )
-    return (y,)
+    return y
 
 
-def describe(x: Tensor, kernel: Sequence[int], stride: int) -> str:
-    """What the choice of a configuration depends on, of the op and of its gradients."""
+def launch(configuration: Configuration, *arguments) -> tuple[Tensor]:
+    """Runs one configuration; the same as `strided_conv2d`."""
+    return (sum_taps(configuration, *arguments),)
+
+
+def describe(x: Tensor, kernel: Sequence[int], stride: int = 1) -> str:
+    """What the choice of a configuration depends on, of a depthwise op and of its gradients."""
+    step = f", stride {stride}" if stride > 1 else ""
     return (
-        f"kernel {kernel[0]}x{kernel[1]}, stride {stride}, side {math.isqrt(x.shape[1])}, "
+        f"kernel {kernel[0]}x{kernel[1]}{step}, side {math.isqrt(x.shape[1])}, "
         f"{x.shape[2]} channels, {x.dtype}"
     )
 

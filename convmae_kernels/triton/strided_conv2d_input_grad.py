@@ -9,9 +9,9 @@ from torch import Tensor
 from convmae_kernels.triton import tuning
 from convmae_kernels.triton.accumulation import accumulator
 from convmae_kernels.triton.strided_conv2d import describe
-from convmae_kernels.triton.tile import tile_of_program
+from convmae_kernels.triton.tile import position_in, tile_of_program
 from convmae_kernels.triton.tuning import Configuration
-from convmae_kernels.triton.zorder import compact, side_bits, spread
+from convmae_kernels.triton.zorder import compact, side_bits
 
 CONFIGURATIONS = (
     Configuration("square", {"POSITIONS": 16, "CHANNELS": 64}, num_warps=4),
@@ -47,7 +47,6 @@ def strided_conv2d_input_grad_kernel(
     SIDE: tl.constexpr = 1 << SIDE_BITS
     STRIDE: tl.constexpr = 1 << STRIDE_BITS
     OUT_BITS: tl.constexpr = SIDE_BITS - STRIDE_BITS
-    OUT_SIDE: tl.constexpr = 1 << OUT_BITS
     TABLE_SIDE: tl.constexpr = 2 * RADIUS + 1
     rank = (position & (SIDE * SIDE - 1)).to(tl.int32)
     # Row and column of the output that the first tap meets, times the stride, in the block and its
@@ -63,14 +62,12 @@ def strided_conv2d_input_grad_kernel(
         meets_row = inside & ((row & (STRIDE - 1)) == 0)
         row = row >> STRIDE_BITS
         row_ptr = table_ptr + (row >> OUT_BITS) * TABLE_SIDE
-        row_rank = spread(row & (OUT_SIDE - 1), OUT_BITS) << 1
         for j in tl.static_range(KERNEL_COLUMNS):
             column = right - j * dilation_columns
             meets = meets_row & ((column & (STRIDE - 1)) == 0)
             column = column >> STRIDE_BITS
             block = tl.load(row_ptr + (column >> OUT_BITS), mask=meets, other=-1)
-            source = block.to(tl.int64) << (2 * OUT_BITS)
-            source += row_rank | spread(column & (OUT_SIDE - 1), OUT_BITS)
+            source = position_in(block, row, column, OUT_BITS)
             grad = tl.load(
                 grad_ptr + source[:, None] * channels + channel[None, :],
                 mask=(block >= 0)[:, None] & real[None, :],

@@ -79,13 +79,6 @@ inline void look(const cpu::MaskedConv2dWindow& p, const void* features, int64_t
   }
 }
 
-// The first position of row `row` of a tile; its columns are zorder(0, column) positions further.
-template <class T>
-inline const T* row_of(const T* tile, int row, int64_t channels) {
-  // zorder(row, 0), of the four rows that there are at most
-  return tile + ((row & 1) * 2 + (row >> 1) * 8) * channels;
-}
-
 // Asks for a share of what the next tiles will want: a walk that takes one vector of every position
 // at a time is one that the machine does not foresee.
 template <int S, class T>
@@ -187,55 +180,62 @@ inline void convolve_tile(const T* const* seen, int64_t c, int64_t channels, V b
 
 // -- gradient in the weight -------------------------------------------------------------------
 
-// Adds what a tile of x and the tiles of the output's gradient that it sees give to the gradients
-// of the taps: [K * K][lanes].
+// Adds what a tile of x and a tile of the output's gradient, `Row` and `Column` tiles from it, give
+// to the gradients of the taps: [K * K][lanes]. A function of its own: all in one would take the
+// compiler minutes.
+template <class T, int K, int S, int Row, int Column>
+__attribute__((noinline)) void correlate_tiles(const T* x, const T* grad, int64_t channels,
+                                               Acc<T>* taps) {
+  constexpr int lanes = kLanes<Acc<T>>;
+  using V = Vec<Acc<T>, lanes>;
+  // A position of x, o columns from its tile's first, and g columns from that of the other tile
+  // meet with the tap o - g + shift of a row. The first rows of both tiles meet with its row
+  // `base`.
+  constexpr int shift = K / 2 - Column * S, base = K / 2 - Row * S;
+  constexpr int low = shift - (S - 1) > 0 ? shift - (S - 1) : 0,
+                high = shift + S < K ? shift + S : K;
+  constexpr int first = base - (S - 1) > 0 ? base - (S - 1) : 0, last = base + S < K ? base + S : K;
+  unroll<last - first>([&](auto t) CONVMAE_INLINE {
+    constexpr int tap = first + decltype(t)::value;
+    constexpr int behind = tap - base;  // rows of x behind those of the gradient
+    constexpr int begin = behind > 0 ? behind : 0, end = behind < 0 ? S + behind : S;
+    // From zero, as each addition to a long sum rounds anew.
+    V sums[high - low];
+    unroll<high - low>([&](auto k) CONVMAE_INLINE { sums[k] = V{}; });
+    unroll<end - begin>([&](auto n) CONVMAE_INLINE {
+      constexpr int r = begin + decltype(n)::value;
+      const T* const from = x + zorder(r, 0) * channels;
+      const T* const to = grad + zorder(r - behind, 0) * channels;
+      V value[S];
+      unroll<S>([&](auto o)
+                    CONVMAE_INLINE { value[o] = load<lanes>(from + zorder(0, o) * channels); });
+      unroll<S>([&](auto g) CONVMAE_INLINE {
+        if constexpr (shift - decltype(g)::value < K && shift - decltype(g)::value + S - 1 >= 0) {
+          const V weight = load<lanes>(to + zorder(0, g) * channels);
+          unroll<S>([&](auto o) CONVMAE_INLINE {
+            constexpr int k = decltype(o)::value - decltype(g)::value + shift;
+            if constexpr (k >= 0 && k < K) sums[k - low] += weight * value[o];
+          });
+        }
+      });
+    });
+    Acc<T>* const sum = taps + (tap * K + low) * lanes;
+    unroll<high - low>([&](auto k) CONVMAE_INLINE {
+      store<lanes>(sum + k * lanes, load<lanes>(sum + k * lanes) + sums[k]);
+    });
+  });
+}
+
+// The same of all tiles that it sees.
 template <class T, int K, int S>
 inline void correlate_tile(const T* x, const T* const* seen, int64_t c, int64_t channels,
                            Acc<T>* taps) {
-  constexpr int lanes = kLanes<Acc<T>>, reach = Sight<K, S>::reach;
-  using V = Vec<Acc<T>, lanes>;
-  for (int i = 0; i < Sight<K, S>::side; ++i) {
-    unroll<Sight<K, S>::side>([&](auto j) CONVMAE_INLINE {
-      constexpr int column = decltype(j)::value - reach;
-      // A position of x, o columns from its tile's first, and c columns from that of the other tile
-      // meet with the tap o - c + shift of a row.
-      constexpr int shift = K / 2 - column * S;
-      constexpr int low = shift - (S - 1) > 0 ? shift - (S - 1) : 0,
-                    high = shift + S < K ? shift + S : K;
-      const T* const tile = seen[i * Sight<K, S>::side + j];
-      if (tile == nullptr) return;
-      // The kernel's row with which the first rows of both tiles meet.
-      const int base = K / 2 - (i - reach) * S;
-      const int first = base - (S - 1) > 0 ? base - (S - 1) : 0, last = base + S < K ? base + S : K;
-      for (int tap = first; tap < last; ++tap) {
-        // From zero, as each addition to a long sum rounds anew.
-        V sums[high - low];
-        unroll<high - low>([&](auto k) CONVMAE_INLINE { sums[k] = V{}; });
-        const int behind = tap - base;  // rows of x behind those of the gradient
-        for (int r = behind > 0 ? behind : 0; r < (behind < 0 ? S + behind : S); ++r) {
-          const T* const from = row_of(x, r, channels);
-          const T* const grad = row_of(tile + c, r - behind, channels);
-          V value[S];
-          unroll<S>([&](auto o)
-                        CONVMAE_INLINE { value[o] = load<lanes>(from + zorder(0, o) * channels); });
-          unroll<S>([&](auto g) CONVMAE_INLINE {
-            if constexpr (shift - decltype(g)::value < K &&
-                          shift - decltype(g)::value + S - 1 >= 0) {
-              const V weight = load<lanes>(grad + zorder(0, g) * channels);
-              unroll<S>([&](auto o) CONVMAE_INLINE {
-                constexpr int k = decltype(o)::value - decltype(g)::value + shift;
-                if constexpr (k >= 0 && k < K) sums[k - low] += weight * value[o];
-              });
-            }
-          });
-        }
-        Acc<T>* const to = taps + (tap * K + low) * lanes;
-        unroll<high - low>([&](auto k) CONVMAE_INLINE {
-          store<lanes>(to + k * lanes, load<lanes>(to + k * lanes) + sums[k]);
-        });
-      }
-    });
-  }
+  unroll<Sight<K, S>::tiles>([&](auto place) CONVMAE_INLINE {
+    constexpr int row = decltype(place)::value / Sight<K, S>::side - Sight<K, S>::reach;
+    constexpr int column = decltype(place)::value % Sight<K, S>::side - Sight<K, S>::reach;
+    if (seen[place] == nullptr) return;
+    correlate_tiles<T, K, S, row, column>(x, seen[place] + c, channels, taps);
+  });
 }
 
 // The sum of a tile's positions.

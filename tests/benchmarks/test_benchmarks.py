@@ -237,6 +237,7 @@ IN_BFLOAT16 = ("gather/images", "depthwise/stage1/forward_backward", "stages12",
     [(name, torch.float32) for name in registry.CASES if name not in LIKE_ANOTHER + COUNTED]
     + [(name, torch.bfloat16) for name in IN_BFLOAT16],
 )
+@pytest.mark.thorough(but_every=2)
 def test_case_compares_the_same_work(name, dtype, monkeypatch):
     """`measure` itself checks that packed and dense results agree."""
     if name.startswith(("network/", "pretrain/")) and not name.endswith("/memory"):

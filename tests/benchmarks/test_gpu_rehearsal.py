@@ -83,6 +83,7 @@ def rehearsal(tmp_path_factory):
     return folder, done
 
 
+@pytest.mark.thorough
 def test_every_stage_is_run_whatever_happens_in_the_others(rehearsal):
     folder, done = rehearsal
     stages = {stage["name"]: stage for stage in store.load(folder / "run.json")["stages"]}
@@ -98,6 +99,7 @@ def test_every_stage_is_run_whatever_happens_in_the_others(rehearsal):
     assert done.returncode == 1  # of all, since some failed
 
 
+@pytest.mark.thorough
 def test_every_file_is_there_and_says_that_it_is_of_a_rehearsal(rehearsal):
     folder, _ = rehearsal
     parts = ["kernels.json", "counters.csv", "steps.json", "profile.json", "choices.json"]
@@ -111,6 +113,7 @@ def test_every_file_is_there_and_says_that_it_is_of_a_rehearsal(rehearsal):
         assert "gpu" not in content["environment"], file
 
 
+@pytest.mark.thorough
 def test_items_that_raise_crash_hang_or_disagree_are_left_out_alone(rehearsal):
     folder, _ = rehearsal
     found = store.load(folder / f"{STAND_IN}-kernels.json")
@@ -147,6 +150,7 @@ def test_items_that_raise_crash_hang_or_disagree_are_left_out_alone(rehearsal):
     assert all(row["us"] > 0 and row["bytes"] > 0 and row["sets"] >= 4 for row in rows)
 
 
+@pytest.mark.thorough
 def test_the_digest_ends_what_is_printed(rehearsal):
     folder, done = rehearsal
     page = (folder / "digest.txt").read_text()
@@ -168,6 +172,7 @@ def test_the_digest_ends_what_is_printed(rehearsal):
         assert line in page, line
 
 
+@pytest.mark.thorough
 def test_the_profile_of_a_step_by_kernel(rehearsal):
     folder, _ = rehearsal
     found = store.load(folder / f"{STAND_IN}-profile.json")

@@ -16,6 +16,7 @@ pytest.importorskip("torchmetrics")
 SMALL = ["--pictures", "12", "--img_size", "32", "--num_workers", "0", "--rounds", "1"]
 
 
+@pytest.mark.thorough
 def test_it_measures_and_compares(capsys: pytest.CaptureFixture[str]) -> None:
     assert inference.main([*SMALL, "--kills", "0", "--device", "cpu"]) == 0
     text = capsys.readouterr().out

@@ -17,6 +17,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("skimage")
 
 
+@pytest.mark.thorough
 def test_a_real_run_has_a_rate() -> None:
     given = Namespace(model="convmae_tiny", batch_size=128, img_size=32, amp="float32", threads=1)
     assert shared_machine.images_per_second({"GOMP_SPINCOUNT": "0"}, given) > 0

@@ -21,6 +21,7 @@ def widest():
     why_not("cpu", torch.zeros(0)) is not None, reason="there are no compiled kernels"
 )
 @pytest.mark.parametrize(("capability", "expected"), [("default", "baseline"), ("avx2", "AVX2")])
+@pytest.mark.thorough
 def test_a_narrower_instruction_set(capability, expected):
     """`ATEN_CPU_CAPABILITY`, which torch obeys too, asks for less than the machine has."""
     env = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)}

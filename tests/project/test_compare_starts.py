@@ -109,6 +109,7 @@ def test_what_cannot_be_is_refused(arguments, tmp_path, capsys):
     assert "another options" in refusal("--", "--epochs", "3")
 
 
+@pytest.mark.thorough
 def test_a_real_run(tmp_path, capfd):
     """`convmae finetune` itself; the second call finds it done."""
     call = ["finetune", "--config", str(ROOT / "recipes/fashion-mnist_finetune.yaml")]

@@ -166,6 +166,7 @@ def test_without_the_packages(
 
 
 @torch.no_grad()
+@pytest.mark.thorough
 def test_a_segmenter_with_any_batch_and_of_another_size(tmp_path: Path) -> None:
     torch.manual_seed(1)
     sizes = {"embed_dim": (16, 24, 32), "depth": (1, 1, 2), "num_heads": 2}

@@ -73,6 +73,7 @@ def kill_when(process: subprocess.Popen[str], output: Path, count: int, number: 
 
 
 @pytest.mark.parametrize("kind", ["predict", "embed"])
+@pytest.mark.thorough(but_every=2)
 def test_killed_at_several_moments_it_goes_on(
     kind: str, tmp_path: Path, model: Path, folder: Path
 ) -> None:
@@ -98,6 +99,7 @@ def test_killed_at_several_moments_it_goes_on(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.thorough(but_every=2)
 def test_a_signal_stores_what_was_computed(
     number: int, tmp_path: Path, model: Path, folder: Path
 ) -> None:
@@ -292,6 +294,7 @@ def test_an_error_says_what_is_stored(
 # -- many processes -------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_two_processes_write_the_same_rows(tmp_path: Path, model: Path, folder: Path) -> None:
     whole, output = tmp_path / "whole.csv", tmp_path / "out.csv"
     predict(predicting(model, folder, output=str(whole), device="cpu"))
@@ -308,6 +311,7 @@ def test_two_processes_write_the_same_rows(tmp_path: Path, model: Path, folder: 
     assert "exists; --overwrite replaces it" in text and "Traceback" not in text.partition("E11")[0]
 
 
+@pytest.mark.thorough
 def test_two_processes_and_shards(tmp_path: Path) -> None:
     for shard in range(3):
         members = [m for i in range(8) for m in sample(8 * shard + i)]

@@ -135,6 +135,7 @@ def test_a_dead_loading_process_in_an_evaluation_loses_neither_step_nor_evaluati
     assert same(tensors(tmp_path / "run"), tensors(tmp_path / "whole"))
 
 
+@pytest.mark.thorough
 def test_other_commands_say_it_in_one_line_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

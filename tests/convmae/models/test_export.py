@@ -81,6 +81,7 @@ def whole_encoder(dtype):
 
 
 @pytest.mark.parametrize(("variant", "strict"), [*((v, False) for v in VARIANTS), ("token", True)])
+@pytest.mark.thorough(but_every=4)
 def test_an_exported_classifier_serves_every_batch(variant, strict):
     model = small(torch.float64, **VARIANTS[variant])
     program = export(model, images_for(model, 2), strict).module()
@@ -88,6 +89,7 @@ def test_an_exported_classifier_serves_every_batch(variant, strict):
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.thorough(but_every=3)
 def test_exports_of_all_sizes(size):
     model = convmae.create_model(f"convvit_{size}", img_size=32, depth=(1, 1, 1), num_classes=3)
     model = model.double().eval()
@@ -206,6 +208,7 @@ def check_onnx(path, module, *batches):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
+@pytest.mark.thorough(but_every=3)
 def test_onnxruntime_gives_the_logits(tmp_path, variant):
     model = small(**VARIANTS[variant])
     path = export_onnx(model, images_for(model, 2), tmp_path / "model.onnx")

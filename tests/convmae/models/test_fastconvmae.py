@@ -191,6 +191,7 @@ def test_what_takes_one_mask_for_each_image_is_convmae():
     assert torch.equal(fast.reconstruct(images, 0.75, noise).mask, first)
 
 
+@pytest.mark.thorough
 def test_compiles_without_break():
     fast = FastConvMAE(**SIZES, img_size=(32, 64))
     images, noise = inputs(fast)

@@ -260,6 +260,7 @@ def test_one_graph():
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
+@pytest.mark.thorough
 def test_ragged_masks_in_one_graph():
     """What differs between masks is a number that the host knows: no graph break, two compiles."""
     model = small(depth=(1, 1, 1)).eval()

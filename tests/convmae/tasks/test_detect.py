@@ -88,6 +88,7 @@ def test_an_interrupted_run_goes_on_to_the_same_losses_and_figures(data, whole, 
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.thorough
 def test_two_processes_copy_or_divide_the_model_and_find_the_same(data, tmp_path):
     """What is drawn differs from process to process, but not with the strategy."""
     options = SMALL | {"data_path": data, "norm": "batch", "batch_size": 1, "steps": 2}

@@ -140,6 +140,7 @@ def test_accuracy_is_that_of_a_plain_count(pretrained: Path, tmp_path: Path) -> 
     assert mean_loss == pytest.approx(loss / 200, rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_training_learns(tmp_path: Path) -> None:
     plain = {"mixup": 0, "cutmix": 0, "aa": None, "reprob": 0, "drop_path": 0, "layer_decay": 1}
     config = finetuning(tmp_path / "run", epochs=12, max_samples=None, batch_size=50, **plain)

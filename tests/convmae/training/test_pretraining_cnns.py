@@ -258,6 +258,7 @@ def test_layers_that_no_map_depends_on_are_left_out(pictures: Path, tmp_path: Pa
     assert not any(".head.norm" in name for name in state["optimizer"]["state"])
 
 
+@pytest.mark.thorough
 def test_blocks_compile_one_by_one(
     pictures: Path, tmp_path: Path, fcmae_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

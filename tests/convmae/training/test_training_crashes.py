@@ -105,6 +105,7 @@ def test_a_disk_without_space_ends_a_run_with_its_checkpoint_intact(
     assert checkpoints.read_training_state(folder)[1]["step"] == 4
 
 
+@pytest.mark.thorough
 def test_ends_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     """A few of those that `python -m tests.support.endurance` tries."""
     from tests.support.endurance import SIGNALS, endure

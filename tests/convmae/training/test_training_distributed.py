@@ -55,6 +55,7 @@ def single(run_options: Options, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.thorough(but_every=2)
 def test_two_processes_train_as_one_and_one_goes_on_from_two(
     run_options: Options, single: Path, tmp_path: Path, strategy: str
 ) -> None:
@@ -87,6 +88,7 @@ def test_two_processes_train_as_one_and_one_goes_on_from_two(
     ],
     ids=["ddp-spark-sgd", "fsdp2-fcmae-lamb"],
 )
+@pytest.mark.thorough(but_every=2)
 def test_two_processes_share_the_statistics_of_batch_norms(
     run_options: Options, tmp_path: Path, strategy: str, changes: Options
 ) -> None:
@@ -112,6 +114,7 @@ def test_two_processes_share_the_statistics_of_batch_norms(
 
 
 @pytest.mark.parametrize(("command", "strategy"), [("finetune", "fsdp2"), ("linprobe", "ddp")])
+@pytest.mark.thorough(but_every=2)
 def test_two_processes_classify_as_one(
     run_options: Options, tmp_path: Path, command: str, strategy: str
 ) -> None:

@@ -265,6 +265,7 @@ def test_all_gradients_at_once(dtype, side, channels, kernel, options):
 
 
 @pytest.mark.parametrize("name", MASKS)
+@pytest.mark.thorough(but_every=3)
 def test_all_gradients_at_once_for_every_mask(name):
     check_grads(make_mask(name), 2, 8, (5, 5), torch.float16, seeds=(2,))
 
@@ -329,6 +330,7 @@ def test_which_kernels_are_chosen():
 @all_dtypes
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("kernel", [(5, 5), (3, 7)], ids=str)
+@pytest.mark.thorough(but_every=3)
 def test_hidden_pixels_change_no_bit(kernel, value, dtype):
     mask, side, channels = make_mask("ragged"), 4, 6
     visible = mask.to_dense(side)
@@ -348,6 +350,7 @@ def test_hidden_pixels_change_no_bit(kernel, value, dtype):
 @all_dtypes
 @pytest.mark.parametrize("side", [2, 4])
 @pytest.mark.parametrize("kernel", [(3, 3), (7, 7), (3, 5)], ids=str)
+@pytest.mark.thorough(but_every=5)
 def test_values_reach_their_window_only(kernel, side, dtype):
     mask, channels = make_mask("ragged"), 4
     x = random_tensor((mask.num_visible, side * side, channels), dtype)
@@ -375,6 +378,7 @@ def test_values_reach_their_window_only(kernel, side, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("side", [1, 2, 4, 8])
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7)], ids=str)
+@pytest.mark.thorough(but_every=4)
 def test_no_races(kernel, side, dtype):
     channels = 64 if kernel == (7, 7) else 40  # tensor cores have whole slices only
     check(make_mask("row"), side, channels, kernel, dtype, runs=2, checker="races", seeds=(0, 3))
@@ -451,6 +455,7 @@ SYNCHRONISATION = [
 
 
 @pytest.mark.parametrize(("file", "statement", "occurrence"), SYNCHRONISATION)
+@pytest.mark.thorough(but_every=4)
 def test_every_synchronisation_is_needed(file, statement, occurrence):
     """Without it there is a race, or a copy that is read before it is there."""
     unit, use = USES[file]

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {wh
 @all_dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [1, 7, 8, 40])
+@pytest.mark.thorough(but_every=5)
 def test_gather(layout, channels, dtype):
     mask = make_mask("ragged")
     check_gather(images_for(mask, 4, channels, dtype, layout), mask)
@@ -41,6 +42,7 @@ def test_gather(layout, channels, dtype):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", MASKS)
+@pytest.mark.thorough(but_every=3)
 def test_gather_of_every_mask(name, layout):
     for side in (1, 2, 8):
         mask = make_mask(name)
@@ -49,6 +51,7 @@ def test_gather_of_every_mask(name, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("side", BLOCK_SIZES)
+@pytest.mark.thorough(but_every=3)
 def test_gather_of_every_block_side(side, layout):
     mask = make_mask("corner")
     check_gather(images_for(mask, side, 16, layout=layout), mask)
@@ -90,6 +93,7 @@ def test_gather_of_images_of_few_channels(side, channels):
 @all_dtypes
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("channels", [1, 7, 8, 255])
+@pytest.mark.thorough(but_every=5)
 def test_scatter(channels, offset, dtype):
     mask, side = make_mask("ragged"), 2
     x = random_tensor((mask.num_visible, side * side, channels), dtype)
@@ -127,6 +131,7 @@ def check_windows(x, mask, halo, fill=-1.5, offset=0, **options):
 @all_dtypes
 @pytest.mark.parametrize("halo", HALOS, ids=str)
 @pytest.mark.parametrize("channels", [1, 7, 8, 64])
+@pytest.mark.thorough(but_every=7)
 def test_windows(channels, halo, dtype):
     mask = make_mask("ragged")
     for side in (1, 2, 4, 8):
@@ -144,6 +149,7 @@ def test_windows_that_leave_out_the_edges_of_their_blocks(halo):
 
 
 @pytest.mark.parametrize("name", MASKS)
+@pytest.mark.thorough(but_every=3)
 def test_windows_of_every_mask(name):
     mask = make_mask(name)
     for side in (2, 4):
@@ -153,6 +159,7 @@ def test_windows_of_every_mask(name):
 
 @all_dtypes
 @pytest.mark.parametrize("offset", [1, 2])
+@pytest.mark.thorough(but_every=3)
 def test_windows_at_addresses_that_are_not_multiples_of_16_bytes(offset, dtype):
     mask = make_mask("row")
     for channels in (16, 255):
@@ -161,6 +168,7 @@ def test_windows_at_addresses_that_are_not_multiples_of_16_bytes(offset, dtype):
 
 
 @pytest.mark.parametrize("side", BLOCK_SIZES)
+@pytest.mark.thorough(but_every=3)
 def test_windows_of_every_block_side(side):
     mask = make_mask("corner")
     x = random_tensor((mask.num_visible, side * side, 8), torch.float16)

@@ -129,6 +129,7 @@ def test_a_table_that_is_too_small_is_refused():
 
 
 @pytest.mark.parametrize(("level", "name"), LOWER)
+@pytest.mark.thorough
 def test_lower_instruction_sets(level, name):
     """The kernels for other machines, as far as this one can run them."""
     run_tests(__file__, "test_every_width", level, name)

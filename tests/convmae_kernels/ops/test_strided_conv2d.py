@@ -136,6 +136,7 @@ def test_arguments_that_do_not_fit_are_refused():
 
 @compiled
 @pytest.mark.parametrize(("level", "name"), LOWER)
+@pytest.mark.thorough
 def test_lower_instruction_sets(level, name):
     """The kernels for other machines, as far as this one can run them."""
     run_tests(__file__, "test_every_shape", level, name)

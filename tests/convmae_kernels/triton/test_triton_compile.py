@@ -106,28 +106,31 @@ def compiled_windows_grad(target, dtype, configuration, halo=(1, 1, 1, 1), side_
     )
 
 
-def kernel_constants(dtype, kernel, side_bits):
+def kernel_constants(dtype, kernel, side_bits, **more):
     rows, columns = kernel
     return {
         **{"dilation_rows": 1, "dilation_columns": 1},
         **{"KERNEL_ROWS": rows, "KERNEL_COLUMNS": columns, "ACCUMULATOR": TYPES[dtype]},
         **{"RADIUS": -(-(max(kernel) // 2) >> side_bits), "SIDE_BITS": side_bits},
+        **more,
     }
 
 
-def compiled_conv(target, dtype, configuration, kernel=(5, 5), side_bits=2):
+def compiled_conv(target, dtype, configuration, kernel=(5, 5), side_bits=2, stride_bits=0):
     pointers = {f"{name}_ptr": f"*{dtype}" for name in ("x", "weight", "bias", "y")}
     pointers["neighbours_ptr"] = "*i32"
-    constants = kernel_constants(dtype, kernel, side_bits)
-    function = masked_conv2d.masked_conv2d_kernel
+    constants = kernel_constants(dtype, kernel, side_bits, STRIDE_BITS=stride_bits)
+    constants |= {"PADDING_ROWS": kernel[0] // 2, "PADDING_COLUMNS": kernel[1] // 2}
+    function = strided_conv2d.strided_conv2d_kernel
     return compiled(function, target, pointers, configuration, HAS_BIAS=True, **constants)
 
 
-def compiled_weight_grad(target, dtype, configuration, kernel=(5, 5), side_bits=2):
+def compiled_weight_grad(target, dtype, configuration, kernel=(5, 5), side_bits=2, stride_bits=0):
     accumulator = "fp64" if dtype == "fp64" else "fp32"
     pointers = {"grad_ptr": f"*{dtype}", "x_ptr": f"*{dtype}"}
     pointers |= {"neighbours_ptr": "*i32", "parts_ptr": f"*{accumulator}"}
-    constants = kernel_constants(dtype, kernel, side_bits)
+    constants = kernel_constants(dtype, kernel, side_bits, STRIDE_BITS=stride_bits)
+    constants |= {"PADDING_ROWS": kernel[0] // 2, "PADDING_COLUMNS": kernel[1] // 2}
     constants["LANES"] = masked_conv2d_weight_grad.LANES
     function = masked_conv2d_weight_grad.sum_positions_kernel
     return compiled(function, target, pointers, configuration, **constants)
@@ -160,27 +163,17 @@ def compiled_sum_parts(target, dtype, kernel=(5, 5)):
 
 def compiled_strided(target, dtype, kernel=(3, 3), side_bits=3, stride_bits=1):
     """The first configurations of what a convolution with a stride and its gradients run."""
-    accumulator = "fp64" if dtype == "fp64" else "fp32"
-    rows, columns = kernel
-    constants = {
-        **{"KERNEL_ROWS": rows, "KERNEL_COLUMNS": columns, "ACCUMULATOR": TYPES[dtype]},
-        **{"RADIUS": -(-(max(kernel) // 2) >> side_bits), "SIDE_BITS": side_bits},
-        **{"STRIDE_BITS": stride_bits, "dilation_rows": 1, "dilation_columns": 1},
-    }
-    tensors = ("x", "weight", "bias", "y", "grad")
-    pointers = {f"{name}_ptr": f"*{dtype}" for name in tensors}
-    pointers |= {"neighbours_ptr": "*i32", "parts_ptr": f"*{accumulator}"}
-    for module, function, more in (
-        (strided_conv2d, strided_conv2d.strided_conv2d_kernel, {"HAS_BIAS": True}),
-        (strided_conv2d_input_grad, strided_conv2d_input_grad.strided_conv2d_input_grad_kernel, {}),
-        (
-            strided_conv2d_weight_grad,
-            strided_conv2d_weight_grad.sum_outputs_kernel,
-            {"LANES": strided_conv2d_weight_grad.LANES},
-        ),
-    ):
-        mine = {name: kind for name, kind in pointers.items() if name in function.arg_names}
-        yield compiled(function, target, mine, module.CONFIGURATIONS[0], **constants, **more)
+    shape = kernel, side_bits, stride_bits
+    yield compiled_conv(target, dtype, strided_conv2d.CONFIGURATIONS[0], *shape)
+    yield compiled_weight_grad(target, dtype, strided_conv2d_weight_grad.CONFIGURATIONS[0], *shape)
+    pointers = {f"{name}_ptr": f"*{dtype}" for name in ("grad", "weight", "x")}
+    yield compiled(
+        strided_conv2d_input_grad.strided_conv2d_input_grad_kernel,
+        target,
+        {**pointers, "neighbours_ptr": "*i32"},
+        strided_conv2d_input_grad.CONFIGURATIONS[0],
+        **kernel_constants(dtype, kernel, side_bits, STRIDE_BITS=stride_bits),
+    )
 
 
 def compiled_products(target, dtype, configuration, is_grad=False, stride_bits=0):
@@ -232,6 +225,7 @@ def assert_in_registers(kernel, folder):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.thorough(but_every=4)
 def test_convolutions_stay_in_registers(architecture, kernel, tmp_path):
     target = GPUTarget("cuda", architecture, 32)
     for found in compiled_convolutions(target, "bf16", (kernel, kernel)):
@@ -290,6 +284,7 @@ def test_sums_of_parts_stay_in_registers(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "fp64"])
+@pytest.mark.thorough(but_every=3)
 def test_other_dtypes_stay_in_registers(dtype, tmp_path):
     for found in compiled_convolutions(GPUTarget("cuda", 90, 32), dtype, (5, 5)):
         assert_in_registers(found, tmp_path)
@@ -308,6 +303,7 @@ def test_strided_convolutions(tmp_path):
 @pytest.mark.parametrize(
     ("kernel", "side_bits"), [((15, 15), 0), ((15, 15), 5), ((1, 1), 1), ((3, 9), 3)]
 )
+@pytest.mark.thorough(but_every=2)
 def test_other_kernels_and_sides(kernel, side_bits, tmp_path):
     target = GPUTarget("cuda", 80, 32)
     for module, compile_it in (
@@ -319,6 +315,7 @@ def test_other_kernels_and_sides(kernel, side_bits, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.thorough(but_every=3)
 def test_gather_and_scatter_stay_in_registers(architecture, tmp_path):
     target = GPUTarget("cuda", architecture, 32)
     for dtype in ("bf16", "fp32"):
@@ -357,7 +354,7 @@ def test_other_halos_and_sides(halo, side_bits, tmp_path):
 def test_a_kernel_that_spills_is_noticed(tmp_path):
     huge = masked_conv2d.Configuration("huge", {"POSITIONS": 32, "CHANNELS": 128}, num_warps=4)
     kernel = compiled_conv(GPUTarget("cuda", 90, 32), "fp64", huge, (5, 5))
-    with pytest.raises(AssertionError, match="masked_conv2d_kernel spills"):
+    with pytest.raises(AssertionError, match="strided_conv2d_kernel spills"):
         assert_in_registers(kernel, tmp_path)
 
 

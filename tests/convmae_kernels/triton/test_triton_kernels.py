@@ -15,9 +15,11 @@ FOLDER = Path(__file__).parent / "interpreted"
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("test_*.py")), ids=lambda file: file.stem)
-def test_interpreted(file):
+def test_interpreted(file, request):
+    thorough = ["--thorough"] if request.config.getoption("--thorough") else []
+    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
+        [sys.executable, "-m", "pytest", "-q", *plugins, *thorough, file],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -96,6 +96,7 @@ def assert_same(rows, found):
 
 
 @torch.no_grad()
+@pytest.mark.thorough
 def test_a_program_and_an_onnx_file_detect_the_same(busy, tmp_path):
     model, picture = busy
     fixed = FixedDetector(model)

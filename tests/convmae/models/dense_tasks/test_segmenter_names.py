@@ -126,6 +126,7 @@ def test_layers_of_the_official_recipe() -> None:
     assert undecayed == {name for name, p in model.named_parameters() if p.dim() <= 1}
 
 
+@pytest.mark.thorough
 def test_compiled_blocks_train_as_uncompiled_ones() -> None:
     """One picture, whose coarsest map is of 1 x 1: a BatchNorm has a single value for a channel."""
     images = torch.randn(1, 3, 64, 64)
@@ -160,6 +161,7 @@ def test_an_exported_program_serves_every_batch(head: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.thorough
 def test_an_onnx_file_serves_every_batch(tmp_path: Path) -> None:
     model, images = small(), torch.randn(3, 3, 128, 96)
     path = export_onnx(model, images[:2], tmp_path / "model.onnx")

@@ -64,11 +64,7 @@ def few_programs(monkeypatch):
             monkeypatch.setattr(module, "CONFIGURATIONS", (tile,))
         tile = Configuration("test", {"CHANNELS": across}, 1)
         monkeypatch.setattr(masked_conv2d_grads, "CONFIGURATIONS", (tile,))
-        for module in (
-            masked_conv2d_grads,
-            masked_conv2d_weight_grad,
-            strided_conv2d_weight_grad,
-        ):
+        for module in (masked_conv2d_grads, masked_conv2d_weight_grad):
             monkeypatch.setattr(module, "LANES", down // 4)
 
     set_tiles(8)

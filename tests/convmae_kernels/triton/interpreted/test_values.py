@@ -88,6 +88,7 @@ def test_triton_runs_here():
     ],
     ids=str,
 )
+@pytest.mark.thorough(but_every=5)
 def test_masked_conv2d(name, dtype, layout, edge, few_programs):
     side, channels = edge
     few_programs(channels)
@@ -110,6 +111,7 @@ def test_masked_conv2d(name, dtype, layout, edge, few_programs):
         ((3, 1), 32, (33, 1)),
     ],
 )
+@pytest.mark.thorough(but_every=2)
 def test_kernels_sides_and_dilations(kernel, side, dilation):
     mask = make_mask("ragged" if side < 8 else "corner")
     inputs = make_inputs(mask, side, 3, kernel)
@@ -156,6 +158,7 @@ def with_nan_before(x):
     ],
     ids=str,
 )
+@pytest.mark.thorough(but_every=2)
 def test_all_gradients_at_once(
     name, dtype, side, channels, kernel, dilation, layout, few_programs, monkeypatch
 ):
@@ -198,6 +201,7 @@ def test_strided_conv2d(i, dtype, few_programs):
 
 @dtypes
 @cases
+@pytest.mark.thorough(but_every=11)
 def test_gather_and_scatter(dtype, name, layout, side, channels, few_programs):
     few_programs(channels)
     mask = make_mask(name)
@@ -250,6 +254,7 @@ def bits(x):
 
 
 @pytest.mark.parametrize(("dtype", "layout", "name", "side", "channels", "halo"), WINDOWS, ids=str)
+@pytest.mark.thorough(but_every=5)
 def test_gather_windows(dtype, layout, name, side, channels, halo, few_programs):
     few_programs(channels)
     mask = make_mask(name)
@@ -273,6 +278,7 @@ def test_gather_windows(dtype, layout, name, side, channels, halo, few_programs)
 
 @dtypes
 @pytest.mark.parametrize("name", MASKS)
+@pytest.mark.thorough(but_every=5)
 def test_windows_of_every_mask(dtype, name):
     mask, side, halo = make_mask(name), 2, (1, 3, 2, 0)
     table = mask.neighbours(2)
@@ -291,6 +297,7 @@ def test_windows_of_every_mask(dtype, name):
 
 @dtypes
 @pytest.mark.parametrize("fill", [float("-inf"), float("nan"), -0.0])
+@pytest.mark.thorough(but_every=5)
 def test_what_hidden_positions_hold(dtype, fill):
     mask = make_mask("ragged")
     x = random_tensor((mask.num_visible, 4, 5), dtype)
@@ -316,6 +323,7 @@ def test_a_nan_in_a_window_reaches_its_positions_only():
 
 @dtypes
 @pytest.mark.parametrize("value", [float("nan"), -float("inf"), 1e30])
+@pytest.mark.thorough(but_every=5)
 def test_hidden_pixels_change_no_bit(dtype, value):
     mask, side = make_mask("ragged"), 2
     visible = mask.to_dense(side)
