@@ -40,7 +40,7 @@ def default(field: dataclasses.Field) -> str:
         value = field.default_factory()
     else:
         return "needed"
-    if value is None:
+    if value in (None, ""):
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -79,6 +79,8 @@ class CommandOptions(SphinxDirective):
         for alias, long in ALIASES.items():
             if not (long == "--output_dir" and name in OWN_OUTPUT):
                 short[long].append(alias)
+        if not dataclasses.fields(options):
+            lines = lines[: lines.index(".. list-table::")] + ["It has no options."]
         for field in dataclasses.fields(options):
             flags = [f"--{field.name}", *short.get(f"--{field.name}", [])]
             lines += [f"   * - {', '.join(f'``{flag}``' for flag in flags)}"]
