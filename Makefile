@@ -6,7 +6,7 @@ CODE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 SOURCES := $(CODE) setup.py
 export CONVMAE_REQUIRE_EXT = 1
 
-.PHONY: demo fashion-mnist stamps test test-thorough coverage compat lint bench gpu build clean
+.PHONY: demo fashion-mnist stamps test test-thorough coverage compat lint docs bench gpu build clean
 
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -64,6 +64,11 @@ lint: build
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CODE) $(wildcard tests/simt/*.cpp tests/simt/*.h tests/simt/*.cuh)
+
+# The documentation site, in build/docs/index.html; needs no compiled library. A warning is an error: so
+# is a link to a page, a heading or a picture that is not there. Links to other sites are not tried.
+docs: .venv/installed
+	$(BIN)/sphinx-build -E -W --keep-going -q -b html docs build/docs
 
 bench: build
 	$(BIN)/python -m benchmarks
