@@ -141,6 +141,7 @@ def ninja_file(torch, build, library, cuda):
     flags = (
         "-O2 -std=c++20 -ffp-contract=fast -fPIC -fvisibility=hidden -Wall -Wextra "
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} "
+        f"-fmacro-prefix-map={ROOT}/= "  # errors name csrc/..., wherever the library was built
         f"-I{ROOT / 'csrc'} -isystem {torch / 'include'} {cuda.host_flags() if cuda else ''}"
     )
     link = (
