@@ -253,9 +253,7 @@ def without_compilers(python: Path) -> dict[str, str]:
     environment["PATH"] = str(python.parent)
     found = [name for name in COMPILERS if shutil.which(name, path=environment["PATH"])]
     if found:
-        raise CompatError(
-            f"{python.parent} has {', '.join(found)}, expected no compiler: remove it"
-        )
+        raise CompatError(f"{python.parent} has {', '.join(found)}, expected no compiler there")
     return environment
 
 
