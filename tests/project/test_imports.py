@@ -131,6 +131,7 @@ PACKED_FUNCTIONS = [
 ]
 MAY_IMPORT = {  # what each module of the package may import from the package
     "recording": [],
+    "torch_version": [],
     "zorder": [],
     "block_mask": ["recording", "ops.reference"],
     "ops.support": ["zorder", "ops.support"],
