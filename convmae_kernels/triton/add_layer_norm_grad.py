@@ -101,6 +101,11 @@ def rows_of_step(columns: int, kind: tl.dtype) -> int:
     return max(1, min(MOST_ROWS_OF_STEP, rows))
 
 
+def split(rows: int) -> tuple[int, int]:
+    """The rows of a part, and how many parts there are."""
+    return parts_of(rows, MIN_ROWS_PER_PART, MAX_PARTS)
+
+
 def launch(
     configuration: Configuration,
     grad_normed: Tensor,
@@ -113,7 +118,7 @@ def launch(
     """Runs one configuration; the same as `add_layer_norm_grad`."""
     grad_x, channels = total.new_empty(total.shape), total.shape[-1]
     rows, columns = grad_x.numel() // max(channels, 1), triton.next_power_of_2(max(channels, 1))
-    per_part, parts = parts_of(rows, MIN_ROWS_PER_PART, MAX_PARTS)
+    per_part, parts = split(rows)
     sums = empty_parts(grad_x.view(rows, channels), parts, 3 if has_branch_bias else 2)
     kind = accumulator(total.dtype)
     if sums.numel() > 0:

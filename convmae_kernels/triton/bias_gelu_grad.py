@@ -67,14 +67,19 @@ def bias_gelu_grad_kernel(
     tl.store(parts_ptr + part * channels + channel, total, mask=real)
 
 
+def split(rows: int, channels: int) -> tuple[int, int]:
+    """The rows of a part, and how many parts there are."""
+    tiles = triton.cdiv(max(channels, 1), CHANNELS_OF_PART)
+    return parts_of(rows, MIN_ROWS_PER_PART, triton.cdiv(ENOUGH_PROGRAMS, tiles))
+
+
 def launch(
     configuration: Configuration, grad: Tensor, x: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Runs one configuration; the same as `bias_gelu_grad`."""
     grad_x, channels = x.new_empty(x.shape), x.shape[-1]
     rows = grad_x.numel() // max(channels, 1)
-    tiles = triton.cdiv(max(channels, 1), CHANNELS_OF_PART)
-    per_part, parts = parts_of(rows, MIN_ROWS_PER_PART, triton.cdiv(ENOUGH_PROGRAMS, tiles))
+    per_part, parts = split(rows, channels)
     sums = empty_parts(grad_x.view(rows, channels), parts, 1)
     if sums.numel() > 0:
         programs = configuration.grid(CHANNELS=channels)[0] * parts
