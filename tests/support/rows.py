@@ -61,6 +61,10 @@ def _check(ours, plain, inputs, grads, names):
     wide, wide_grads = ([t.double() for t in ts] for ts in (inputs, grads))
     exact = results(plain, wide, wide_grads)
     terms = results(plain, [t.abs() for t in wide], [t.abs() for t in wide_grads])
-    for values in zip(found, exact, expected, terms, names, strict=True):
-        assert_within_budget(*values)
-        assert values[0].is_contiguous(), values[-1]
+    for y, right, by_pytorch, most, name in zip(found, exact, expected, terms, names, strict=True):
+        assert y.is_contiguous(), name
+        if y.dtype == torch.float64:  # PyTorch's own result is what is right, and rounds as much
+            assert (y.dtype, y.shape) == (by_pytorch.dtype, by_pytorch.shape), name
+            assert (y - right).norm() <= 1e-14 * (most.norm() + right.norm()), name
+        else:
+            assert_within_budget(y, right, by_pytorch, most, name)
