@@ -1,6 +1,7 @@
 """What a training step asks of a GPU: launches, bytes and FLOPs, counted without one.
 
-    python -m benchmarks.budget --batch_size 128                  # tables by kind of op and by part
+    python -m benchmarks.budget --batch_size 128           # tables by kind of op and by part
+    python -m benchmarks.budget --batch_size 128 --apart   # PyTorch's ops around the products
     python -m benchmarks --case budget --batch_size 128 --dtype bfloat16
 
 The step runs eagerly on tensors without numbers, so every machine counts the same; what a GPU does
@@ -209,9 +210,9 @@ def _multi_tensor_launches(args: Any) -> int:
 
 
 @contextmanager
-def as_on_a_gpu() -> Iterator[None]:
+def as_on_a_gpu(joined: bool = True) -> Iterator[None]:
     """What CUDA does and a CPU does not: fused attention in every dtype, under autocast layer norms
-    in float32, unless they take care of their dtype themselves, and the ops on rows."""
+    in float32, unless they take care of their dtype themselves, and, if `joined`, ops on rows."""
     plain = torch.nn.functional.layer_norm
 
     def layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
@@ -227,7 +228,7 @@ def as_on_a_gpu() -> Iterator[None]:
         mock.patch.object(torch.nn.functional, "layer_norm", layer_norm),
         mock.patch.object(layers, "attention", attention),
         mock.patch.object(layers, "FLOAT32_BETWEEN_BLOCKS", frozenset()),
-        mock.patch.object(layers, "has_row_kernels", lambda x: WHY_NOT_TRITON is None),
+        mock.patch.object(layers, "has_row_kernels", lambda x: joined and WHY_NOT_TRITON is None),
         mock.patch.object(arithmetic, "SLOW_ON_CPU", frozenset()),
         mock.patch.object(nn.Module, "to", lambda module, *_: module),  # fake tensors cannot move
     ):
@@ -252,16 +253,17 @@ def _follow(model: nn.Module, counter: _Counter) -> None:
 
 
 @cache
-def count_step(setting: Setting, dtype: torch.dtype, kind: str) -> Budget:
+def count_step(setting: Setting, dtype: torch.dtype, kind: str, joined: bool = True) -> Budget:
     """The ops of one training step (mask, forward, backward, fused AdamW), which computes nothing.
 
     Args:
         setting: model and sizes; the device is not looked at.
         dtype: autocast's; float32 for none.
         kind: one of `KINDS`.
+        joined: with the ops on rows; else with PyTorch's in their place.
     """
     setting = replace(setting, device=torch.device("cpu"))
-    with as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
+    with as_on_a_gpu(joined), FakeTensorMode(allow_non_fake_inputs=True):
         model = models.build_mae(setting) if kind == KINDS[2] else models.build(setting, kind)
         step = models.training_step(model, setting, dtype)
         size = (3, setting.img_size, setting.img_size)
@@ -310,6 +312,9 @@ def main() -> None:
     parser.add_argument("--img_size", "--img-size", type=int, default=Setting.img_size)
     parser.add_argument("--mask_ratio", "--mask-ratio", type=float, default=Setting.mask_ratio)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument(
+        "--apart", action="store_true", help="PyTorch's ops in place of those on rows"
+    )
     parser.add_argument("--contender", nargs="+", choices=KINDS, default=KINDS)
     args = parser.parse_args()
     try:
@@ -318,7 +323,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     for kind in args.contender:
-        found = count_step(setting, getattr(torch, args.dtype), kind)
+        found = count_step(setting, getattr(torch, args.dtype), kind, not args.apart)
         print(
             f"{kind}: {args.model}, batch {args.batch_size}, {args.dtype}: {found.launches} "
             f"launches, {found.bytes / 1e9:.1f} GB, {found.flops / 1e12:.2f} TFLOP",
