@@ -9,7 +9,7 @@ import torch
 from convmae_kernels.ops import reference
 from convmae_kernels.ops.support.derivatives import derivatives_of_function
 from convmae_kernels.ops.support.dispatch import Impl, register
-from convmae_kernels.ops.support.rows import check_rows, check_vector, choose
+from convmae_kernels.ops.support.rows import check_rows, check_vector, choose, eager_calls
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +73,7 @@ register(
     _fake_grad,
     derivatives_of_function(reference.add_layer_norm_grad),
 )
+_EAGER = eager_calls("add_layer_norm", _derivatives)
 
 
 def add_layer_norm(
@@ -122,5 +123,5 @@ def add_layer_norm(
     check_vector("bias", bias, x)
     if branch_bias is not None:
         check_vector("branch_bias", branch_bias, x)
-    run = choose(impl, "add_layer_norm", reference.add_layer_norm, x)
+    run = choose(impl, "add_layer_norm", reference.add_layer_norm, _EAGER, x)
     return run(x, branch, branch_bias, weight, bias, float(eps))

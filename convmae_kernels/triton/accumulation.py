@@ -28,8 +28,8 @@ def parts_of(rows: int, least: int, most: int) -> tuple[int, int]:
 
     That follows from the problem alone, so no sum depends on the configuration.
     """
-    per_part = max(least, triton.cdiv(rows, most))
-    return per_part, triton.cdiv(rows, per_part)
+    per_part = max(least, -(-rows // most))
+    return per_part, -(-rows // per_part)
 
 
 def empty_parts(x: torch.Tensor, parts: int, vectors: int) -> torch.Tensor:
@@ -81,7 +81,7 @@ def add_parts(sums: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     results = [sums.new_empty(channels, dtype=dtype) for _ in range(vectors)]
     if channels > 0:
         pointers = (results * 3)[:3]
-        add_parts_kernel[(triton.cdiv(vectors * channels, ELEMENTS),)](
+        add_parts_kernel[(-(-vectors * channels // ELEMENTS),)](
             sums,
             *pointers,
             parts,

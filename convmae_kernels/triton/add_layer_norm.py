@@ -74,6 +74,11 @@ def add_layer_norm_kernel(
     tl.store(normed_ptr + place, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
+def columns_of(channels: int) -> int:
+    """The columns of a program's rows: the next power of two."""
+    return 1 << max(channels - 1, 0).bit_length()
+
+
 def launch(
     configuration: Configuration,
     x: Tensor,
@@ -103,7 +108,7 @@ def launch(
             EPS=eps,
             HAS_BRANCH_BIAS=branch_bias is not None,
             ACCUMULATOR=accumulator(dtype),
-            COLUMNS=triton.next_power_of_2(channels),
+            COLUMNS=columns_of(channels),
             **configuration.options,
         )
     return total, normed

@@ -19,7 +19,7 @@ from convmae_kernels.triton.accumulation import (
     pairwise_sum,
     parts_of,
 )
-from convmae_kernels.triton.add_layer_norm import describe, normalised, sum_of_rows
+from convmae_kernels.triton.add_layer_norm import columns_of, describe, normalised, sum_of_rows
 from convmae_kernels.triton.tuning import Configuration
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def launch(
 ) -> tuple[Tensor, ...]:
     """Runs one configuration; the same as `add_layer_norm_grad`."""
     grad_x, channels = total.new_empty(total.shape), total.shape[-1]
-    rows, columns = grad_x.numel() // max(channels, 1), triton.next_power_of_2(max(channels, 1))
+    rows, columns = grad_x.numel() // max(channels, 1), columns_of(channels)
     per_part, parts = split(rows)
     sums = empty_parts(grad_x.view(rows, channels), parts, 3 if has_branch_bias else 2)
     kind = accumulator(total.dtype)

@@ -69,8 +69,8 @@ def bias_gelu_grad_kernel(
 
 def split(rows: int, channels: int) -> tuple[int, int]:
     """The rows of a part, and how many parts there are."""
-    tiles = triton.cdiv(max(channels, 1), CHANNELS_OF_PART)
-    return parts_of(rows, MIN_ROWS_PER_PART, triton.cdiv(ENOUGH_PROGRAMS, tiles))
+    tiles = -(-max(channels, 1) // CHANNELS_OF_PART)
+    return parts_of(rows, MIN_ROWS_PER_PART, -(-ENOUGH_PROGRAMS // tiles))
 
 
 def launch(

@@ -6,12 +6,14 @@ import os
 import shutil
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from convmae_kernels.ops.support.dispatch import (
+    LIB,
+    TRITON_LIB,
     WHY_NOT_TRITON,
     Impl,
     check_impl,
@@ -44,8 +46,17 @@ def has_row_kernels(x: Tensor) -> bool:
     return x.is_cuda and _TRITON_RUNS and not is_exported() and not transforms_active()
 
 
-def choose(impl: Impl, name: str, reference: Callable, x: Tensor) -> Callable:
+def choose(
+    impl: Impl, name: str, reference: Callable, eager: dict[str, Callable], x: Tensor
+) -> Callable:
     """The callable that runs the op `name` on `x`: a registered op, or the reference.
+
+    Args:
+        impl: as the public functions take it.
+        name: of the op.
+        reference: the op in PyTorch's own ops.
+        eager: what runs the op where nothing is compiled, from `eager_calls`.
+        x: the rows.
 
     Raises:
         RuntimeError: `impl` was asked for by name and cannot run.
@@ -58,7 +69,59 @@ def choose(impl: Impl, name: str, reference: Callable, x: Tensor) -> Callable:
     check_impl(impl, x)
     if impl == "reference" or transforms_active() or is_exported():
         return reference
-    return getattr(torch.ops.convmae_triton if impl == "triton" else torch.ops.convmae, name)
+    library = TRITON_LIB.ns if impl == "triton" else LIB.ns
+    if torch.compiler.is_compiling():
+        return getattr(getattr(torch.ops, library), name)
+    return eager[library]
+
+
+def eager_calls(name: str, derivatives: Callable) -> dict[str, Callable]:
+    """What runs an op, by the name of the library: the same as the op, with less work of the host.
+
+    PyTorch runs registered derivatives through much Python, also where nothing is differentiated.
+
+    Args:
+        name: of the op.
+        derivatives: what `register` was given.
+    """
+    return {library.ns: _eager_call(library.ns, name, derivatives) for library in (LIB, TRITON_LIB)}
+
+
+def _eager_call(library: str, name: str, derivatives: Callable) -> Callable:
+    ops = _Ops(library)
+    formula, setup_context = derivatives(ops)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = getattr(ops, name)(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return formula(ctx, *grads)
+
+    return Eager.apply
+
+
+class _Ops:
+    """The ops of a library; without their own derivatives where nothing is differentiated."""
+
+    def __init__(self, library: str) -> None:
+        self._library = getattr(torch.ops, library)
+
+    def __getattr__(self, name: str) -> Callable:
+        op = getattr(self._library, name).default
+
+        def run(*arguments: Any) -> Any:
+            if torch.is_grad_enabled():
+                return op(*arguments)
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*arguments)
+
+        setattr(self, name, run)
+        return run
 
 
 def check_rows(name: str, x: Tensor) -> None:
