@@ -105,7 +105,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias if add_bias else None)
 
 
-def late_bias(layer: nn.Module, x: Tensor) -> Tensor | None:
+def late_bias(layer: nn.Module, x: Tensor, behind: nn.Module) -> Tensor | None:
     """The bias of a product that the kernel behind it should add: it then sums its gradient too.
 
     PyTorch reads the gradient of the product once more for that sum.
@@ -113,12 +113,14 @@ def late_bias(layer: nn.Module, x: Tensor) -> Tensor | None:
     Args:
         layer: the product's.
         x: what flows through it; sets the device.
+        behind: whose kernel would add it.
 
     Returns:
-        `[C]`, or None where the product adds its bias itself, as on a CPU.
+        `[C]`, or None where the product adds its bias itself: on a CPU, and where one of the two
+        layers is of another kind.
     """
-    ours = isinstance(layer, Linear | nn.Conv2d) and has_row_kernels(x)
-    return layer.bias if ours else None  # type: ignore[return-value]
+    ours = isinstance(layer, Linear | nn.Conv2d) and isinstance(behind, GELU | LayerNorm)
+    return layer.bias if ours and has_row_kernels(x) else None  # type: ignore[return-value]
 
 
 class GELU(nn.GELU):
@@ -323,9 +325,10 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T, P, dim] -> [T, P, dim]`."""
-        late = late_bias(self.fc1, x)
+        late = late_bias(self.fc1, x, self.act)
         x = patch_conv2d(x, self.fc1.weight, self.fc1.bias if late is None else None)
-        return patch_conv2d(self.act(x, late), self.fc2.weight, self.fc2.bias)
+        x = self.act(x) if late is None else self.act(x, late)
+        return patch_conv2d(x, self.fc2.weight, self.fc2.bias)
 
 
 class ConvBlock(nn.Module):
@@ -354,7 +357,7 @@ class ConvBlock(nn.Module):
         """`[T, P, dim] -> [T, P, dim]`."""
         with cast_together(list(self.parameters()), x):
             y = patch_conv2d(self.norm1(x), self.conv1.weight, self.conv1.bias)
-            late = None if self.drop_path.drops else late_bias(self.conv2, x)
+            late = None if self.drop_path.drops else late_bias(self.conv2, x, self.norm2)
             bias = self.conv2.bias if late is None else None
             y = patch_conv2d(self.attn(y, mask), self.conv2.weight, bias)
             x, y = self.norm2(x, self.drop_path(y, mask), late)
@@ -420,9 +423,10 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim] -> [..., dim]`."""
-        late = late_bias(self.fc1, x)
-        x = self.fc1(x) if late is None else self.fc1(x, add_bias=False)
-        return self.fc2(self.act(x, late))
+        late = late_bias(self.fc1, x, self.act)
+        if late is None:
+            return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x, add_bias=False), late))
 
 
 class Block(nn.Module):
@@ -468,7 +472,7 @@ class Block(nn.Module):
                 queries, x = take_tokens(y, index), take_tokens(x, index)
             elif rows is not None:
                 x = rows.spread(x)
-            late = None if self.drop_path.drops else late_bias(self.attn.proj, x)
+            late = None if self.drop_path.drops else late_bias(self.attn.proj, x, self.norm2)
             y = self.attn(y, key_padding, queries, rows, late is None)
             x, y = self.norm2(x, self.drop_path(y), late)
             return x + self.drop_path(self.mlp(y))
