@@ -100,8 +100,13 @@ def samples(dtype, requires_grad):
     ]
 
 
-# The last four, of which two are traced with their own derivatives, meet a dtype each.
-OPCHECKS = [(i, dtype) for i in range(24) for dtype in (DTYPES if i < 20 else [DTYPES[i % 4]])]
+# The last four meet a dtype each; two of them are traced with their own derivatives, for seconds.
+OPCHECKS = [(i, dtype) for i in range(20) for dtype in DTYPES]
+OPCHECKS += [(20, torch.float32), (22, torch.bfloat16)]
+OPCHECKS += [
+    pytest.param(21, torch.float16, marks=pytest.mark.thorough),
+    pytest.param(23, torch.float64, marks=pytest.mark.thorough),
+]
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])

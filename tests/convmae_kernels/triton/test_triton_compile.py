@@ -324,7 +324,11 @@ def test_sums_of_parts_stay_in_registers(tmp_path):
 
 @pytest.mark.parametrize(
     ("architecture", "dtype", "channels", "choice"),
-    [(90, "bf16", 768, 1), (80, "fp64", 384, 2)],
+    [
+        (90, "bf16", 768, 1),
+        pytest.param(80, "fp64", 384, 2, marks=pytest.mark.thorough),
+        pytest.param(100, "bf16", 256, 0, marks=pytest.mark.thorough),
+    ],
 )
 def test_rows_stay_in_registers(architecture, dtype, channels, choice, tmp_path):
     for found in row_kernels(GPUTarget("cuda", architecture, 32), dtype, channels, choice):
