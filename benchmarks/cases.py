@@ -355,6 +355,25 @@ def step_against_mae(setting: Setting, dtype: torch.dtype) -> Comparison:
     return Comparison(contenders, counted, clock_for(setting.device), baseline="MAE ViT-B")
 
 
+@register("joined")
+def step_joined(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """A whole training step with the ops on rows, against PyTorch's ops in their place."""
+    pixels, noise = models.images(setting), setting.noise()
+    ways: list[tuple[str, Callable[..., Any]]] = [("", models.training_step)]
+    if setting.device.type == "cuda":
+        ways.append((" graph", models.CapturedStep))
+    contenders = []
+    for way, make in ways:
+        for name in ("packed", "apart"):
+            model = models.build(setting, "packed")
+            step = make(model, setting, dtype)
+            run = partial(step if name == "packed" else models.apart(step), pixels, noise)
+            contenders.append(Contender(name + way, run, partial(_step_result, model)))
+    parameters = models.parameters(setting.model)
+    counted = work.training_work(parameters, setting.block_mask(), pixels.numel(), optimizer=True)
+    return Comparison(contenders, counted, clock_for(setting.device), baseline="apart")
+
+
 def _step_result(model: nn.Module, loss: Tensor) -> list[Tensor]:
     return [loss, models.gradient_norms(model)]
 

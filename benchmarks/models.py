@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import convmae
 from benchmarks.runner import CapturedGraph
-from convmae.models import ConvMAE, DenseConvMAE
+from convmae.models import ConvMAE, DenseConvMAE, layers
 from convmae.models.image_model import ConvMAEOutput, patch_statistics
 from convmae.models.layers import Block, sincos_pos_embed
 from convmae.models.tokens import take_tokens
@@ -143,6 +144,16 @@ def training_step(
         return loss.detach()
 
     return step
+
+
+def apart(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`step` with PyTorch's ops around the products, in place of those on rows."""
+
+    def run(*arguments: Tensor) -> Tensor:
+        with mock.patch.object(layers, "has_row_kernels", lambda x: False):
+            return step(*arguments)
+
+    return run
 
 
 def new_optimizer(model: nn.Module, capturable: bool = False) -> torch.optim.Optimizer:

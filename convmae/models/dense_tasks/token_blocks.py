@@ -148,8 +148,8 @@ class MapBlock(nn.Module):
                 y = self.attn(y, bias)
             else:
                 y = in_windows(self.attn, y, self.window_of(x), bias, self.padding_counts)
-            x = x + self.drop_path(_scale(y, self.gamma_1))
-            return x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma_2))
+            x, y = self.norm2(x, self.drop_path(_scale(y, self.gamma_1)))
+            return x + self.drop_path(_scale(self.mlp(y), self.gamma_2))
 
     def window_of(self, x: Tensor) -> Grid:
         """The windows of a map `[N, gh, gw, dim]`; where padding is left out, not above the map."""
