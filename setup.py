@@ -6,8 +6,8 @@ CONVMAE_REQUIRE_EXT=1 makes that an error.
 
 With nvcc ($CUDA_HOME/bin, or on the PATH) the library has CUDA kernels too, whether this torch has
 CUDA or not. TORCH_CUDA_ARCH_LIST says for which GPUs; the default is short, for development, and
-releases are built for `RELEASE_ARCHS` of release/build.py. MAX_JOBS says how many files are compiled
-at the same time; the default is ninja's.
+releases are built for `RELEASE_ARCHS` of release/build.py. MAX_JOBS says how many files are
+compiled at the same time; the default is ninja's.
 """
 
 import importlib.util

@@ -359,15 +359,16 @@ def step_against_mae(setting: Setting, dtype: torch.dtype) -> Comparison:
 def step_joined(setting: Setting, dtype: torch.dtype) -> Comparison:
     """A whole training step with the ops on rows, against PyTorch's ops in their place."""
     pixels, noise = models.images(setting), setting.noise()
-    ways: list[tuple[str, Callable[..., Any]]] = [("", models.training_step)]
-    if setting.device.type == "cuda":
-        ways.append((" graph", models.CapturedStep))
     contenders = []
-    for way, make in ways:
-        for name in ("packed", "apart"):
+    for way in ("", " graph") if setting.device.type == "cuda" else ("",):
+        for name in ("joined", "apart"):
             model = models.build(setting, "packed")
-            step = make(model, setting, dtype)
-            run = partial(step if name == "packed" else models.apart(step), pixels, noise)
+            if way:
+                step = models.CapturedStep(model, setting, dtype, is_joined=name == "joined")
+            else:
+                step = models.training_step(model, setting, dtype)
+                step = models.joined(step) if name == "joined" else step
+            run = partial(step, pixels, noise)
             contenders.append(Contender(name + way, run, partial(_step_result, model)))
     parameters = models.parameters(setting.model)
     counted = work.training_work(parameters, setting.block_mask(), pixels.numel(), optimizer=True)

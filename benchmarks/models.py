@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from functools import cache
 from typing import TYPE_CHECKING
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import convmae
 from benchmarks.runner import CapturedGraph
-from convmae.models import ConvMAE, DenseConvMAE, layers
+from convmae.models import ConvMAE, DenseConvMAE
 from convmae.models.image_model import ConvMAEOutput, patch_statistics
 from convmae.models.layers import Block, sincos_pos_embed
 from convmae.models.tokens import take_tokens
 from convmae_kernels import BlockMask, gather_visible, scatter_visible
+from convmae_kernels.ops.support.rows import joining_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -146,11 +146,11 @@ def training_step(
     return step
 
 
-def apart(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`step` with PyTorch's ops around the products, in place of those on rows."""
+def joined(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`step` with the ops on rows around the products, in place of PyTorch's."""
 
     def run(*arguments: Tensor) -> Tensor:
-        with mock.patch.object(layers, "has_row_kernels", lambda x: False):
+        with joining_rows():
             return step(*arguments)
 
     return run
@@ -165,13 +165,18 @@ def new_optimizer(model: nn.Module, capturable: bool = False) -> torch.optim.Opt
 class CapturedStep:
     """`training_step` as one CUDA graph of the batch that it is first called with.
 
+    With the ops on rows, as `convmae pretrain --cuda_graph` captures it; `is_joined=False` without.
+
     What the steps before the capture changed is taken back, so that the first replay is the first
     step.
     """
 
-    def __init__(self, model: nn.Module, setting: Setting, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, setting: Setting, dtype: torch.dtype, is_joined: bool = True
+    ) -> None:
         self._model, self._optimizer = model, new_optimizer(model, capturable=True)
-        self._step = training_step(model, setting, dtype, optimizer=self._optimizer)
+        step = training_step(model, setting, dtype, optimizer=self._optimizer)
+        self._step = joined(step) if is_joined else step
         self._captured: CapturedGraph | None = None
 
     def __call__(self, pixels: Tensor, noise: Tensor) -> Tensor:

@@ -116,8 +116,8 @@ def late_bias(layer: nn.Module, x: Tensor, behind: nn.Module) -> Tensor | None:
         behind: whose kernel would add it.
 
     Returns:
-        `[C]`, or None where the product adds its bias itself: on a CPU, and where one of the two
-        layers is of another kind.
+        `[C]`, or None where the product adds its bias itself: outside of `joining_rows`, on a CPU,
+        and where one of the two layers is of another kind.
     """
     ours = isinstance(layer, Linear | nn.Conv2d) and isinstance(behind, GELU | LayerNorm)
     return layer.bias if ours and has_row_kernels(x) else None  # type: ignore[return-value]
@@ -150,7 +150,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(
         self, x: Tensor, branch: Tensor | None = None, branch_bias: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """`norm(x)`; given a branch `x + branch` and its norm, on a GPU by one kernel.
+        """`norm(x)`; given a branch `x + branch` and its norm, by one kernel inside `joining_rows`.
 
         Args:
             x: `[..., dim]`.

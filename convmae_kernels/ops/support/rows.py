@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from convmae_kernels.ops.support.dtypes import DTYPES
 from convmae_kernels.recording import is_exported
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 def _builds_launchers() -> bool:
@@ -36,14 +37,33 @@ def _builds_launchers() -> bool:
 
 # Asked once: `torch.compile` cannot trace the question.
 _TRITON_RUNS = WHY_NOT_TRITON is None and _builds_launchers()
+_wanted = False
+
+
+@contextmanager
+def joining_rows() -> Iterator[None]:
+    """Inside, models run the ops on rows where they can.
+
+    For steps that wait for the GPU, such as those captured in a CUDA graph. A launch of Triton's
+    takes the host longer than one of PyTorch's own, so that a step which waits for its launches
+    would become slower.
+    """
+    global _wanted
+    before, _wanted = _wanted, True
+    try:
+        yield
+    finally:
+        _wanted = before
 
 
 def has_row_kernels(x: Tensor) -> bool:
-    """Whether the ops on rows save bytes here: their kernels can run on the device of `x`.
+    """Whether models run the ops on rows here: that is wanted, and the device of `x` has kernels.
 
     Not in exported programs, which are made of PyTorch's own ops, and not under `torch.func`.
     """
-    return x.is_cuda and _TRITON_RUNS and not is_exported() and not transforms_active()
+    if not _wanted or not x.is_cuda or not _TRITON_RUNS:
+        return False
+    return not is_exported() and not transforms_active()
 
 
 def choose(
