@@ -6,7 +6,7 @@ convolution modules here only hold parameters: on packed features they are matri
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -132,44 +132,14 @@ class GELU(nn.GELU):
 
 
 class LayerNorm(nn.LayerNorm):
-    """`torch.nn.LayerNorm` that can add a block's branch before, and on a GPU stays in bfloat16
-    under autocast to it.
+    """`torch.nn.LayerNorm` that on a GPU stays in bfloat16 under autocast to it.
 
     Statistics and sums are float32 in any case. Autocast would read and write float32, as it must
     for float16, and the product that follows would cast that back.
     """
 
-    @overload
-    def forward(self, x: Tensor) -> Tensor: ...
-
-    @overload
-    def forward(
-        self, x: Tensor, branch: Tensor, branch_bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def forward(
-        self, x: Tensor, branch: Tensor | None = None, branch_bias: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """`norm(x)`; given a branch `x + branch` and its norm, by one kernel inside `joining_rows`.
-
-        Args:
-            x: `[..., dim]`.
-            branch: `[..., dim]`.
-            branch_bias: `[dim]` that the branch still lacks, from `late_bias`.
-
-        Returns:
-            The norm `[..., dim]`, in the dtype of `x`; for float16 in that of autocast. With a
-            branch the sum and its norm, which one kernel gives in the dtype of the branch, since
-            a product reads it.
-        """
-        if branch is None:
-            return self._norm(x)
-        if has_row_kernels(x):
-            return add_layer_norm(x, branch, self.weight, self.bias, self.eps, branch_bias)
-        total = x + branch
-        return total, self._norm(total)
-
-    def _norm(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., dim] -> [..., dim]`, in the dtype of `x`; for float16 in that of autocast."""
         device = x.device.type
         if (
             x.dtype != torch.bfloat16
@@ -247,6 +217,27 @@ def split_heads(x: Tensor, num_heads: int, head_dim: int) -> tuple[Tensor, ...]:
     """
     x = x.unflatten(2, (-1, num_heads, head_dim))
     return tuple(part.transpose(1, 2) for part in x.unbind(2))
+
+
+def add_and_norm(
+    norm: nn.Module, x: Tensor, branch: Tensor, branch_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`x + branch` and its norm; by one kernel inside `joining_rows`.
+
+    Args:
+        norm: any; the kernel is that of a `LayerNorm`.
+        x: `[..., dim]`.
+        branch: `[..., dim]`.
+        branch_bias: `[dim]` that the branch still lacks, from `late_bias`.
+
+    Returns:
+        The sum, and the norm, which one kernel gives in the dtype of the branch, since a product
+        reads it.
+    """
+    if isinstance(norm, LayerNorm) and has_row_kernels(x):
+        return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, branch_bias)
+    total = x + branch
+    return total, norm(total)
 
 
 class DropPath(nn.Module):
@@ -360,7 +351,7 @@ class ConvBlock(nn.Module):
             late = None if self.drop_path.drops else late_bias(self.conv2, x, self.norm2)
             bias = self.conv2.bias if late is None else None
             y = patch_conv2d(self.attn(y, mask), self.conv2.weight, bias)
-            x, y = self.norm2(x, self.drop_path(y, mask), late)
+            x, y = add_and_norm(self.norm2, x, self.drop_path(y, mask), late)
             return x + self.drop_path(self.mlp(y), mask)
 
 
@@ -474,5 +465,5 @@ class Block(nn.Module):
                 x = rows.spread(x)
             late = None if self.drop_path.drops else late_bias(self.attn.proj, x, self.norm2)
             y = self.attn(y, key_padding, queries, rows, late is None)
-            x, y = self.norm2(x, self.drop_path(y), late)
+            x, y = add_and_norm(self.norm2, x, self.drop_path(y), late)
             return x + self.drop_path(self.mlp(y))
