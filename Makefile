@@ -6,7 +6,7 @@ CODE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 SOURCES := $(CODE) setup.py
 export CONVMAE_REQUIRE_EXT = 1
 
-.PHONY: demo fashion-mnist stamps test test-thorough coverage compat lint docs bench gpu build clean
+.PHONY: demo fashion-mnist stamps test test-thorough coverage compat wheel lint docs bench gpu build clean
 
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -56,8 +56,19 @@ coverage: build
 	$(BIN)/pytest -n 2 --dist worksteal -q --cov --cov-report=term:skip-covered
 
 # make compat TORCH=2.11.0 PYTHON=python3.12: the tests under another torch, see docs/compatibility.md
+# make compat WHEEL=dist/NAME.whl TORCH=...: the kernels' tests of a wheel, without a compiler
 compat:
-	@$(PYTHON) tests/support/compat.py "$(TORCH)" --workers $(or $(WORKERS),2)
+	@$(PYTHON) tests/support/compat.py "$(TORCH)" --workers $(or $(WORKERS),2) $(if $(WHEEL),--wheel "$(WHEEL)")
+
+# The files of a release, in dist/: see docs/releasing.md. Takes half an hour on one core.
+wheel: .venv/release
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m release.build $(if $(ARCHS),--archs "$(ARCHS)")
+
+.venv/release: .venv/installed
+	$(BIN)/python -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['release'])" \
+		| xargs $(BIN)/pip install --quiet -c constraints.txt
+	touch $@
 
 lint: build
 	$(BIN)/ruff check .
@@ -78,4 +89,4 @@ gpu:
 	bash benchmarks/gpu.sh $(STAGES)
 
 clean:
-	rm -rf .venv .venv-compat build *.egg-info convmae_kernels/_C.so
+	rm -rf .venv .venv-compat build dist *.egg-info convmae_kernels/_C.so

@@ -6,7 +6,8 @@ CONVMAE_REQUIRE_EXT=1 makes that an error.
 
 With nvcc ($CUDA_HOME/bin, or on the PATH) the library has CUDA kernels too, whether this torch has
 CUDA or not. TORCH_CUDA_ARCH_LIST says for which GPUs; the default is short, for development, and
-releases are built with TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0;12.0+PTX".
+releases are built for `RELEASE_ARCHS` of release/build.py. MAX_JOBS says how many files are
+compiled at the same time; the default is ninja's.
 """
 
 import importlib.util
@@ -141,6 +142,7 @@ def ninja_file(torch, build, library, cuda):
     flags = (
         "-O2 -std=c++20 -ffp-contract=fast -fPIC -fvisibility=hidden -Wall -Wextra "
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} "
+        f"-fmacro-prefix-map={ROOT}/= "  # errors name csrc/..., wherever the library was built
         f"-I{ROOT / 'csrc'} -isystem {torch / 'include'} {cuda.host_flags() if cuda else ''}"
     )
     link = (
@@ -232,8 +234,12 @@ class BuildKernels(build_ext):
 
     @staticmethod
     def run_ninja(build, text):
+        jobs = os.environ.get("MAX_JOBS", "")
+        if jobs and not re.fullmatch("[1-9][0-9]*", jobs):
+            raise RuntimeError(f"MAX_JOBS is {jobs!r}, expected a number of processes from 1 on")
         (build / "build.ninja").write_text(text)
-        subprocess.run(["ninja", "-C", str(build)], check=True)
+        command = ["ninja", "-C", str(build), *(["-j", jobs] if jobs else [])]
+        subprocess.run(command, check=True)
 
 
 class Wheel(bdist_wheel):

@@ -1,12 +1,15 @@
 """What a training step asks of a GPU: launches, bytes and FLOPs, counted without one.
 
-    python -m benchmarks.budget --batch_size 128                  # tables by kind of op and by part
+    python -m benchmarks.budget --batch_size 128           # tables by kind of op and by part
+    python -m benchmarks.budget --batch_size 128 --apart   # PyTorch's ops around the products
     python -m benchmarks --case budget --batch_size 128 --dtype bfloat16
 
 The step runs eagerly on tensors without numbers, so every machine counts the same; what a GPU does
-in another way than a CPU is done here as there (`as_on_a_gpu`). An op counts as one launch, one of
-PyTorch's multi-tensor ops as many as its lists need; views and allocations count as none. Bytes are
-those of an op's inputs and outputs, as if caches kept nothing from one op to the next.
+in another way than a CPU is done here as there (`as_on_a_gpu`; the kernels of Triton alone only
+where Triton is installed). An op counts as one launch, one of PyTorch's multi-tensor ops as many as
+its lists need, and those of `PARTS_OF` as the two that they are; views and allocations count as
+none. Bytes are those of an op's inputs and outputs, and what the first of two launches leaves to
+the second, as if caches kept nothing from one op to the next.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from benchmarks.setting import Setting
 from benchmarks.work import Work
 from convmae.models import layers
 from convmae_kernels.ops.support import arithmetic
+from convmae_kernels.ops.support.dispatch import WHY_NOT_TRITON
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,12 +53,21 @@ CLASSES = {
     "cast": {"_to_copy", "_foreach_copy_"},
     "product": {"mm", "addmm", "bmm", "baddbmm"},
     "attention": set(),
-    "layer norm": {"native_layer_norm", "native_layer_norm_backward"},
-    "GELU": {"gelu", "gelu_backward"},
+    "layer norm": {
+        *("native_layer_norm", "native_layer_norm_backward"),
+        *("add_layer_norm", "add_layer_norm_grad"),
+    },
+    "GELU": {"gelu", "gelu_backward", "bias_gelu", "bias_gelu_grad"},
     "add, multiply": {"add", "add_", "mul", "div", "sub"},
     "copy": {"clone", "copy_", "cat", "stack"},
     "sum": {"sum", "mean"},
     "optimizer": {"_fused_adamw_"},
+}
+# Ops of two launches, the second of which adds up the parts of the first: how many vectors of
+# channels a part has, given the op's arguments.
+PARTS_OF: dict[str, Callable[..., int]] = {
+    "add_layer_norm_grad": lambda grad, grad_total, total, weight, eps, bias: 2 + bias,
+    "bias_gelu_grad": lambda grad, x, bias: 1,
 }
 # PyTorch's multi-tensor kernels: elements of a thread block, thread blocks of a launch, and tensors
 # of a launch by the number of lists.
@@ -140,9 +153,11 @@ class _Counter(TorchDispatchMode):
         kind = next((kind for kind, names in CLASSES.items() if name in names), "other")
         if "attention" in name:
             kind = "attention"
-        elif library != "aten":
+        elif library != "aten" and kind == "other":
             kind = "packed"
         launches = _multi_tensor_launches(args) if name.startswith(("_foreach", "_fused")) else 1
+        if name in PARTS_OF:
+            launches, moved = 2, moved + _bytes_of_parts(name, args)
         if name == "_fused_adamw_":
             self.part, self.phase = "optimizer", "step"
         flops = _flops(func, args, kwargs, out)
@@ -155,6 +170,20 @@ def _bytes(t: Tensor) -> int:
     for size, stride in zip(t.shape, t.stride()):
         elements *= size if stride else 1
     return elements * t.element_size()
+
+
+def _bytes_of_parts(name: str, args: Any) -> int:
+    """The sums of parts that the first launch of an op writes, and the second reads."""
+    from convmae_kernels.triton import add_layer_norm_grad, bias_gelu_grad
+
+    grad = args[0]
+    channels, accumulated = grad.shape[-1], max(4, grad.element_size())
+    rows = grad.numel() // channels
+    if name == "add_layer_norm_grad":
+        _, parts = add_layer_norm_grad.split(rows)
+    else:
+        _, parts = bias_gelu_grad.split(rows, channels)
+    return 2 * parts * PARTS_OF[name](*args) * channels * accumulated
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
@@ -181,9 +210,9 @@ def _multi_tensor_launches(args: Any) -> int:
 
 
 @contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """What CUDA does and a CPU does not: fused attention in every dtype, and under autocast layer
-    norms in float32, unless they take care of their dtype themselves."""
+def as_on_a_gpu(joined: bool = True) -> Iterator[None]:
+    """What CUDA does and a CPU does not: fused attention in every dtype, under autocast layer norms
+    in float32, unless they take care of their dtype themselves, and, if `joined`, ops on rows."""
     plain = torch.nn.functional.layer_norm
 
     def layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
@@ -199,6 +228,7 @@ def as_on_a_gpu() -> Iterator[None]:
         mock.patch.object(torch.nn.functional, "layer_norm", layer_norm),
         mock.patch.object(layers, "attention", attention),
         mock.patch.object(layers, "FLOAT32_BETWEEN_BLOCKS", frozenset()),
+        mock.patch.object(layers, "has_row_kernels", lambda x: joined and WHY_NOT_TRITON is None),
         mock.patch.object(arithmetic, "SLOW_ON_CPU", frozenset()),
         mock.patch.object(nn.Module, "to", lambda module, *_: module),  # fake tensors cannot move
     ):
@@ -223,16 +253,17 @@ def _follow(model: nn.Module, counter: _Counter) -> None:
 
 
 @cache
-def count_step(setting: Setting, dtype: torch.dtype, kind: str) -> Budget:
+def count_step(setting: Setting, dtype: torch.dtype, kind: str, joined: bool = True) -> Budget:
     """The ops of one training step (mask, forward, backward, fused AdamW), which computes nothing.
 
     Args:
         setting: model and sizes; the device is not looked at.
         dtype: autocast's; float32 for none.
         kind: one of `KINDS`.
+        joined: with the ops on rows; else with PyTorch's in their place.
     """
     setting = replace(setting, device=torch.device("cpu"))
-    with as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
+    with as_on_a_gpu(joined), FakeTensorMode(allow_non_fake_inputs=True):
         model = models.build_mae(setting) if kind == KINDS[2] else models.build(setting, kind)
         step = models.training_step(model, setting, dtype)
         size = (3, setting.img_size, setting.img_size)
@@ -281,6 +312,9 @@ def main() -> None:
     parser.add_argument("--img_size", "--img-size", type=int, default=Setting.img_size)
     parser.add_argument("--mask_ratio", "--mask-ratio", type=float, default=Setting.mask_ratio)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument(
+        "--apart", action="store_true", help="PyTorch's ops in place of those on rows"
+    )
     parser.add_argument("--contender", nargs="+", choices=KINDS, default=KINDS)
     args = parser.parse_args()
     try:
@@ -289,7 +323,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     for kind in args.contender:
-        found = count_step(setting, getattr(torch, args.dtype), kind)
+        found = count_step(setting, getattr(torch, args.dtype), kind, not args.apart)
         print(
             f"{kind}: {args.model}, batch {args.batch_size}, {args.dtype}: {found.launches} "
             f"launches, {found.bytes / 1e9:.1f} GB, {found.flops / 1e12:.2f} TFLOP",

@@ -355,6 +355,26 @@ def step_against_mae(setting: Setting, dtype: torch.dtype) -> Comparison:
     return Comparison(contenders, counted, clock_for(setting.device), baseline="MAE ViT-B")
 
 
+@register("joined")
+def step_joined(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """A whole training step with the ops on rows, against PyTorch's ops in their place."""
+    pixels, noise = models.images(setting), setting.noise()
+    contenders = []
+    for way in ("", " graph") if setting.device.type == "cuda" else ("",):
+        for name in ("joined", "apart"):
+            model = models.build(setting, "packed")
+            if way:
+                step = models.CapturedStep(model, setting, dtype, is_joined=name == "joined")
+            else:
+                step = models.training_step(model, setting, dtype)
+                step = models.joined(step) if name == "joined" else step
+            run = partial(step, pixels, noise)
+            contenders.append(Contender(name + way, run, partial(_step_result, model)))
+    parameters = models.parameters(setting.model)
+    counted = work.training_work(parameters, setting.block_mask(), pixels.numel(), optimizer=True)
+    return Comparison(contenders, counted, clock_for(setting.device), baseline="apart")
+
+
 def _step_result(model: nn.Module, loss: Tensor) -> list[Tensor]:
     return [loss, models.gradient_norms(model)]
 

@@ -1,11 +1,12 @@
-"""What lies around the products and convolutions of a block, eager and compiled, counted.
+"""What lies around the products and convolutions of a block: op by op, joined, compiled; counted.
 
     python -m benchmarks.fusion --batch_size 128
 
-Eager ops are counted as in `benchmarks.budget`. For compiled blocks PyTorch's compiler (inductor)
-plans its kernels as it would for a CPU, on tensors without numbers, and the plan is counted: no
-code is made, and nothing runs. A kernel that it would generate reads its inputs once and writes its
-outputs once; for a GPU it plans by the same rules, but may join other kernels.
+Eager ops are counted as in `benchmarks.budget`; "joined" are those on rows (`bias_gelu`,
+`add_layer_norm`), "apart" PyTorch's own in their place. For compiled blocks PyTorch's compiler
+(inductor) plans its kernels as it would for a CPU, on tensors without numbers, and the plan is
+counted: no code is made, and nothing runs. A kernel that it would generate reads its inputs once
+and writes its outputs once; for a GPU it plans by the same rules, but may join other kernels.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 AROUND = "around"  # the class of what is neither product, attention nor convolution
 CLASSES = ("product", "attention", "packed")
+WAYS = ("eager, apart", "eager, joined", "compiled, apart")
 PARTS = {  # a block of each kind, and in which part of the model it is
     "blocks1": "stage 1",
     "blocks2": "stage 2",
@@ -119,9 +121,9 @@ def _op(node: Any, phase: str) -> Op | None:
     return budget.Op("block", phase, kind, name, 1, moved, 0)
 
 
-def table(rows: dict[str, tuple[int, list[Op], list[Op]]]) -> str:
-    """Markdown: by block, how many there are, launches and bytes around and in all, both ways."""
-    heads = [f"{way}, {what}" for way in ("eager", "compiled") for what in ("around", "all")]
+def table(rows: dict[str, tuple[int, list[Op], list[Op], list[Op]]]) -> str:
+    """Markdown: by block, how many there are, launches and bytes around and in all, all ways."""
+    heads = [f"{way}, {what}" for way in WAYS for what in ("around", "all")]
     lines = [
         "| block | in a model | " + " | ".join(heads) + " |",
         "|---|--:|" + "--:|" * len(heads),
@@ -136,12 +138,14 @@ def table(rows: dict[str, tuple[int, list[Op], list[Op]]]) -> str:
     return "\n".join(lines)
 
 
-def count_block(setting: Setting, name: str, number: int = 0) -> tuple[int, list[Op], list[Op]]:
+def count_block(
+    setting: Setting, name: str, number: int = 0
+) -> tuple[int, list[Op], list[Op], list[Op]]:
     """A block of a part of the model under autocast to bfloat16.
 
     Returns:
-        How many blocks the part has; of one of them the ops forward and backward, eager, and the
-        kernels compiled.
+        How many blocks the part has; of one of them the ops forward and backward, eager, those of
+        them on rows joined, and the kernels compiled of the ops that are not.
     """
 
     def make() -> tuple[int, nn.Module, Callable[[], Tensor]]:
@@ -164,12 +168,15 @@ def count_block(setting: Setting, name: str, number: int = 0) -> tuple[int, list
 
         return len(blocks), block, run
 
-    with budget.as_on_a_gpu():
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            count, _, run = make()
-            ops = eager(run)
-        _, block, run = make()
-        return count, ops, compiled(block, run)
+    ways = []
+    for joined in (False, True):
+        with budget.as_on_a_gpu(joined), FakeTensorMode(allow_non_fake_inputs=True):
+            _, _, run = make()
+            ways.append(eager(run))
+    with budget.as_on_a_gpu(joined=False):
+        count, block, run = make()
+        apart, joined_ops = ways
+        return count, apart, joined_ops, compiled(block, run)
 
 
 def main() -> None:

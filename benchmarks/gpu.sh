@@ -165,7 +165,7 @@ for stage in "${stages[@]}"; do
     graph) contender graph 60 '*graph*' ;;
     blocks) contender blocks 120 '*blocks*' --compile-blocks ;;
     compiled) contender compiled 300 '* compiled' --compile-models ;;
-    stages12) measure stages12 200 --case stages12 ;;
+    stages12) measure stages12 200 --case stages12 joined ;;
   esac
 done
 echo

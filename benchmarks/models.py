@@ -15,6 +15,7 @@ from convmae.models.image_model import ConvMAEOutput, patch_statistics
 from convmae.models.layers import Block, sincos_pos_embed
 from convmae.models.tokens import take_tokens
 from convmae_kernels import BlockMask, gather_visible, scatter_visible
+from convmae_kernels.ops.support.rows import joining_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -145,6 +146,16 @@ def training_step(
     return step
 
 
+def joined(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`step` with the ops on rows around the products, in place of PyTorch's."""
+
+    def run(*arguments: Tensor) -> Tensor:
+        with joining_rows():
+            return step(*arguments)
+
+    return run
+
+
 def new_optimizer(model: nn.Module, capturable: bool = False) -> torch.optim.Optimizer:
     """AdamW over what is trained, fused; `capturable` by a CUDA graph."""
     trained = (p for p in model.parameters() if p.requires_grad)
@@ -154,13 +165,18 @@ def new_optimizer(model: nn.Module, capturable: bool = False) -> torch.optim.Opt
 class CapturedStep:
     """`training_step` as one CUDA graph of the batch that it is first called with.
 
+    With the ops on rows, as `convmae pretrain --cuda_graph` captures it; `is_joined=False` without.
+
     What the steps before the capture changed is taken back, so that the first replay is the first
     step.
     """
 
-    def __init__(self, model: nn.Module, setting: Setting, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, setting: Setting, dtype: torch.dtype, is_joined: bool = True
+    ) -> None:
         self._model, self._optimizer = model, new_optimizer(model, capturable=True)
-        self._step = training_step(model, setting, dtype, optimizer=self._optimizer)
+        step = training_step(model, setting, dtype, optimizer=self._optimizer)
+        self._step = joined(step) if is_joined else step
         self._captured: CapturedGraph | None = None
 
     def __call__(self, pixels: Tensor, noise: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Block-sparse masked convolution for PyTorch that skips hidden regions, exactly."""
 
+from convmae_kernels import torch_version  # noqa: F401  first: it refuses a torch that is too old
+
+# isort: split
 from convmae_kernels import nn
 from convmae_kernels.block_mask import BlockMask
 from convmae_kernels.explain import Explanation, explain

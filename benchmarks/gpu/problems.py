@@ -1,8 +1,8 @@
 """The kernels with their arguments: what is checked, what is timed, and PyTorch's way of each.
 
-A problem is a call of one op, so one kernel (of the weight gradient two: shares, then their sum),
-on random arguments. Its opponent is plain PyTorch, eager: in channels-last, on the dense map with
-hidden positions zero, or by indexing.
+A problem is a call of one op, so one kernel (of gradients of weights and biases two: shares, then
+their sum), on random arguments. Its opponent is plain PyTorch, eager: in channels-last, on the
+dense map with hidden positions zero, or by indexing; for rows, the same ops one after the other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, fold, pad
+from torch.nn.functional import conv2d, fold, gelu, layer_norm, pad
 
 from benchmarks import work
 from benchmarks.cases import plain_gather, plain_scatter
@@ -36,7 +36,13 @@ OPS = {
     "windows": "gather_windows",
     "windows_gradient": "gather_windows_grad",
     "table": "neighbour_table",
+    "gelu": "bias_gelu",
+    "gelu_gradient": "bias_gelu_grad",
+    "norm": "add_layer_norm",
+    "norm_gradient": "add_layer_norm_grad",
 }
+PASSES = {"gelu": 2, "gelu_gradient": 3, "norm": 4, "norm_gradient": 4}  # of kernels on rows
+EPS = 1e-6
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -103,7 +109,7 @@ def _depthwise(side: int, channels: int, **options: Any) -> list[Problem]:
 
 
 # ConvMAE-Base: stage 1, stage 2, pixels. The first stage of a ConvNeXt-T: 7x7 on side 8, 60 %
-# hidden. The windows of the first 3x3 of a ResNet-50.
+# hidden. The windows of the first 3x3 of a ResNet-50. The tokens of stage 3.
 TIMED = [
     *_depthwise(4, 256),
     *_depthwise(2, 384),
@@ -118,6 +124,10 @@ TIMED = [
     Problem("windows_gradient", 8, 64, ratio=0.6),
     Problem("windows_gradient", 4, 256),
     Problem("table", 1, 0),
+    Problem("gelu", 1, 3072),
+    Problem("gelu_gradient", 1, 3072),
+    Problem("norm", 1, 768),
+    Problem("norm_gradient", 1, 768),
 ]
 # A few at odd sizes, which take other ways through the kernels: channels that fill no word, kernels
 # without a specialised kernel, blocks of one position.
@@ -128,6 +138,7 @@ ODD = [
     *_depthwise(16, 24, kernel_side=(3, 3), dilation=2),
     Problem("gather", 1, 255),
     Problem("scatter", 8, 7),
+    *(Problem(kernel, 2, channels) for kernel, channels in zip(PASSES, (37, 24, 33, 40))),
 ]
 
 
@@ -179,6 +190,16 @@ def arguments(problem: Problem, device: Device, mask: BlockMask, seed: int) -> A
         return images, mask.block_index, gh, gw
     if problem.kernel == "scatter":
         return randn(*packed), mask.block_index, mask.batch_size, gh, gw, 0.0
+    if problem.kernel in PASSES:
+        wide = torch.float64 if problem.dtype == "float64" else torch.float32
+        vectors = [randn(channels).to(wide) for _ in range(3)]
+        if problem.kernel == "gelu":
+            return randn(*packed), vectors[0]
+        if problem.kernel == "gelu_gradient":
+            return randn(*packed), randn(*packed), vectors[0]
+        if problem.kernel == "norm":
+            return randn(*packed), randn(*packed), *vectors, EPS
+        return randn(*packed), randn(*packed), randn(*packed), vectors[0], EPS, True
     halo = [problem.halo] * 4
     table = mask.neighbours(-(-problem.halo // side))
     if problem.kernel == "windows":
@@ -206,6 +227,8 @@ def bytes_moved(problem: Problem, mask: BlockMask) -> int:
     if problem.kernel == "table":
         return mask.num_visible * (8 + 4 * 9)
     packed = work.packed_bytes(mask, side, channels, dtype)
+    if problem.kernel in PASSES:
+        return PASSES[problem.kernel] * packed
     if problem.kernel == "scatter":
         return packed + work.dense_bytes(mask, side, channels, dtype)
     if problem.kernel.startswith("windows"):
@@ -254,6 +277,8 @@ def opponent(problem: Problem, mask: BlockMask) -> Opponent:
         return _plain_windows(problem, mask, index)
     if problem.kernel == "windows_gradient":
         return _plain_windows_gradient(problem, mask, index)
+    if problem.kernel in PASSES:
+        return _plain_rows(problem)
     return Opponent(reference.neighbour_table, lambda given: given, lambda table: [table])
 
 
@@ -335,6 +360,54 @@ def _plain_windows_gradient(problem: Problem, mask: BlockMask, index: Sequence[T
         return [reference.gather_visible(y, mask.block_index, gh, gw)]
 
     return Opponent(gradient, lambda given: given[:1], result)
+
+
+def _plain_rows(problem: Problem) -> Opponent:
+    """An op for each step. The bias of a product is there already: the product adds it."""
+    shape = [problem.channels]
+
+    def sums(grad: Tensor) -> Tensor:
+        return grad.flatten(0, -2).sum(0)
+
+    def gelu_gradient(grad: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        grad_z = torch.ops.aten.gelu_backward(grad, z)
+        return grad_z, sums(grad_z)
+
+    def norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        total = x + branch
+        return total, layer_norm(total, shape, weight, bias, EPS)
+
+    def norm_gradient(grad: Tensor, of_total: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
+        total, mean, scale, weight = saved
+        own, *vectors = torch.ops.aten.native_layer_norm_backward(
+            grad, total, shape, mean, scale, weight, weight, [True] * 3
+        )
+        own = own + of_total
+        return own, *vectors, sums(own)
+
+    def prepare_norm_gradient(given: Arguments) -> Arguments:
+        grad, of_total, total, weight, *_ = given
+        weight = weight.to(total.dtype)
+        _, *statistics = torch.native_layer_norm(total, shape, weight, weight, EPS)
+        return grad, of_total, total, *statistics, weight
+
+    def added(x: Tensor, bias: Tensor) -> Tensor:
+        return (x + bias).to(x.dtype)
+
+    run, prepare = {
+        "gelu": (gelu, lambda given: (added(*given),)),
+        "gelu_gradient": (gelu_gradient, lambda given: (given[0], added(*given[1:]))),
+        "norm": (
+            norm,
+            lambda given: (
+                given[0],
+                added(given[1], given[2]),
+                *(vector.to(given[0].dtype) for vector in given[3:5]),
+            ),
+        ),
+        "norm_gradient": (norm_gradient, prepare_norm_gradient),
+    }[problem.kernel]
+    return Opponent(run, prepare, lambda y: y if isinstance(y, tuple) else [y])
 
 
 def sets_of(problem: Problem, mask: BlockMask, device: Device) -> int:

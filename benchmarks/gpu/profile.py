@@ -30,7 +30,7 @@ KINDS = {
     "optimizer": r"multi_tensor|adam",
     "norm": r"norm",
     "copy, cast": r"copy|memcpy|memset|_to_|cat|transpose",
-    "sum": r"reduce|sum",
+    "sum": r"reduce|sum|add_parts",
 }
 
 

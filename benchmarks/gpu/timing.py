@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 EAGER = "pytorch"
+OF_TWO = ("weight_gradient", "gelu_gradient", "norm_gradient")  # kernels
 
 
 def names(device: devices.Device) -> list[str]:
@@ -69,7 +70,11 @@ def measure(device: devices.Device, item: str) -> items.Result:
         failed = _disagreement(problem, found, expected)
         if failed is None:
             rows.append(row(implementation, ours))
-            if problem.kernel == "weight_gradient":  # shares, then their sum: each apart
+            if problem.kernel in (
+                "weight_gradient",
+                "gelu_gradient",
+                "norm_gradient",
+            ):  # shares, then their sum: each apart
                 launches = device.launches(lambda: [ours(i) for i in range(sets)])
                 rows[0]["parts"] = [[x.name, x.count / sets, x.us / sets] for x in launches[:6]]
         else:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from convmae.models.tokens import TokenRows, take_tokens
 from convmae_kernels.nn import MaskedConv2d
+from convmae_kernels.ops import add_layer_norm, bias_gelu
 from convmae_kernels.ops.support import arithmetic
 from convmae_kernels.ops.support.arithmetic import as_cast, cast_together, multiply, patch_conv2d
 from convmae_kernels.ops.support.autocast import autocast_is_on
+from convmae_kernels.ops.support.rows import has_row_kernels
 
 if TYPE_CHECKING:
     from convmae_kernels import BlockMask
@@ -98,9 +100,35 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class Linear(nn.Linear):
     """`torch.nn.Linear` by `multiply`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., in_features] -> [..., out_features]`."""
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
+        """`[..., in_features] -> [..., out_features]`; without the bias, somebody else adds it."""
+        return linear(x, self.weight, self.bias if add_bias else None)
+
+
+def late_bias(layer: nn.Module, x: Tensor, behind: nn.Module) -> Tensor | None:
+    """The bias of a product that the kernel behind it should add: it then sums its gradient too.
+
+    PyTorch reads the gradient of the product once more for that sum.
+
+    Args:
+        layer: the product's.
+        x: what flows through it; sets the device.
+        behind: whose kernel would add it.
+
+    Returns:
+        `[C]`, or None where the product adds its bias itself: outside of `joining_rows`, on a CPU,
+        and where one of the two layers is of another kind.
+    """
+    ours = isinstance(layer, Linear | nn.Conv2d) and isinstance(behind, GELU | LayerNorm)
+    return layer.bias if ours and has_row_kernels(x) else None  # type: ignore[return-value]
+
+
+class GELU(nn.GELU):
+    """`torch.nn.GELU` that can add the bias of the product before it."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`[..., C] -> [..., C]`; `bias` `[C]` is from `late_bias`."""
+        return super().forward(x) if bias is None else bias_gelu(x, bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -191,6 +219,27 @@ def split_heads(x: Tensor, num_heads: int, head_dim: int) -> tuple[Tensor, ...]:
     return tuple(part.transpose(1, 2) for part in x.unbind(2))
 
 
+def add_and_norm(
+    norm: nn.Module, x: Tensor, branch: Tensor, branch_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`x + branch` and its norm; by one kernel inside `joining_rows`.
+
+    Args:
+        norm: any; the kernel is that of a `LayerNorm`.
+        x: `[..., dim]`.
+        branch: `[..., dim]`.
+        branch_bias: `[dim]` that the branch still lacks, from `late_bias`.
+
+    Returns:
+        The sum, and the norm, which one kernel gives in the dtype of the branch, since a product
+        reads it.
+    """
+    if isinstance(norm, LayerNorm) and has_row_kernels(x):
+        return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, branch_bias)
+    total = x + branch
+    return total, norm(total)
+
+
 class DropPath(nn.Module):
     """`x * bernoulli(1 - rate) / (1 - rate)`, one draw for each image, in training only.
 
@@ -212,9 +261,14 @@ class DropPath(nn.Module):
         self._rate = rate
         self._drops, self._keep = rate > 0.0, torch.tensor(1.0 - rate, device="cpu")
 
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped now."""
+        return self._drops and self.training
+
     def forward(self, x: Tensor, mask: BlockMask | None = None) -> Tensor:
         """Tokens `[N, K, D]`, maps `[N, C, H, W]`, or packed `[T, P, C]` and their mask."""
-        if not self._drops or not self.training:
+        if not self.drops:
             return x
         images = x.shape[0] if mask is None else mask.batch_size
         # The rate is a tensor here, so that one compiled code serves all rates.
@@ -243,7 +297,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_dim, dim, patch_size, patch_size)
         self.norm = LayerNorm(dim, eps=CONV_EPS)
-        self.act = nn.GELU()
+        self.act = GELU()
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T, P, in_dim] -> [T, P / patch_size**2, dim]`."""
@@ -257,12 +311,14 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Conv2d(dim, hidden, 1)
-        self.act = nn.GELU()
+        self.act = GELU()
         self.fc2 = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T, P, dim] -> [T, P, dim]`."""
-        x = self.act(patch_conv2d(x, self.fc1.weight, self.fc1.bias))
+        late = late_bias(self.fc1, x, self.act)
+        x = patch_conv2d(x, self.fc1.weight, self.fc1.bias if late is None else None)
+        x = self.act(x) if late is None else self.act(x, late)
         return patch_conv2d(x, self.fc2.weight, self.fc2.bias)
 
 
@@ -292,9 +348,11 @@ class ConvBlock(nn.Module):
         """`[T, P, dim] -> [T, P, dim]`."""
         with cast_together(list(self.parameters()), x):
             y = patch_conv2d(self.norm1(x), self.conv1.weight, self.conv1.bias)
-            y = patch_conv2d(self.attn(y, mask), self.conv2.weight, self.conv2.bias)
-            x = x + self.drop_path(y, mask)
-            return x + self.drop_path(self.mlp(self.norm2(x)), mask)
+            late = None if self.drop_path.drops else late_bias(self.conv2, x, self.norm2)
+            bias = self.conv2.bias if late is None else None
+            y = patch_conv2d(self.attn(y, mask), self.conv2.weight, bias)
+            x, y = add_and_norm(self.norm2, x, self.drop_path(y, mask), late)
+            return x + self.drop_path(self.mlp(y), mask)
 
 
 class Attention(nn.Module):
@@ -312,6 +370,7 @@ class Attention(nn.Module):
         key_padding: Tensor | None = None,
         queries: Tensor | None = None,
         rows: TokenRows | None = None,
+        add_bias: bool = True,
     ) -> Tensor:
         """Tokens attend to all tokens `x` `[N, K, dim]` that are not padding.
 
@@ -320,6 +379,7 @@ class Attention(nn.Module):
             key_padding: as in `attention`.
             queries: `[N, Q, dim]`, the tokens that attend; if None, or if `rows` is given, all.
             rows: which row each token is; None where `x` is tokens.
+            add_bias: whether `proj` adds its bias.
 
         Returns:
             `[N, Q, dim]`.
@@ -335,7 +395,8 @@ class Attention(nn.Module):
             (q,) = self._heads(linear(queries, query_weight, query_bias))
             k, v = self._heads(linear(x, weight, bias))
         y = attention(q, k, v, key_padding)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)
+        return self.proj(y) if add_bias else self.proj(y, add_bias=False)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """`[N, K, n * dim]` to `n` times `[N, heads, K, dim / heads]`."""
@@ -348,12 +409,15 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = Linear(dim, hidden)
-        self.act = nn.GELU()
+        self.act = GELU()
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim] -> [..., dim]`."""
-        return self.fc2(self.act(self.fc1(x)))
+        late = late_bias(self.fc1, x, self.act)
+        if late is None:
+            return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x, add_bias=False), late))
 
 
 class Block(nn.Module):
@@ -394,12 +458,12 @@ class Block(nn.Module):
             `[N, K, dim]`, or `[N, Q, dim]` with `index`.
         """
         with cast_together(list(self.parameters()), x):
-            y = self.norm1(x)
-            if rows is not None:
-                y, x = self.attn(y, key_padding, rows=rows), rows.spread(x)
-            elif index is None:
-                y = self.attn(y, key_padding)
-            else:
-                y, x = self.attn(y, key_padding, take_tokens(y, index)), take_tokens(x, index)
-            x = x + self.drop_path(y)
-            return x + self.drop_path(self.mlp(self.norm2(x)))
+            y, queries = self.norm1(x), None
+            if index is not None:
+                queries, x = take_tokens(y, index), take_tokens(x, index)
+            elif rows is not None:
+                x = rows.spread(x)
+            late = None if self.drop_path.drops else late_bias(self.attn.proj, x, self.norm2)
+            y = self.attn(y, key_padding, queries, rows, late is None)
+            x, y = add_and_norm(self.norm2, x, self.drop_path(y), late)
+            return x + self.drop_path(self.mlp(y))

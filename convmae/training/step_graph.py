@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from convmae_kernels import BlockMask
+from convmae_kernels.ops.support.rows import joining_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,7 +150,8 @@ class StepGraph:
         optimizer = self._optimizer
         optimizer.zero_grad(set_to_none=True)
         images, inputs = tree_unflatten(self._kept, self._form)
-        loss, norm = self._compute(images, inputs)
+        with joining_rows():
+            loss, norm = self._compute(images, inputs)
         self._loss_and_norm.copy_(torch.stack([loss.float(), norm.float()]))
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         optimizer.found_inf = (~self._loss_and_norm.isfinite().all()).float()  # type: ignore[attr-defined]

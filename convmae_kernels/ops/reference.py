@@ -279,3 +279,84 @@ def strided_conv2d_weight_grad(
     return grouped_conv2d_weight_grad(
         grad, x, neighbours, kernel, stride, padding, dilation, channels
     )
+
+
+# -- around the products --------------------------------------------------------------------------
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """`gelu(x + bias)`, with the error function: `[..., C]`, `[C]` -> `[..., C]` like `x`."""
+    wide = accumulation_dtype(x.dtype)
+    return torch.nn.functional.gelu(x.to(wide) + bias.to(wide)).to(x.dtype).contiguous()
+
+
+def bias_gelu_grad(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `bias_gelu` in x and bias, given that of its result.
+
+    `gelu'(z)` is the probability that a standard normal number is less than `z`, plus `z` times its
+    density there.
+    """
+    wide = accumulation_dtype(x.dtype)
+    z = x.to(wide) + bias.to(wide)
+    probability = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+    grad_z = grad.to(wide) * (probability + z * density)
+    grad_bias = grad_z.flatten(0, -2).sum(0).to(bias.dtype)
+    return grad_z.to(x.dtype).contiguous(), grad_bias
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`total = x + branch + branch_bias`, and `layer_norm(total, weight, bias, eps)`.
+
+    All `[..., C]` and `[C]`. The total is in the dtype to which `x` and `branch` promote, and the
+    norm, of the total as it is rounded, in that of `branch`.
+    """
+    dtype = torch.promote_types(x.dtype, branch.dtype)
+    wide = accumulation_dtype(dtype)
+    total = branch.to(wide) if branch_bias is None else branch.to(wide) + branch_bias.to(wide)
+    total = (x.to(wide) + total).to(dtype).contiguous()
+    normed, _ = _normalise(total.to(wide), eps)
+    return total, (normed * weight.to(wide) + bias.to(wide)).to(branch.dtype)
+
+
+def add_layer_norm_grad(
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    eps: float,
+    has_branch_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `add_layer_norm` in x, weight, bias and branch bias, given those of its
+    results.
+
+    That in x, which is that in the branch too, has the dtype of `total`, the others that of
+    `weight`. Without a branch bias the last is `[0]`.
+    """
+    wide = accumulation_dtype(total.dtype)
+    normed, scale = _normalise(total.to(wide), eps)
+    grad = grad_normed.to(wide)
+    grad_weight, grad_bias = (grad * normed).flatten(0, -2).sum(0), grad.flatten(0, -2).sum(0)
+    grad = grad * weight.to(wide)
+    along = (grad * normed).mean(-1, keepdim=True)
+    grad = (grad - grad.mean(-1, keepdim=True) - normed * along) * scale
+    if grad_total is not None:
+        grad = grad + grad_total.to(wide)
+    of_branch = grad.flatten(0, -2).sum(0) if has_branch_bias else grad.new_zeros(0)
+    vectors = (grad_weight, grad_bias, of_branch)
+    grad_weight, grad_bias, of_branch = (vector.to(weight.dtype) for vector in vectors)
+    return grad.to(total.dtype).contiguous(), grad_weight, grad_bias, of_branch
+
+
+def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Rows less their means, over their deviations; and 1 / deviations."""
+    centred = x - x.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return centred * scale, scale

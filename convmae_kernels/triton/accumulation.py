@@ -21,3 +21,74 @@ def pairwise_sum(x, OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexp
     else:
         pairs = tl.sum(tl.reshape(x, (OUTER, LANES // 2, 2, INNER)), axis=2)
         return pairwise_sum(pairs, OUTER, LANES // 2, INNER)
+
+
+def parts_of(rows: int, least: int, most: int) -> tuple[int, int]:
+    """How many rows are summed by one program, `least` or more, and how many such parts there are.
+
+    That follows from the problem alone, so no sum depends on the configuration.
+    """
+    per_part = max(least, -(-rows // most))
+    return per_part, -(-rows // per_part)
+
+
+def empty_parts(x: torch.Tensor, parts: int, vectors: int) -> torch.Tensor:
+    """Room for the sums over the rows of each part: `[parts, vectors, C]` of `x`, `[rows, C]`."""
+    dtype = torch.float64 if accumulator(x.dtype) == tl.float64 else torch.float32
+    return x.new_empty(parts, vectors, x.shape[1], dtype=dtype)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def add_parts_kernel(
+    parts_ptr,  # [parts, VECTORS, C]
+    first_ptr,  # [C]
+    second_ptr,  # [C]; any pointer where VECTORS is 1
+    third_ptr,  # [C]; any pointer where VECTORS is less than 3
+    parts,
+    channels,
+    VECTORS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    LANES: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    elements = VECTORS * channels
+    element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
+    real = element < elements
+    sums = tl.zeros([LANES, ELEMENTS], ACCUMULATOR)
+    for start in range(0, parts, LANES):
+        part = start + tl.arange(0, LANES)
+        sums += tl.load(
+            parts_ptr + part.to(tl.int64)[:, None] * elements + element[None, :],
+            mask=(part < parts)[:, None] & real[None, :],
+            other=0,
+        )
+    total = tl.reshape(pairwise_sum(sums, 1, LANES, ELEMENTS), (ELEMENTS,))
+    total = total.to(first_ptr.dtype.element_ty)
+    vector, channel = element // channels, element % channels
+    tl.store(first_ptr + channel, total, mask=real & (vector == 0))
+    if VECTORS > 1:
+        tl.store(second_ptr + channel, total, mask=real & (vector == 1))
+    if VECTORS > 2:
+        tl.store(third_ptr + channel, total, mask=real & (vector == 2))
+
+
+PART_LANES, ELEMENTS = 32, 32  # the tile of `add_parts_kernel`
+
+
+def add_parts(sums: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """`[parts, vectors, C]` to as many vectors `[C]`, each added up in a fixed order; at most 3."""
+    parts, vectors, channels = sums.shape
+    results = [sums.new_empty(channels, dtype=dtype) for _ in range(vectors)]
+    if channels > 0:
+        pointers = (results * 3)[:3]
+        add_parts_kernel[(-(-vectors * channels // ELEMENTS),)](
+            sums,
+            *pointers,
+            parts,
+            channels,
+            VECTORS=vectors,
+            ACCUMULATOR=accumulator(sums.dtype),
+            LANES=PART_LANES,
+            ELEMENTS=ELEMENTS,
+        )
+    return results

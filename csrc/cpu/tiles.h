@@ -79,8 +79,12 @@ inline void look(const cpu::MaskedConv2dWindow& p, const void* features, int64_t
   }
 }
 
-// Asks for a share of what the next tiles will want: a walk that takes one vector of every position
-// at a time is one that the machine does not foresee.
+// How far ahead of its tile a walk asks for the tiles that it looks around in: what lies below or
+// to the right of a tile is wanted before its own turn comes.
+constexpr int64_t kBytesAhead = 65536;
+
+// Asks for a share of what later tiles will want: a walk that takes one vector of every position at
+// a time is one that the machine does not foresee.
 template <int S, class T>
 inline void prefetch(const T* next, int64_t vector) {
   constexpr int64_t share = S * S * kVecBytes / (sizeof(Acc<T>) / sizeof(T)), line = 64;  // bytes
@@ -100,6 +104,8 @@ inline void for_tiles(const cpu::MaskedConv2dWindow& p, const void* features, in
   constexpr int together = S == 4 ? 1 : 8;
   const int64_t of_block = int64_t(p.side) * p.side / (S * S), last = end * of_block;
   const int64_t vectors = Vectors(p.channels, kLanes<Acc<T>>).count();
+  const int64_t tile_bytes = S * S * p.channels * int64_t(sizeof(T));
+  const int64_t ahead = kBytesAhead > together * tile_bytes ? kBytesAhead / tile_bytes : together;
   const T* seen[together][Sight<K, S>::tiles];
   for (int64_t tile = begin * of_block; tile < last; tile += together) {
     const int count = int(last - tile < together ? last - tile : together);
@@ -109,9 +115,9 @@ inline void for_tiles(const cpu::MaskedConv2dWindow& p, const void* features, in
     for (int64_t vector = 0; vector < vectors; ++vector) {
       for (int i = 0; i < count; ++i) {
         const int64_t offset = (tile + i) * S * S * p.channels;
-        for (const void* features : touched) {
-          prefetch<S>(static_cast<const T*>(features) + offset + together * S * S * p.channels,
-                      vector);
+        for (const void* other : touched) {
+          const int64_t tiles = other == features ? ahead : together;
+          prefetch<S>(static_cast<const T*>(other) + offset + tiles * S * S * p.channels, vector);
         }
         f(vector, offset, seen[i]);
       }

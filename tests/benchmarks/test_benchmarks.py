@@ -229,6 +229,7 @@ COUNTED = ("budget/launches", "budget/bytes", "budget/flops")  # in tests/benchm
 # Networks with the layers of the larger ones, whose names the cases have.
 SMALLER = {"resnet50": "test_resnet", "convnext_tiny": "convnext_atto"}
 SMALLER |= {"convnextv2_tiny": "convnextv2_atto"}
+BASELINES = {"mae": "MAE ViT-B", "joined": "apart"}
 IN_BFLOAT16 = ("gather/images", "depthwise/stage1/forward_backward", "stages12", "step")
 
 
@@ -247,7 +248,10 @@ def test_case_compares_the_same_work(name, dtype, monkeypatch):
     comparison = registry.CASES[name].build(TINY, dtype)
     times = runner.measure(comparison, dtype, repeats=1, budget=0)
     rows = runner.make_rows(name, comparison, times, RATES, dtype)
-    assert [row.contender for row in rows] == ["packed", "MAE ViT-B" if name == "mae" else "dense"]
+    assert [row.contender for row in rows] == [
+        "joined" if name == "joined" else "packed",
+        BASELINES.get(name, "dense"),
+    ]
     assert rows[1].ratio == 1
     for row in rows:
         numbers = [v for v in vars(row).values() if not isinstance(v, str)]

@@ -7,6 +7,8 @@ from torch import nn
 from benchmarks import budget, fusion, models, registry, report, runner
 from benchmarks.limits import Rates
 from benchmarks.setting import Setting
+from convmae_kernels.ops import add_layer_norm, bias_gelu
+from convmae_kernels.ops.support.dispatch import WHY_NOT_TRITON
 
 TINY = Setting(model="convmae_tiny", batch_size=4, img_size=64)
 RATES = Rates(1e9, {torch.float32: 1e9, torch.bfloat16: 1e9})
@@ -71,6 +73,27 @@ def test_a_step_is_counted_whole_and_without_numbers():
     assert in_float32.flops == packed.flops
     text = packed.table(lambda op: op.kind)
     assert sum(int(line.split()[-6]) for line in text.splitlines()) == packed.launches
+
+
+@pytest.mark.skipif(WHY_NOT_TRITON is not None, reason="how many parts there are, Triton's say")
+def test_what_ops_on_rows_move():
+    """Passes over rows, vectors, and sums of parts, which a second launch reads."""
+    rows, channels = 100, 24
+    whole, vector = 2 * rows * channels, 4 * channels
+    x, branch = (torch.zeros(rows, channels, dtype=torch.bfloat16) for _ in range(2))
+    vectors = [torch.zeros(channels, requires_grad=True) for _ in range(3)]
+    x.requires_grad_()
+    with budget._Counter() as counter:
+        total, normed = add_layer_norm(x, branch, *vectors[:2], 1e-5, vectors[2])
+        y = total + bias_gelu(normed, vectors[0])
+        y.backward(x)
+    kinds = {op.name: (op.kind, op.launches, op.bytes) for op in counter.ops}
+    assert kinds["add_layer_norm"] == ("layer norm", 1, 4 * whole + 3 * vector)
+    assert kinds["bias_gelu"] == ("GELU", 1, 2 * whole + vector)
+    parts = 4  # of 32 rows; those of the GELU have 64
+    read = 4 * whole + vector + 3 * vector
+    assert kinds["add_layer_norm_grad"] == ("layer norm", 2, read + 2 * parts * 3 * vector)
+    assert kinds["bias_gelu_grad"] == ("GELU", 2, 3 * whole + 2 * vector + 2 * 2 * vector)
 
 
 def test_parameters_are_cast_a_few_times_not_one_by_one():
@@ -153,5 +176,7 @@ def test_kernels_that_the_compiler_plans():
     assert [(op.kind, op.bytes) for op in eager if op.phase == "forward"] == [
         (fusion.AROUND, 2 * 4 * 8 * 16)
     ]
-    said = fusion.table({"a part": (3, eager, ops)}).splitlines()[-1]
-    assert said.startswith("| a part | 3 | 2, 0 MB | 2, 0 MB | 2, 0 MB | 5, 0 MB |")
+    said = fusion.table({"a part": (3, eager, eager, ops)}).splitlines()[-1]
+    assert said.startswith(
+        "| a part | 3 | 2, 0 MB | 2, 0 MB | 2, 0 MB | 2, 0 MB | 2, 0 MB | 5, 0 MB |"
+    )

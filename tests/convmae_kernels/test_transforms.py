@@ -93,12 +93,24 @@ def samples(dtype, requires_grad):
         (OPS.tap_conv2d.default, dense[:-1]),
         (OPS.tap_conv2d_input_grad.default, (tensor(t, 1, 5), dense[1], *dense[3:-1])),
         (OPS.tap_conv2d_weight_grad.default, (tensor(t, 1, 5), x, dense[3], [3, 2], *dense[4:-1])),
+        (OPS.bias_gelu.default, (x, bias)),
+        (OPS.bias_gelu_grad.default, (grad, x, bias)),
+        (OPS.add_layer_norm.default, (x, grad, bias, tensor(7), tensor(7), 1e-5)),
+        (OPS.add_layer_norm_grad.default, (grad, tensor(t, 4, 7), x, bias, 1e-5, True)),
     ]
 
 
+# The last four meet a dtype each; two of them are traced with their own derivatives, for seconds.
+OPCHECKS = [(i, dtype) for i in range(20) for dtype in DTYPES]
+OPCHECKS += [(20, torch.float32), (22, torch.bfloat16)]
+OPCHECKS += [
+    pytest.param(21, torch.float16, marks=pytest.mark.thorough),
+    pytest.param(23, torch.float64, marks=pytest.mark.thorough),
+]
+
+
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize(("number", "dtype"), OPCHECKS, ids=str)
 def test_opcheck(number, dtype, requires_grad):
     op, arguments = samples(dtype, requires_grad)[number]
     opcheck(op, arguments)

@@ -9,6 +9,7 @@ import torch
 
 import convmae
 import convmae_kernels as ck
+from convmae_kernels.ops import add_layer_norm, bias_gelu
 from convmae_kernels.testing import (
     DTYPES,
     LAYOUTS,
@@ -22,6 +23,7 @@ from convmae_kernels.testing import (
 )
 from convmae_kernels.zorder import BLOCK_SIZES
 from tests.support.paths import ROOT
+from tests.support.rows import check_add_layer_norm, check_bias_gelu
 from tests.support.strided_conv2d import SHAPES, check_results, make_problem, strided_results
 
 DEVICE = "cuda"
@@ -205,6 +207,59 @@ def test_strided_conv2d(impl, dtype):
         tensors, rest = make_problem(mask, (64, 7)[i % 2], shape, dtype)
         found = strided_results(ops, tensors, table, rest)
         check_results(found, tensors, table, rest)
+
+
+@dtypes
+@pytest.mark.parametrize("layout", LAYOUTS[:4])
+def test_rows(dtype, layout):
+    """Widths with and without a rest, one row, none, and sizes that all configurations try."""
+    vectors = torch.float64 if dtype == torch.float64 else SINGLE
+    shapes = ((3, 2, 33), (1, 5), (0, 7), (640, 96)) if layout == "sliced" else ((17, 4, 384),)
+    if layout == "contiguous":
+        shapes = ((1030, 4, 256), (2061, 768), (150, 2048))
+    for shape in shapes:
+        check_bias_gelu("triton", shape, dtype, vectors, layout, DEVICE)
+        for with_bias in (True, False):
+            kinds = (dtype, dtype, vectors)
+            check_add_layer_norm("triton", shape, kinds, layout, with_bias, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float16], ids=str)
+def test_rows_of_two_dtypes(dtype):
+    check_add_layer_norm("triton", (700, 384), (SINGLE, dtype, SINGLE), device=DEVICE)
+    check_add_layer_norm("triton", (9, 40), (dtype,) * 3, device=DEVICE)
+    check_bias_gelu("triton", (9, 40), dtype, dtype, device=DEVICE)
+
+
+def test_rows_are_repeatable_captured_and_do_not_wait():
+    shapes = ((2000, 384), (2000, 384), (384,), (384,), (384,))
+    inputs = [random_tensor(shape, HALF, device=DEVICE).requires_grad_() for shape in shapes]
+
+    def run():
+        x, branch, weight, bias, branch_bias = inputs
+        total, normed = add_layer_norm(x, branch, weight, bias, 1e-6, branch_bias)
+        y = total + bias_gelu(normed, bias)
+        return [y, *torch.autograd.grad(y.float().square().sum(), inputs)]
+
+    expected = run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, again, expected))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        inputs[1].copy_(torch.randn_like(inputs[1]))
+    graph.replay()
+    assert all(map(torch.equal, captured, run()))
 
 
 @impls

@@ -148,3 +148,63 @@ def test_the_exit_code(failing, code, monkeypatch, tmp_path, capsys):
     assert [line for line in lines if line.startswith("versions; ")]
     failed = "kernels        1 passed, 0 skipped, 0 failed, 1 s: FAILED (exit code 1 of pytest)"
     assert [line for line in lines if "FAILED" in line] == [failed] * code
+
+
+# -- wheels -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A Python that writes down what it is told, and prints what the file `says` has."""
+    python = tmp_path / "environment" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n'
+        f'if [ "$1" = -c ]; then /bin/cat {tmp_path}/says; fi\n'
+    )
+    python.chmod(0o755)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "conftest.py").write_text("")
+    (tmp_path / "pyproject.toml").write_text("")
+    (tmp_path / "convmae-1.0-py3-none-any.whl").write_text("")
+    monkeypatch.setattr(compat, "ROOT", tmp_path)
+    return python
+
+
+@pytest.mark.parametrize(
+    ("where", "cpu", "good"),
+    [
+        ("environment/lib/convmae_kernels/__init__.py", "yes, AVX2", True),
+        ("environment/lib/convmae_kernels/__init__.py", "no: not built", False),
+        ("convmae_kernels/__init__.py", "yes, AVX2", False),
+    ],
+)
+def test_a_wheel_is_tested_where_it_is_installed(where, cpu, good, stand_in, tmp_path, monkeypatch):
+    """Not a checkout that lies nearby, nor reference ops."""
+    monkeypatch.setenv("CXX", "g++")
+    environment = compat.without_compilers(stand_in)
+    assert environment["PATH"] == str(stand_in.parent) and "CXX" not in environment
+    (tmp_path / "says").write_text(f"{tmp_path / where}\n{cpu}\n")
+    wheel = tmp_path / "convmae-1.0-py3-none-any.whl"
+    if not good:
+        with pytest.raises(compat.CompatError, match=f"does not work: .*{cpu}"):
+            compat.install_wheel(stand_in, wheel, environment)
+        return
+    folder = compat.install_wheel(stand_in, wheel, environment)
+    assert sorted(path.name for path in folder.iterdir()) == ["pyproject.toml", "tests"]
+    told = (tmp_path / "told").read_text().splitlines()
+    assert told[:2] == ["-m pip uninstall --yes convmae", f"-m pip install --no-index {wheel}"]
+
+
+def test_a_compiler_in_the_environment_of_a_wheel(stand_in):
+    (stand_in.parent / "g++").symlink_to("/bin/sh")
+    with pytest.raises(compat.CompatError, match="bin has g.., expected no compiler there"):
+        compat.without_compilers(stand_in)
+
+
+def test_what_is_no_wheel(stand_in, monkeypatch, capsys):
+    monkeypatch.setattr(compat, "make_environment", lambda torch, for_wheel: stand_in)
+    (stand_in.parents[2] / "pyproject.toml").write_text('"torch>=2.11"')
+    assert compat.main(["2.11.0", "--wheel", "dist/none.whl"]) == 2
+    message = "compat: WHEEL=dist/none.whl is no wheel; expected a file that `make wheel` wrote\n"
+    assert capsys.readouterr().err == message

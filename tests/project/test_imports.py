@@ -131,6 +131,7 @@ PACKED_FUNCTIONS = [
 ]
 MAY_IMPORT = {  # what each module of the package may import from the package
     "recording": [],
+    "torch_version": [],
     "zorder": [],
     "block_mask": ["recording", "ops.reference"],
     "ops.support": ["zorder", "ops.support"],
@@ -145,6 +146,7 @@ MAY_IMPORT = {  # what each module of the package may import from the package
     "ops.support.dispatch": [
         *("block_mask", "ops.support.choices", "ops.support.flops", "triton"),
     ],
+    "ops.support.rows": ["recording", "ops.support.dispatch", "ops.support.dtypes"],
     "ops": ["zorder", "block_mask", "ops", "triton"],
     "triton": ["block_mask", "triton"],
     "functional": ["block_mask", "zorder", "functional", "ops"],

@@ -4,6 +4,9 @@ Makes a virtual environment for that torch in `.venv-compat`, with the Triton an
 that belong to it, and with the versions of `constraints.txt` of all else; builds the compiled
 library if it is older than its sources, else takes it as it is, since one library serves every
 torch; runs `SUITES`, and ends with a line for each.
+
+`make compat WHEEL=dist/convmae-....whl TORCH=2.11.0` tests a wheel as users get it: installed into
+an environment of its own, with no compiler to be found and no source of the package beside it.
 """
 
 from __future__ import annotations
@@ -82,6 +85,11 @@ SUITES = {
     "gpu rehearsal": ("benchmarks/test_budget.py", "benchmarks/test_gpu_rehearsal.py"),
 }
 
+# Of these, what a wheel can pass: `test_imports.py` reads the source of the packages.
+NEEDS_SOURCE = ("project/test_imports.py",)
+COMPILERS = ("c++", "g++", "gcc", "cc", "clang++", "clang", "nvcc", "ninja")
+COMPILER_VARIABLES = ("CC", "CXX", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH")
+
 PACKAGES = (
     *("torchvision", "numpy", "timm"),
     *("pillow", "pyyaml", "safetensors", "webdataset"),
@@ -90,6 +98,7 @@ PACKAGES = (
     *("pytest", "pytest-xdist", "hypothesis"),
     *("setuptools", "wheel", "ninja"),
 )
+FOR_BUILDS = ("setuptools", "wheel", "ninja")
 # Packages whose versions each torch chooses itself.
 OF_TORCH = re.compile(r"(torch|torchvision|triton|setuptools|nvidia-.*|cuda-.*)==")
 
@@ -102,6 +111,11 @@ cuda = f" (CUDA {torch.version.cuda})" if torch.version.cuda else ""
 print(f"torch {torch.__version__}{cuda}, Python {platform.python_version()}", end=", ")
 print(f"Triton {version('triton')}, numpy {numpy.__version__}", end=", ")
 print(f"torchvision {version('torchvision')}")
+"""
+DESCRIBE_INSTALLED = """
+import convmae_kernels
+print(convmae_kernels.__file__)
+print(convmae_kernels.info()["cpu"])
 """
 
 
@@ -178,12 +192,16 @@ def why_pip_failed(torch: str, output: str, index: str) -> str:
     return f"TORCH={torch}: pip could not make the environment for Python {python}: {reason}"
 
 
-def make_environment(torch: str) -> Path:
-    """Makes the environment of a torch, unless it is there; returns its Python."""
+def make_environment(torch: str, for_wheel: bool = False) -> Path:
+    """Makes the environment of a torch, unless it is there; returns its Python.
+
+    One for wheels is an environment apart, without what compiles.
+    """
     name = f"torch{torch}-python{'.'.join(platform.python_version_tuple()[:2])}"
-    folder = ROOT / ".venv-compat" / name
+    folder = ROOT / ".venv-compat" / (f"wheel-{name}" if for_wheel else name)
     python = folder / "bin" / "python"
-    requirements = [f"torch=={torch}", *PACKAGES]
+    packages = [name for name in PACKAGES if not (for_wheel and name in FOR_BUILDS)]
+    requirements = [f"torch=={torch}", *packages]
     kept = constraints((ROOT / "constraints.txt").read_text())
     installed, wanted = folder / "installed", "\n".join(requirements) + "\n" + kept
     if installed.is_file() and installed.read_text() == wanted:
@@ -229,17 +247,57 @@ def make_library(python: Path, environment: dict[str, str]) -> None:
     LIBRARY.touch()
 
 
+def without_compilers(python: Path) -> dict[str, str]:
+    """The environment variables of a machine that has a Python and nothing that compiles."""
+    environment = {k: v for k, v in os.environ.items() if k not in COMPILER_VARIABLES}
+    environment["PATH"] = str(python.parent)
+    found = [name for name in COMPILERS if shutil.which(name, path=environment["PATH"])]
+    if found:
+        raise CompatError(f"{python.parent} has {', '.join(found)}, expected no compiler there")
+    return environment
+
+
+def install_wheel(python: Path, wheel: Path, environment: dict[str, str]) -> Path:
+    """Installs a wheel; returns a folder that has the tests and no source of the packages."""
+    if not wheel.is_file() or wheel.suffix != ".whl":
+        raise CompatError(f"WHEEL={wheel} is no wheel; expected a file that `make wheel` wrote")
+    pip(python, "uninstall", "--yes", "convmae")
+    command = [python, "-m", "pip", "install", "--no-index", wheel.resolve()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CompatError(f"WHEEL={wheel} could not be installed: {done.stderr.strip()}")
+    folder = python.parents[1] / "tests-alone"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "tests", folder / "tests")
+    shutil.copy2(ROOT / "pyproject.toml", folder)  # pytest's settings
+    command = [python, "-c", DESCRIBE_INSTALLED]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.splitlines() or [done.stderr.strip(), ""]
+    installed = Path(lines[0]).is_relative_to(python.parents[1]) and lines[-1].startswith("yes")
+    if done.returncode != 0 or not installed:
+        raise CompatError(f"WHEEL={wheel} does not work: {lines[0]}: {lines[-1]}")
+    print(f"{lines[0]}: compiled kernels: {lines[-1]}", flush=True)
+    return folder
+
+
 def run_suite(
-    python: Path, name: str, files: list[Path], workers: int, environment: dict[str, str]
+    python: Path,
+    name: str,
+    files: list[Path],
+    workers: int,
+    environment: dict[str, str],
+    folder: Path | None = None,
 ) -> Result:
-    """Runs pytest on the files of a suite."""
+    """Runs pytest on the files of a suite, in the repository or in another folder."""
     report = python.parents[1] / f"{name.replace(' ', '-')}.xml"
     report.unlink(missing_ok=True)
     many = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else ["-p", "no:xdist"]
     begin = time.monotonic()
     done = subprocess.run(
         [python, "-m", "pytest", "-q", *many, f"--junitxml={report}", *files],
-        cwd=ROOT,
+        cwd=folder or ROOT,
         env=environment,
         check=False,
     )
@@ -286,21 +344,30 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="compat", description=__doc__)
     parser.add_argument("torch", help="a version of torch, e.g. 2.11.0 or 2.13.0+cpu")
     parser.add_argument("--workers", type=int, default=2, help="processes that run tests")
-    parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
+    parser.add_argument("--suite", nargs="+", choices=SUITES, help="all, or kernels for a wheel")
+    parser.add_argument("--wheel", type=Path, help="what to test in place of this checkout")
     options = parser.parse_args(arguments)
+    folder = ROOT
     try:
-        python = make_environment(check_version(options.torch))
-        path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "CONVMAE_REQUIRE_EXT": "1"}
-        make_library(python, environment)
+        torch = check_version(options.torch)
+        if options.wheel is not None:
+            python = make_environment(torch, for_wheel=True)
+            environment = without_compilers(python)
+            folder = install_wheel(python, options.wheel, environment)
+        else:
+            python = make_environment(torch)
+            path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+            environment = {**os.environ, "PATH": path, "CONVMAE_REQUIRE_EXT": "1"}
+            make_library(python, environment)
     except CompatError as error:
         print(f"compat: {error}", file=sys.stderr)
         return 2
+    left_out = NEEDS_SOURCE if options.wheel is not None else ()
     results = []
-    for name in options.suite:
+    for name in options.suite or (["kernels"] if options.wheel is not None else list(SUITES)):
         print(f"== {name}", flush=True)
-        files = [ROOT / "tests" / file for file in SUITES[name]]
-        results.append(run_suite(python, name, files, options.workers, environment))
+        files = [folder / "tests" / file for file in SUITES[name] if file not in left_out]
+        results.append(run_suite(python, name, files, options.workers, environment, folder))
     described = subprocess.run([python, "-c", DESCRIBE], capture_output=True, text=True, check=True)
     print(f"\n{described.stdout.strip()}; {processor()}, {time.strftime('%Y-%m-%d')}")
     for result in results:

@@ -1,9 +1,12 @@
-"""Derivatives of a convolution that has ops of its own for its two gradients."""
+"""Derivatives of ops: of a convolution with ops for its two gradients, and by autograd."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 Derivatives = Callable[[Any], tuple[Callable, Callable]]
 
@@ -82,3 +85,48 @@ def derivatives_of_convolution(name: str) -> tuple[Derivatives, Derivatives, Der
         return backward, setup_context
 
     return of_convolution, of_input_grad, of_weight_grad
+
+
+def derivatives_of_function(function: Callable[..., tuple[Tensor, ...]]) -> Derivatives:
+    """What `register` takes as derivatives of an op that computes what `function` does.
+
+    For gradients, which are seldom differentiated: `function` is then computed again, and autograd
+    differentiates it, any number of times.
+
+    Args:
+        function: the op in PyTorch's own ops; of its arguments all floating tensors are
+            differentiated.
+    """
+
+    def derivatives(ops: Any) -> tuple[Callable, Callable]:
+        def setup_context(ctx, inputs, output):
+            ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+            ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*(inputs[i] for i in ctx.places))
+
+        def backward(ctx, *grads):
+            again = torch.is_grad_enabled()  # whether the result will be differentiated too
+            arguments = list(ctx.others)
+            with torch.enable_grad():
+                for i, x in zip(ctx.places, ctx.saved_tensors):
+                    # Views: a derivative in one argument does not go through another that was
+                    # computed from it.
+                    x = x.view_as(x) if again else x.detach()
+                    arguments[i] = x if x.requires_grad else x.requires_grad_()
+                results = function(*arguments)
+            given = [
+                (y, grad) for y, grad in zip(results, grads) if grad is not None and y.requires_grad
+            ]
+            if not given:
+                return (None,) * len(arguments)
+            ys, grads = zip(*given)
+            wanted = [i for i in ctx.places if ctx.needs_input_grad[i]]
+            inputs = [arguments[i] for i in wanted]
+            found = torch.autograd.grad(ys, inputs, grads, create_graph=again, allow_unused=True)
+            by_place = dict(zip(wanted, found))
+            return tuple(by_place.get(i) for i in range(len(arguments)))
+
+        return backward, setup_context
+
+    return derivatives

@@ -13,6 +13,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from convmae_kernels.triton import (  # noqa: E402
+    accumulation,
+    add_layer_norm,
+    add_layer_norm_grad,
+    bias_gelu,
+    bias_gelu_grad,
     gather_visible,
     gather_windows,
     gather_windows_grad,
@@ -197,6 +202,40 @@ def compiled_products_grad(target, dtype, configuration):
     return compiled(function, target, pointers, configuration, **constants)
 
 
+def row_kernels(target, dtype, channels, choice):
+    """What runs on rows of features: a configuration of each kernel, and the sum of their parts."""
+    vector = "fp64" if dtype == "fp64" else "fp32"
+    columns = triton.next_power_of_2(channels)
+    rows = add_layer_norm_grad.rows_of_step(columns, TYPES[dtype])
+    numbers = {"ACCUMULATOR": TYPES[dtype]}
+    norm = {**numbers, "EPS": 1e-6, "HAS_BRANCH_BIAS": True, "COLUMNS": columns}
+    for module, function, constants in (
+        (add_layer_norm, add_layer_norm.add_layer_norm_kernel, norm),
+        (
+            add_layer_norm_grad,
+            add_layer_norm_grad.add_layer_norm_grad_kernel,
+            {**norm, "HAS_GRAD_TOTAL": True, "ROWS": rows},
+        ),
+        (bias_gelu, bias_gelu.bias_gelu_kernel, numbers),
+        (
+            bias_gelu_grad,
+            bias_gelu_grad.bias_gelu_grad_kernel,
+            {**numbers, "LANES": bias_gelu_grad.LANES},
+        ),
+    ):
+        vectors = ("weight_ptr", "bias_ptr", "branch_bias_ptr", "parts_ptr")
+        pointers = {
+            name: f"*{vector if name in vectors else dtype}"
+            for name in function.arg_names
+            if name.endswith("_ptr")
+        }
+        found = module.CONFIGURATIONS[choice % len(module.CONFIGURATIONS)]
+        yield compiled(function, target, pointers, found, **constants)
+    pointers = {f"{name}_ptr": f"*{vector}" for name in ("parts", "first", "second", "third")}
+    sizes = {"LANES": accumulation.PART_LANES, "ELEMENTS": accumulation.ELEMENTS}
+    yield compiled(accumulation.add_parts_kernel, target, pointers, VECTORS=3, **numbers, **sizes)
+
+
 def resources(kernel, folder):
     """What ptxas gave a kernel: registers, and bytes of stack, shared and local memory."""
     file = folder / "kernel.cubin"
@@ -281,6 +320,22 @@ def test_sums_of_parts_stay_in_registers(tmp_path):
     ):
         found = compiled(kernel, target, pointers, ACCUMULATOR=tl.float32, **constants)
         assert_in_registers(found, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "channels", "choice"),
+    [
+        (90, "bf16", 768, 1),
+        pytest.param(80, "fp64", 384, 2, marks=pytest.mark.thorough),
+        pytest.param(100, "bf16", 256, 0, marks=pytest.mark.thorough),
+    ],
+)
+def test_rows_stay_in_registers(architecture, dtype, channels, choice, tmp_path):
+    for found in row_kernels(GPUTarget("cuda", architecture, 32), dtype, channels, choice):
+        assert_in_registers(found, tmp_path)
+        assert "atom" not in found.asm["ptx"]
+        if channels == 768 and "add_parts" not in found.metadata.name:
+            assert "ld.global.v4.b32" in found.asm["ptx"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "fp64"])

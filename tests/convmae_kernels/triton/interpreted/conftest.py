@@ -5,6 +5,9 @@ import triton
 from triton.runtime import interpreter
 
 from convmae_kernels.triton import (
+    add_layer_norm,
+    bias_gelu,
+    bias_gelu_grad,
     gather_visible,
     gather_windows,
     gather_windows_grad,
@@ -19,6 +22,7 @@ from convmae_kernels.triton import (
 from convmae_kernels.triton.tuning import Configuration
 
 POSITION_TILES = (
+    bias_gelu,
     gather_visible,
     gather_windows,
     gather_windows_grad,
@@ -63,8 +67,11 @@ def few_programs(monkeypatch):
         for module in (masked_conv2d_weight_grad, strided_conv2d_weight_grad):
             monkeypatch.setattr(module, "CONFIGURATIONS", (tile,))
         tile = Configuration("test", {"CHANNELS": across}, 1)
-        monkeypatch.setattr(masked_conv2d_grads, "CONFIGURATIONS", (tile,))
-        for module in (masked_conv2d_grads, masked_conv2d_weight_grad):
+        for module in (bias_gelu_grad, masked_conv2d_grads):
+            monkeypatch.setattr(module, "CONFIGURATIONS", (tile,))
+        tile = Configuration("test", {"ROWS": down}, 1)
+        monkeypatch.setattr(add_layer_norm, "CONFIGURATIONS", (tile,))
+        for module in (bias_gelu_grad, masked_conv2d_grads, masked_conv2d_weight_grad):
             monkeypatch.setattr(module, "LANES", down // 4)
 
     set_tiles(8)

@@ -5,6 +5,10 @@ import torch
 
 from convmae_kernels.testing import make_mask, random_tensor
 from convmae_kernels.triton import (
+    add_layer_norm,
+    add_layer_norm_grad,
+    bias_gelu,
+    bias_gelu_grad,
     gather_visible,
     gather_windows,
     gather_windows_grad,
@@ -26,6 +30,10 @@ TABLE = MASK.neighbours(1)
 FEW = make_mask("corner").neighbours(1)  # 3 blocks
 TAPS, SHAPE = WEIGHT[:, :, :2, 1:], (2, [0, 1], [1, 1])  # stride, padding, dilation
 PROBLEMS = {
+    add_layer_norm: (X[:2], GRAD[:2], BIAS, BIAS, BIAS, 1e-5),
+    add_layer_norm_grad: (GRAD, X, X, BIAS, 1e-5, True),
+    bias_gelu: (X, BIAS),
+    bias_gelu_grad: (GRAD, X, BIAS),
     gather_visible: (IMAGES, MASK.block_index, 3, 4),
     scatter_visible: (X, MASK.block_index, 2, 3, 4, 0.5),
     gather_windows: (X, TABLE, [2, 1, -1, 2], 0.5),
@@ -42,6 +50,8 @@ PROBLEMS = {
 @pytest.fixture(autouse=True)
 def several_parts(monkeypatch):
     monkeypatch.setattr(masked_conv2d_weight_grad, "MIN_POSITIONS_PER_PART", 16)
+    for module in (add_layer_norm_grad, bias_gelu_grad):
+        monkeypatch.setattr(module, "MIN_ROWS_PER_PART", 20)
 
 
 @pytest.mark.parametrize(

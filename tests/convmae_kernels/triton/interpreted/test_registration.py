@@ -6,11 +6,16 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convmae_kernels as ck
+from convmae_kernels.ops import add_layer_norm, bias_gelu
 from convmae_kernels.testing import make_mask, random_tensor
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 OPS = torch.ops.convmae_triton
 NAMES = (
+    "add_layer_norm",
+    "add_layer_norm_grad",
+    "bias_gelu",
+    "bias_gelu_grad",
     "gather_visible",
     "gather_windows",
     "gather_windows_grad",
@@ -34,6 +39,10 @@ def samples(requires_grad):
     x, grad, table = tensor(8, 4, 3), tensor(8, 4, 3), mask.neighbours(1)
     one, taps, shape = tensor(8, 1, 3), tensor(3, 1, 3, 2), (2, [1, 0], [1, 1])
     return {
+        "add_layer_norm": (x, grad, None, tensor(3), tensor(3), 1e-5),
+        "add_layer_norm_grad": (grad, None, x, tensor(3), 1e-5, False),
+        "bias_gelu": (x, tensor(3)),
+        "bias_gelu_grad": (grad, x, tensor(3)),
         "gather_visible": (tensor(2, 3, 6, 8), mask.block_index, 3, 4),
         "scatter_visible": (x, mask.block_index, 2, 3, 4, 0.5),
         "gather_windows": (x, table, [1, 2, 0, -1], 0.5),
@@ -86,6 +95,8 @@ def three_orders(impl):
             ck.scatter_visible(y, mask, impl=impl),
             ck.gather_windows(y, mask, (1, 0, 2, -1), impl=impl),
             ck.masked_conv2d(y, weight, bias, mask, 2, groups=3, impl=impl),
+            bias_gelu(y, bias, impl=impl),
+            *add_layer_norm(x, y, bias, bias, 0.1, bias, impl=impl),
         ]
         for _ in range(3):
             loss = sum(r.sin().sum() for r in results)

@@ -20,8 +20,10 @@ from convmae_kernels.testing import (
     random_tensor,
     value_and_grads,
 )
+from convmae_kernels.triton import add_layer_norm_grad, bias_gelu_grad
 from convmae_kernels.triton import masked_conv2d_grads as grads_module
 from convmae_kernels.triton import masked_conv2d_weight_grad as weight_grad_module
+from tests.support.rows import check_add_layer_norm, check_bias_gelu
 from tests.support.strided_conv2d import SHAPES, check_results, make_problem, strided_results
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "few_programs")
@@ -197,6 +199,28 @@ def test_strided_conv2d(i, dtype, few_programs):
         tensors, rest = make_problem(mask, 5, shape, dtype)
         found = strided_results(torch.ops.convmae_triton, tensors, table, rest)
         check_results(found, tensors, table, rest)
+
+
+HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+ROWS = [
+    # The shape, the dtypes of x, branch and vectors, the layout, whether the branch has a bias.
+    ((3, 4, 33), (SINGLE, SINGLE, SINGLE), "sliced", True),
+    ((9, 96), (HALF, HALF, SINGLE), "contiguous", True),
+    ((5, 384), (SINGLE, torch.float16, SINGLE), "transposed", False),
+    ((1, 1, 160), (HALF, HALF, HALF), "contiguous", False),
+    ((2, 3, 7), (DOUBLE, DOUBLE, DOUBLE), "channels_last", True),
+    ((41, 1), (torch.float16, torch.float16, torch.float16), "contiguous", True),
+    ((0, 4, 5), (SINGLE, SINGLE, SINGLE), "contiguous", True),
+]
+
+
+@pytest.mark.parametrize(("shape", "kinds", "layout", "with_bias"), ROWS, ids=str)
+def test_rows(shape, kinds, layout, with_bias, few_programs, monkeypatch):
+    few_programs(shape[-1])
+    for module in (add_layer_norm_grad, bias_gelu_grad):
+        monkeypatch.setattr(module, "MIN_ROWS_PER_PART", 5)
+    check_bias_gelu("triton", shape, kinds[1], kinds[2], layout)
+    check_add_layer_norm("triton", shape, kinds, layout, with_bias)
 
 
 @dtypes
