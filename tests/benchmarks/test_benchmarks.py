@@ -235,7 +235,14 @@ IN_BFLOAT16 = ("gather/images", "depthwise/stage1/forward_backward", "stages12",
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, torch.float32) for name in registry.CASES if name not in LIKE_ANOTHER + COUNTED]
+    [
+        pytest.param(
+            *(name, torch.float32),
+            marks=[pytest.mark.thorough] if name.endswith("/memory") else [],
+        )
+        for name in registry.CASES
+        if name not in LIKE_ANOTHER + COUNTED
+    ]
     + [(name, torch.bfloat16) for name in IN_BFLOAT16],
 )
 @pytest.mark.thorough(but_every=2)

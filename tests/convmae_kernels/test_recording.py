@@ -64,6 +64,7 @@ def test_export_with_a_mask_made_inside(kind, strict):
 
 
 @RECORDED
+@pytest.mark.thorough(but_every=3)
 def test_onnx_with_a_mask_made_inside(kind, tmp_path):
     net, arguments = recorded(kind)
     path = export_onnx(net, arguments(2), tmp_path / "net.onnx")

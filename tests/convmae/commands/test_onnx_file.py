@@ -82,6 +82,7 @@ def test_a_classifier(tmp_path: Path, classifier: tuple[Path, ConvViT]) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.thorough
 def test_another_size_and_other_statistics(
     tmp_path: Path, classifier: tuple[Path, ConvViT]
 ) -> None:
@@ -101,6 +102,7 @@ def test_another_size_and_other_statistics(
 
 
 @torch.no_grad()
+@pytest.mark.thorough
 def test_the_encoder_of_a_foreign_pretraining_model(tmp_path: Path) -> None:
     state = official("convmae_tiny", size=32)
     report = to_onnx(save(tmp_path / "a.pth", {"model": state}), tmp_path / "a.onnx")

@@ -73,7 +73,7 @@ def kill_when(process: subprocess.Popen[str], output: Path, count: int, number: 
 
 
 @pytest.mark.parametrize("kind", ["predict", "embed"])
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough
 def test_killed_at_several_moments_it_goes_on(
     kind: str, tmp_path: Path, model: Path, folder: Path
 ) -> None:
@@ -99,7 +99,7 @@ def test_killed_at_several_moments_it_goes_on(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough
 def test_a_signal_stores_what_was_computed(
     number: int, tmp_path: Path, model: Path, folder: Path
 ) -> None:

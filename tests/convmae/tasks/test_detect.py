@@ -70,6 +70,7 @@ def test_a_run_leaves_losses_figures_weights_and_a_page(data, whole):
     assert (whole / "prediction.png").is_file()
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_goes_on_to_the_same_losses_and_figures(data, whole, tmp_path):
     config = detection_config(data, tmp_path / "run", steps=3)
     detect_train(config)

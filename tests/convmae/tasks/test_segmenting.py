@@ -180,7 +180,7 @@ def test_pictures_that_cannot_be_read_are_replaced_and_named(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough
 def test_two_processes_train_as_one(strategy: str, data: Path, tmp_path: Path) -> None:
     """Of three held-out pictures one process sees two: processes have other numbers of windows."""
     one, two = tmp_path / "one", tmp_path / "two"

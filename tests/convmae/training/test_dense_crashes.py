@@ -41,7 +41,7 @@ def figures(folder: Path) -> dict[int, dict[str, float]]:
 
 
 @pytest.mark.parametrize("task", ["segment", "detect"])
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough
 def test_killed_and_resumed_is_the_same_run(task: str, tmp_path: Path) -> None:
     make: dict[str, tuple[Any, dict[str, Any]]] = {
         "segment": (ade_layout, SEGMENTER),

@@ -187,6 +187,7 @@ def test_an_evaluation_that_is_due_is_done_after_a_save(
     assert same(tensors(tmp_path / "run" / "best"), tensors(tmp_path / "whole" / "best"))
 
 
+@pytest.mark.thorough
 def test_a_terminal_that_goes_away_does_not_end_a_run(pictures: Path, tmp_path: Path) -> None:
     """stdout and stderr are a terminal that is closed as soon as the run trains."""
     import pty

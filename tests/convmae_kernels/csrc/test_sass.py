@@ -107,6 +107,7 @@ def positions(tiles_first):
 
 @needs_code_for_sm_90
 @pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.thorough(but_every=3)
 def test_the_machine_code_gives_the_reference(name, compiled):
     """So the walk takes the branches that a GPU takes."""
     shape = tile_walk.Shape.of(name)
@@ -189,6 +190,7 @@ def test_instructions_of_an_expected_tile(name, most, walk):
 
 
 @needs_code_for_sm_90
+@pytest.mark.thorough
 def test_tensor_cores_take_less_than_half_of_the_instructions(compiled):
     names = "masked_conv2d_tiles<bfloat16, 4, 7>", "masked_conv2d_tensor<bfloat16>"
     walks = (tile_walk.walk(name, *compiled[name]) for name in names)

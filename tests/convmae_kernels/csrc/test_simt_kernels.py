@@ -288,6 +288,7 @@ def test_hidden_pixels_change_no_bit_of_all_gradients():
 # -- what moves, and which kernel moves it -------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_bytes_that_move():
     """Forward reads and writes the features once; all gradients at once read twice as much."""
     mask = ck.BlockMask.random(2, (7, 7), 0.5, generator=torch.Generator().manual_seed(0))
@@ -378,13 +379,14 @@ def test_values_reach_their_window_only(kernel, side, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("side", [1, 2, 4, 8])
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7)], ids=str)
-@pytest.mark.thorough(but_every=4)
+@pytest.mark.thorough
 def test_no_races(kernel, side, dtype):
     channels = 64 if kernel == (7, 7) else 40  # tensor cores have whole slices only
     check(make_mask("row"), side, channels, kernel, dtype, runs=2, checker="races", seeds=(0, 3))
 
 
 @pytest.mark.parametrize("side", [2, 8])
+@pytest.mark.thorough
 def test_no_races_in_all_gradients_at_once(side):
     check_grads(make_mask("row"), side, 40, runs=2, checker="races", seeds=(0, 3))
 
@@ -455,7 +457,7 @@ SYNCHRONISATION = [
 
 
 @pytest.mark.parametrize(("file", "statement", "occurrence"), SYNCHRONISATION)
-@pytest.mark.thorough(but_every=4)
+@pytest.mark.thorough
 def test_every_synchronisation_is_needed(file, statement, occurrence):
     """Without it there is a race, or a copy that is read before it is there."""
     unit, use = USES[file]
@@ -468,6 +470,7 @@ def test_every_synchronisation_is_needed(file, statement, occurrence):
 
 
 @pytest.mark.parametrize("file", ["gather_visible.cuh", "rows.cuh"])
+@pytest.mark.thorough
 def test_a_removed_barrier_gives_wrong_results(file):
     unit, use = USES[file]
     use()

@@ -186,10 +186,12 @@ def test_neighbour_table(name, radius):
     assert torch.equal(table, mask.neighbours(radius))
 
 
+@pytest.mark.thorough
 def test_no_races_in_gather():
     gather(images_for(make_mask("ragged"), 4, 70), make_mask("ragged"), checker="races")
 
 
+@pytest.mark.thorough
 def test_no_races_in_windows():
     mask = make_mask("row")
     for channels in (7, 256):

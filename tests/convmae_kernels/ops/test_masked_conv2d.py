@@ -119,6 +119,7 @@ def test_every_vector_width_and_its_remainder(dtype, channels):
 
 @pytest.mark.skipif("cpu" not in implementations(), reason="the compiled library is not there")
 @pytest.mark.parametrize(("level", "name"), LOWER)
+@pytest.mark.thorough
 def test_lower_instruction_sets(level, name):
     """The kernels for other machines, as far as this one can run them."""
     run_tests(__file__, "test_every_vector_width or test_values_reach", level, name)
