@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -188,25 +189,52 @@ def pictures_per_core(size: int, count: int = 200) -> tuple[float, float]:
     return count / seconds, sum(sizes) / len(sizes)
 
 
+def positive(text: str) -> float:
+    """A number above 0, of the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
+def positive_integer(text: str) -> int:
+    """An integer above 0, of the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    number = positive(text)
+    if number != int(number):
+        raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}")
+    return int(number)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the assumptions and a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     add = parser.add_argument
     add("--card", choices=CARDS, default="h100", help="whose measured step is taken")
     add("--step", choices=STEPS, default="compiled", help="which of its steps; graph: of one GPU")
-    add("--step_ms", type=float, help="in place of the measured one; with --batch_size")
-    add("--batch_size", type=int, help="of one GPU")
-    add("--gpus", type=int, nargs="+", default=[1, 8, 16, 32, 64])
-    add("--gpus_per_machine", type=int, default=8)
-    add("--pictures", type=int, default=1_281_167, help="of an epoch; ImageNet-1K's")
-    add("--epochs", type=int, default=1600)
+    add("--step_ms", type=positive, help="in place of the measured one; with --batch_size")
+    add("--batch_size", type=positive_integer, help="of one GPU")
+    add("--gpus", type=positive_integer, nargs="+", default=[1, 8, 16, 32, 64])
+    add("--gpus_per_machine", type=positive_integer, default=8)
+    add("--pictures", type=positive_integer, default=1_281_167, help="of an epoch; ImageNet-1K's")
+    add("--epochs", type=positive_integer, default=1600)
     add("--model", default="convmae_base", help="whose gradients and state are counted")
-    add("--picture_kb", type=float, default=110, help="of a stored picture; ImageNet-1K's")
-    add("--cores", type=int, default=96, help="of a machine")
-    add("--pictures_per_core", type=float, default=190, help="a second")
+    add("--picture_kb", type=positive, default=110, help="of a stored picture; ImageNet-1K's")
+    add("--cores", type=positive_integer, default=96, help="of a machine")
+    add("--pictures_per_core", type=positive, default=190, help="a second")
     add("--measure", action="store_true", help="measure these on this machine")
-    add("--storage", type=float, default=5, help="GB/s that a machine reads")
-    add("--network", type=float, default=25, help="GB/s that a machine sends, and receives")
+    add("--storage", type=positive, default=5, help="GB/s that a machine reads")
+    add("--network", type=positive, default=25, help="GB/s that a machine sends, and receives")
     options = parser.parse_args(arguments)
     if (options.step_ms is None) != (options.batch_size is None):
         parser.error("--step_ms and --batch_size belong together: the time is that of the batch")

@@ -119,8 +119,9 @@ def late_bias(layer: nn.Module, x: Tensor, behind: nn.Module) -> Tensor | None:
         `[C]`, or None where the product adds its bias itself: outside of `joining_rows`, on a CPU,
         and where one of the two layers is of another kind.
     """
-    ours = isinstance(layer, Linear | nn.Conv2d) and isinstance(behind, GELU | LayerNorm)
-    return layer.bias if ours and has_row_kernels(x) else None  # type: ignore[return-value]
+    if isinstance(layer, Linear | nn.Conv2d) and isinstance(behind, GELU | LayerNorm):
+        return layer.bias if has_row_kernels(x) else None
+    return None
 
 
 class GELU(nn.GELU):

@@ -236,9 +236,9 @@ def masked_conv2d(
     if plan.way == "strided" and not plain:
         run = select(impl, op, reference.strided_conv2d, x, mask)
         return run(x, weight, bias, neighbours, plan.stride, plan.padding, plan.dilation)
-    if goes_without_windows(impl, x, weight, groups):
-        op = "grouped_conv2d"
-    run = select(impl, op, reference.window_conv2d, x, mask)
+    without_windows = goes_without_windows(impl, x, weight, groups)
+    name = "grouped_conv2d" if without_windows else "window_conv2d"
+    run = select(impl, name, reference.window_conv2d, x, mask)
     return run(x, weight, bias, neighbours, plan.stride, plan.padding, plan.dilation, groups)
 
 

@@ -59,6 +59,9 @@ def test_the_page(capsys):
         (["--gpus", "12"], "gpus must be up to 8, or a multiple of it, got 12"),
         (["--step_ms", "40"], "--step_ms and --batch_size belong together"),
         (["--step", "graph"], "trains on one GPU"),
+        (["--epochs", "0"], "--epochs: expected a number above 0, got '0'"),
+        (["--gpus", "8.5"], "--gpus: expected an integer, got '8.5'"),
+        (["--network", "fast"], "--network: expected a number above 0, got 'fast'"),
     ],
 )
 def test_wrong_flags(flags, message, capsys):
