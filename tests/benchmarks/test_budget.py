@@ -75,7 +75,7 @@ def test_a_step_is_counted_whole_and_without_numbers():
     assert sum(int(line.split()[-6]) for line in text.splitlines()) == packed.launches
 
 
-@pytest.mark.skipif(WHY_NOT_TRITON is not None, reason="Triton's modules say how many parts are summed")
+@pytest.mark.skipif(WHY_NOT_TRITON is not None, reason="Triton's modules say the parts")
 def test_what_ops_on_rows_move():
     """Passes over rows, vectors, and sums of parts, which a second launch reads."""
     rows, channels = 100, 24
