@@ -18,6 +18,7 @@ import benchmarks.decoder
 import benchmarks.pretraining  # noqa: F401  (they register)
 from benchmarks import cases, models, networks, registry, report  # noqa: F401  (they register)
 from benchmarks.limits import environment, measure_rates
+from benchmarks.revision import RevisionError, Worker, workers
 from benchmarks.runner import (
     Comparison,
     DisagreementError,
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", metavar="FILE", help="write the results here as JSON, after every case")
     add("--keep", action="store_true", help="keep the rows of other cases that the file holds")
     add("--summary", action="store_true", help="say at the end what skipping saved in the step")
+    add("--compare", nargs="+", default=[], metavar="REV", help="commits to measure in turn too")
     add("--dtype", nargs="+", choices=DTYPES, help=DTYPE_HELP)
     add("--model", default=Setting.model, help="whose sizes and steps to measure")
     add("--batch_size", "--batch-size", type=int, default=Setting.batch_size, help="images")
@@ -98,6 +100,7 @@ def run(
     repeats: int,
     budget: float,
     contenders: Sequence[str] | None = None,
+    others: Sequence[Worker] = (),
     done: Callable[[report.Results], None] = lambda results: None,
     failures: list[str] | None = None,
 ) -> report.Results:
@@ -105,13 +108,15 @@ def run(
 
     A contender that fails or computes something else is left out, and so is a case in which nothing
     is left to compare; notes and `failures` say so. Calls `done` with the results so far after
-    each, so that a run that is stopped loses little.
+    each, so that a run that is stopped loses little. `others`: revisions to measure in every case.
     """
     failures = [] if failures is None else failures
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in matrix products
     rates = measure_rates(setting.device, dtypes)
     gemm = {str(dtype)[6:]: rate for dtype, rate in rates.gemm.items()}
-    results = report.Results(environment(setting.device), _facts(setting), rates.copy, gemm, [])
+    facts = environment(setting.device)
+    facts |= {other.name: f"kernels: {other.facts['kernels']}" for other in others}
+    results = report.Results(facts, _facts(setting), rates.copy, gemm, [])
     for case in chosen:
         for dtype in dtypes:
             if not case.emulated and setting.device.type == "cpu" and dtype in SLOW_ON_CPU:
@@ -122,7 +127,7 @@ def run(
             name = f"{case.name} in {str(dtype)[6:]}"
             comparison = None
             try:
-                comparison = _build(case, setting, dtype, contenders)
+                comparison = _build(case, setting, dtype, contenders, others)
                 times = measure(comparison, dtype, repeats=repeats, budget=budget)
                 results.rows.extend(make_rows(case.name, comparison, times, rates, dtype))
                 failed = [f"{name}: left out {failure}" for failure in comparison.failures]
@@ -143,20 +148,33 @@ def run(
 
 
 def _build(
-    case: registry.Case, setting: Setting, dtype: torch.dtype, patterns: Sequence[str] | None
+    case: registry.Case,
+    setting: Setting,
+    dtype: torch.dtype,
+    patterns: Sequence[str] | None,
+    others: Sequence[Worker],
 ) -> Comparison:
     """The comparison of a case, of the baseline and the contenders whose name fits a pattern.
+
+    Other revisions are contenders too, whatever the patterns; those that cannot do the case are
+    among its failures.
 
     Raises:
         DisagreementError: there is no such contender.
     """
     comparison = case.build(setting, dtype)
+    for other in others:
+        try:
+            comparison.contenders.append(other.contender(case.name, setting, dtype))
+        except RevisionError as error:
+            comparison.failures.append(f"{other.name}: {error}")
     if patterns is None:
         return comparison
+    names = {comparison.baseline, *(other.name for other in others)}
     chosen = [
         contender
         for contender in comparison.contenders
-        if contender.name == comparison.baseline
+        if contender.name in names
         or any(fnmatch.fnmatchcase(contender.name, pattern) for pattern in patterns)
     ]
     if len(chosen) < 2:
@@ -243,16 +261,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             kept = _kept(args.json, setting)
     except ValueError as error:
         parser.error(str(error))
-    results = run(
-        chosen,
-        setting,
-        dtypes,
-        repeats=args.repeats,
-        budget=args.budget,
-        contenders=args.contender,
-        done=done,
-        failures=failures,
-    )
+    try:
+        with workers(args.compare, setting.device, torch.get_num_threads()) as others:
+            results = run(
+                chosen,
+                setting,
+                dtypes,
+                repeats=args.repeats,
+                budget=args.budget,
+                contenders=args.contender,
+                others=others,
+                done=done,
+                failures=failures,
+            )
+    except RevisionError as error:
+        parser.error(str(error))
     results = merged(results)
     print(report.header(results), report.table(results), sep="\n\n")
     if args.summary and not failures:

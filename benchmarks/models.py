@@ -15,7 +15,6 @@ from convmae.models.image_model import ConvMAEOutput, patch_statistics
 from convmae.models.layers import Block, sincos_pos_embed
 from convmae.models.tokens import take_tokens
 from convmae_kernels import BlockMask, gather_visible, scatter_visible
-from convmae_kernels.ops.support.rows import joining_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -148,6 +147,9 @@ def training_step(
 
 def joined(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`step` with the ops on rows around the products, in place of PyTorch's."""
+
+    # Here, as an older revision, which `--compare` imports this with, has none.
+    from convmae_kernels.ops.support.rows import joining_rows
 
     def run(*arguments: Tensor) -> Tensor:
         with joining_rows():
