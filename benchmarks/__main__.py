@@ -8,16 +8,18 @@ import gc
 import sys
 import traceback
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import benchmarks.budget
 import benchmarks.decoder
 import benchmarks.pretraining  # noqa: F401  (they register)
-from benchmarks import cases, models, networks, registry, report  # noqa: F401  (they register)
-from benchmarks.limits import environment, measure_rates
+from benchmarks import cases, full, models, networks, registry, report  # noqa: F401  (they register)
+from benchmarks.limits import Rates, environment, measure_rates, using_threads
+from benchmarks.peers import Checkouts
 from benchmarks.revision import RevisionError, Worker, workers
 from benchmarks.runner import (
     Comparison,
@@ -37,6 +39,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DTYPE_HELP = "autocast for models; if absent both, or float32 alone with --summary, to be quick"
 
 
+KEEP_HELP = "keep the rows of other cases that the file holds; with --full, go on where it ends"
+BUDGET_HELP = "seconds for a case, if three rounds fit (default: 6; of a point of --full 1.5)"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -48,16 +54,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--contender", nargs="+", metavar="PATTERN", help="names or globs, besides the baseline")
     add("--list", action="store_true", help="print the cases and stop")
     add("--json", metavar="FILE", help="write the results here as JSON, after every case")
-    add("--keep", action="store_true", help="keep the rows of other cases that the file holds")
+    add("--keep", action="store_true", help=KEEP_HELP)
     add("--summary", action="store_true", help="say at the end what skipping saved in the step")
     add("--compare", nargs="+", default=[], metavar="REV", help="commits to measure in turn too")
+    add("--full", action="store_true", help="points of sweeps and peers in place of the cases")
+    add("--quick", action="store_true", help="with --full: fewer points, and no peer's step")
+    add("--official", metavar="DIR", help="with --full: a checkout of ConvMAE's own code")
+    add("--official_fast", "--official-fast", metavar="DIR", help="the same of FastConvMAE's")
+    add("--spark", metavar="DIR", help="the same of SparK's")
     add("--dtype", nargs="+", choices=DTYPES, help=DTYPE_HELP)
     add("--model", default=Setting.model, help="whose sizes and steps to measure")
     add("--batch_size", "--batch-size", type=int, default=Setting.batch_size, help="images")
     add("--img_size", "--img-size", type=int, default=Setting.img_size, help="side in pixels")
     add("--mask_ratio", "--mask-ratio", type=float, default=Setting.mask_ratio, help="hidden share")
     add("--repeats", type=int, default=20, help="rounds at most")
-    add("--budget", type=float, default=6.0, help="seconds for a case, if three rounds fit")
+    add("--budget", type=float, default=argparse.SUPPRESS, help=BUDGET_HELP)
     add("--threads", type=int, default=None, help="CPU threads; PyTorch's choice if absent")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
     add("--no-compile", "--no_compile", action="store_true", help="no compiled dense operators")
@@ -71,12 +82,18 @@ def _setting(args: argparse.Namespace) -> Setting:
     """Raises: ValueError: a choice that cannot be measured."""
     if args.repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {args.repeats}")
+    args.budget = getattr(args, "budget", full.BUDGET if args.full else 6.0)
     if args.budget < 0:
         raise ValueError(f"budget must not be negative, got {args.budget}")
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"threads must be at least 1, got {args.threads}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch finds no CUDA device")
+    if args.full and args.compare:
+        raise ValueError("--compare measures the cases, not the points of --full")
+    for option in ("quick", "official", "official_fast", "spark"):
+        if getattr(args, option) and not args.full:
+            raise ValueError(f"--{option} is for --full")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise ValueError(f"json must be a file in a folder that exists, got {args.json}")
     models.parameters(args.model)
@@ -112,39 +129,59 @@ def run(
     """
     failures = [] if failures is None else failures
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in matrix products
-    rates = measure_rates(setting.device, dtypes)
-    gemm = {str(dtype)[6:]: rate for dtype, rate in rates.gemm.items()}
+    rates = {None: measure_rates(setting.device, dtypes)}  # by threads
+    gemm = {str(dtype)[6:]: rate for dtype, rate in rates[None].gemm.items()}
     facts = environment(setting.device)
+    rates[torch.get_num_threads()] = rates[None]
     facts |= {other.name: f"kernels: {other.facts['kernels']}" for other in others}
-    results = report.Results(facts, _facts(setting), rates.copy, gemm, [])
+    results = report.Results(facts, _facts(setting), rates[None].copy, gemm, [])
     for case in chosen:
-        for dtype in dtypes:
+        for dtype in case.dtypes or dtypes:
+            if dtype not in dtypes:
+                continue
             if not case.emulated and setting.device.type == "cpu" and dtype in SLOW_ON_CPU:
                 note = f"networks and layers in {str(dtype)[6:]}: left out, the CPU emulates it"
                 results.notes.extend([note] if note not in results.notes else [])
                 continue
             print(f"measuring {case.name} in {str(dtype)[6:]} ...", file=sys.stderr, flush=True)
-            name = f"{case.name} in {str(dtype)[6:]}"
-            comparison = None
-            try:
-                comparison = _build(case, setting, dtype, contenders, others)
-                times = measure(comparison, dtype, repeats=repeats, budget=budget)
-                results.rows.extend(make_rows(case.name, comparison, times, rates, dtype))
-                failed = [f"{name}: left out {failure}" for failure in comparison.failures]
-            except DisagreementError as error:
-                failed = [f"{name}: left out, {error}"]
-            except Exception as error:
-                traceback.print_exc()
-                failed = [f"{name}: left out, {one_line(error)}"]
-            notes = [*(comparison.notes if comparison else []), *failed]
+            with using_threads(case.threads):
+                if case.threads not in rates:
+                    rates[case.threads] = measure_rates(setting.device, dtypes)
+                build = partial(_build, case, setting, dtype, contenders, others)
+                limits = {"repeats": repeats, "budget": budget}
+                rows, notes, failed = _measure(case, build, rates[case.threads], dtype, **limits)
+            results.rows.extend(rows)
             results.notes.extend(note for note in notes if note not in results.notes)
-            failures.extend(failed)
+            failures.extend(failure for failure in failed if not full.is_of_a_peer(failure))
             done(results)
-            del comparison
             if setting.compile or setting.compile_models or setting.compile_blocks:
                 torch.compiler.reset()
             gc.collect()
     return results
+
+
+def _measure(
+    case: registry.Case,
+    build: Callable[[], Comparison],
+    rates: Rates,
+    dtype: torch.dtype,
+    **limits: Any,
+) -> tuple[list[Row], list[str], list[str]]:
+    """The rows of a case, the notes about it, and those of its notes that are failures."""
+    name = f"{case.name} in {str(dtype)[6:]}"
+    rows: list[Row] = []
+    comparison = None
+    try:
+        comparison = build()
+        times = measure(comparison, dtype, **limits)
+        rows = make_rows(case.name, comparison, times, rates, dtype, case.at)
+        failed = [f"{name}: left out {failure}" for failure in comparison.failures]
+    except DisagreementError as error:
+        failed = [f"{name}: left out, {error}"]
+    except Exception as error:
+        traceback.print_exc()
+        failed = [f"{name}: left out, {one_line(error)}"]
+    return rows, [*(comparison.notes if comparison else []), *failed], failed
 
 
 def _build(
@@ -183,8 +220,8 @@ def _build(
     return replace(comparison, contenders=chosen)
 
 
-def _kept(file: str | None, setting: Setting) -> list[Row]:
-    """The rows of a file of results.
+def _kept(file: str | None, setting: Setting) -> report.Results | None:
+    """The results of a file; None if there is none yet.
 
     Raises:
         ValueError: there is no file to keep, or it holds results of another setting or device.
@@ -192,12 +229,12 @@ def _kept(file: str | None, setting: Setting) -> list[Row]:
     if not file:
         raise ValueError("--keep needs --json, the file whose rows are kept")
     if not Path(file).exists():
-        return []
+        return None
     old = report.load(file)
     same = (_sizes(_facts(setting)), environment(setting.device).get("gpu"))
     if (_sizes(old.setting), old.environment.get("gpu")) != same:
         raise ValueError(f"{file} holds results of another setting or device; keep it elsewhere")
-    return old.rows
+    return old
 
 
 def _merge(
@@ -228,39 +265,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
-        chosen = registry.select(args.case)
+        setting = _setting(args)
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        names = args.dtype or (["float32"] if args.summary else list(DTYPES))
+        dtypes = [DTYPES[name] for name in names]
+        known = Checkouts(args.official, args.official_fast, args.spark)
+        every = full.cases(setting, dtypes, args.quick, known) if args.full else None
+        chosen = registry.select(args.case, every)
         if args.list:
             print("\n".join(f"{case.name:36} {case.about}" for case in chosen))
             return
-        setting = _setting(args)
         if args.summary and "step" not in [case.name for case in chosen]:
             raise ValueError("--summary needs the case 'step'; add it to --case")
+        old = _kept(args.json, setting) if args.keep else None
     except ValueError as error:
         parser.error(str(error))
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    names = args.dtype or (["float32"] if args.summary else list(DTYPES))
-    dtypes = [DTYPES[name] for name in names]
-
-    kept: list[Row] = []
-    failures: list[str] = []
+    kept = old.rows if old else []
+    if args.full:
+        chosen = full.missing(chosen, kept)
     measured = {case.name for case in chosen}
+    failures: list[str] = []
 
     def merged(results: report.Results) -> report.Results:
         if args.stand_in:
             results.environment["stand_in"] = True
         rows = _merge(kept, results.rows, measured, args.contender is None)
-        return replace(results, rows=rows)
+        notes = old.notes if old and args.full else []
+        notes = [*notes, *(note for note in results.notes if note not in notes)]
+        return replace(results, rows=rows, notes=notes)
 
     def done(results: report.Results) -> None:
         if args.json:
             report.save(merged(results), args.json)
 
-    try:
-        if args.keep:
-            kept = _kept(args.json, setting)
-    except ValueError as error:
-        parser.error(str(error))
     try:
         with workers(args.compare, setting.device, torch.get_num_threads()) as others:
             results = run(
@@ -278,6 +316,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     results = merged(results)
     print(report.header(results), report.table(results), sep="\n\n")
+    if args.full:
+        print("", *report.align(full.lines(results.rows), left=1), sep="\n")
     if args.summary and not failures:
         print("", report.summary(results), sep="\n")
     if failures:

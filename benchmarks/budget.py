@@ -130,7 +130,11 @@ class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[Op] = []
-        self.part, self.phase = "mask and loss", "forward"
+        self.enter("mask and loss", "forward")
+
+    def enter(self, part: str, phase: str) -> None:
+        """The ops that come are of this part."""
+        self.part, self.phase = part, phase
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -159,7 +163,7 @@ class _Counter(TorchDispatchMode):
         if name in PARTS_OF:
             launches, moved = 2, moved + _bytes_of_parts(name, args)
         if name == "_fused_adamw_":
-            self.part, self.phase = "optimizer", "step"
+            self.enter("optimizer", "step")
         flops = _flops(func, args, kwargs, out)
         return Op(self.part, self.phase, kind, name, launches, moved, flops)
 
@@ -235,21 +239,18 @@ def as_on_a_gpu(joined: bool = True) -> Iterator[None]:
         yield
 
 
-def _follow(model: nn.Module, counter: _Counter) -> None:
-    """Tells the counter in which part of the model the step is, forward and backward."""
+def follow(model: nn.Module, enter: Callable[[str, str], None]) -> None:
+    """Calls `enter(part, phase)` when a step enters a part of the model, forward or backward."""
 
-    def enter(part: str, phase: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            counter.part, counter.phase = part, phase
-
-        return hook
+    def hook(part: str, phase: str) -> Callable[..., None]:
+        return lambda *_: enter(part, phase)
 
     for name, module in model.named_modules():
         top = name.split(".")[0]
         if next(module.children(), None) is None and name:
             part = PARTS.get(top, "decoder" if top.startswith("decoder") else "mask and loss")
-            module.register_forward_pre_hook(enter(part, "forward"))
-            module.register_full_backward_pre_hook(enter(part, "backward"))
+            module.register_forward_pre_hook(hook(part, "forward"))
+            module.register_full_backward_pre_hook(hook(part, "backward"))
 
 
 @cache
@@ -271,7 +272,7 @@ def count_step(setting: Setting, dtype: torch.dtype, kind: str, joined: bool = T
         noise = torch.empty(setting.batch_size, setting.grid[0] * setting.grid[1])
         step(pixels, noise)  # the optimizer makes its state
         counter = _Counter()
-        _follow(model, counter)
+        follow(model, counter.enter)
         with counter:
             step(pixels, noise)
     return Budget(counter.ops)

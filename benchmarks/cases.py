@@ -93,19 +93,36 @@ def why_no_compile(device: torch.device) -> str | None:
     return None
 
 
-def _feature_map(
-    setting: Setting, dtype: torch.dtype, stage: int
+@dataclass(frozen=True)
+class Sizes:
+    """A feature map that is none of a stage's.
+
+    Attributes:
+        side: positions in a row of a block.
+        channels: of the map.
+        visible: share of visible blocks, in `(0, 1]`.
+    """
+
+    side: int
+    channels: int
+    visible: float
+
+
+def feature_map(
+    setting: Setting, dtype: torch.dtype, stage: int | Sizes
 ) -> tuple[Tensor, BlockMask, int, int]:
     """Dense features of a stage in channels-last, mask, block side and channels; stage 0: pixels.
 
     Pixels are NCHW-contiguous, as a data loader makes them.
     """
-    mask = setting.block_mask()
-    side = (16, 4, 2)[stage]
-    channels = 3 if stage == 0 else models.widths(setting.model)[stage - 1]
+    if isinstance(stage, Sizes):
+        mask, side, channels = setting.block_mask(stage.visible), stage.side, stage.channels
+    else:
+        mask, side = setting.block_mask(), (16, 4, 2)[stage]
+        channels = 3 if stage == 0 else models.widths(setting.model)[stage - 1]
     gh, gw = mask.grid
     x = setting.randn(setting.batch_size, channels, gh * side, gw * side).to(dtype)
-    if stage > 0:
+    if stage != 0:
         x = x.contiguous(memory_format=torch.channels_last)
     return x, mask, side, channels
 
@@ -162,9 +179,9 @@ def mask_from_noise(setting: Setting, dtype: torch.dtype) -> Comparison:
 @register("gather/stage2", stage=2)
 @register("gather/stage1", stage=1)
 @register("gather/images", stage=0)
-def gather(setting: Setting, dtype: torch.dtype, stage: int) -> Comparison:
+def gather(setting: Setting, dtype: torch.dtype, stage: int | Sizes) -> Comparison:
     """Visible blocks of pixels or features to packed features, against PyTorch's indexing."""
-    x, mask, side, channels = _feature_map(setting, dtype, stage)
+    x, mask, side, channels = feature_map(setting, dtype, stage)
     index = mask.visible.nonzero().unbind(1)
 
     def packed(impl: Impl) -> Way:
@@ -176,9 +193,9 @@ def gather(setting: Setting, dtype: torch.dtype, stage: int) -> Comparison:
 
 @register("scatter/stage2", stage=2)
 @register("scatter/stage1", stage=1)
-def scatter(setting: Setting, dtype: torch.dtype, stage: int) -> Comparison:
+def scatter(setting: Setting, dtype: torch.dtype, stage: int | Sizes) -> Comparison:
     """Packed features to a dense map, against PyTorch's indexing into zeros."""
-    x, mask, side, channels = _feature_map(setting, dtype, stage)
+    x, mask, side, channels = feature_map(setting, dtype, stage)
     index = mask.visible.nonzero().unbind(1)
     rows = ck.gather_visible(x, mask)
 
@@ -196,14 +213,18 @@ def scatter(setting: Setting, dtype: torch.dtype, stage: int) -> Comparison:
 @register("depthwise/stage1/forward_backward", stage=1, backward=True)
 @register("depthwise/stage1/forward", stage=1, backward=False)
 def depthwise(
-    setting: Setting, dtype: torch.dtype, stage: int, backward: bool, kernel: int = work.KERNEL
+    setting: Setting,
+    dtype: torch.dtype,
+    stage: int | Sizes,
+    backward: bool,
+    kernel: int = work.KERNEL,
 ) -> Comparison:
     """Depthwise convolution of packed features, against `conv2d` of the map, zeros where hidden.
 
     5x5 as in ConvMAE, or 7x7 with the channels of stage 1. Multiplying by the mask is not timed;
     backward has the gradients of input, weight and bias.
     """
-    x, mask, side, channels = _feature_map(setting, dtype, stage)
+    x, mask, side, channels = feature_map(setting, dtype, stage)
     visible = mask.to_dense(side)
     grad = setting.randn(*x.shape, seed=2).to(x)
     x, grad = ((t * visible).contiguous(memory_format=torch.channels_last) for t in (x, grad))

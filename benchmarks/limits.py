@@ -6,7 +6,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -41,6 +42,17 @@ class Rates:
 
     copy: float
     gemm: dict[torch.dtype, float]
+
+
+@contextmanager
+def using_threads(number: int | None) -> Iterator[None]:
+    """That many CPU threads; no other than there are if None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def clock_for(device: torch.device) -> Clock:

@@ -32,11 +32,14 @@ BLOCK, MASK_RATIO = 32, 0.6  # pixels; share of hidden blocks
 NETWORKS = ("resnet50", "convnext_tiny")  # of timm
 
 
-def network_mask(setting: Setting) -> ck.BlockMask:
-    """The mask of the network cases."""
+def network_mask(setting: Setting, visible: float | None = None) -> ck.BlockMask:
+    """The mask of the network cases, or one that shows this share of the blocks, in `(0, 1]`."""
     grid = (setting.img_size // BLOCK,) * 2
     noise = torch.rand(setting.batch_size, grid[0] ** 2, generator=torch.Generator().manual_seed(0))
-    return ck.BlockMask.from_noise(noise.to(setting.device), grid, MASK_RATIO)
+    noise = noise.to(setting.device)
+    if visible is None:
+        return ck.BlockMask.from_noise(noise, grid, MASK_RATIO)
+    return ck.BlockMask.from_noise(noise, grid, 1 - visible, "round")
 
 
 def build(name: str, setting: Setting) -> nn.Module:
@@ -183,9 +186,11 @@ LAYERS = {
 }
 
 
-def layer(setting: Setting, dtype: torch.dtype, shape: Layer) -> Comparison:
+def layer(
+    setting: Setting, dtype: torch.dtype, shape: Layer, visible: float | None = None
+) -> Comparison:
     """One convolution of packed features, forward and backward, against that of the map x mask."""
-    mask, scale = network_mask(setting), setting.img_size / 224
+    mask, scale = network_mask(setting, visible), setting.img_size / 224
     side = max(round(shape.side * scale), mask.grid[0])
     maps = setting.randn(setting.batch_size, shape.in_channels, side, side).to(dtype)
     visible = mask.to_dense(side // mask.grid[0])

@@ -18,7 +18,8 @@ from benchmarks.runner import BASELINE, Row
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-FORMAT = 1
+FORMAT = 2  # of the files that are written; those of format 1 have rows without `at`
+READABLE = (1, 2)
 LEGEND = """\
 Times are medians of interleaved rounds. `dense`: plain PyTorch in channels-last with the same
 parameters, eager, in the same run as `packed`; `dense, compiled` may be of a later one.
@@ -62,11 +63,11 @@ def load(path: str | Path) -> Results:
     """Reads what `save` wrote.
 
     Raises:
-        ValueError: the file does not hold results of this version.
+        ValueError: the file does not hold results of this version or an older one.
     """
     content = _read(path)
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise ValueError(f"{path} does not hold benchmark results of format {FORMAT}")
+    if not isinstance(content, dict) or content.pop("format", None) not in READABLE:
+        raise ValueError(f"{path} does not hold benchmark results of format {FORMAT} or older")
     names = {f.name for f in fields(Results)}
     if set(content) != names:
         raise ValueError(f"{path} holds {sorted(content)}, expected {sorted(names)}")
@@ -101,7 +102,8 @@ def _times(ratio: float) -> str:
     return f"{ratio:.{digits}f}x"
 
 
-def _align(lines: Sequence[Sequence[str]], left: int) -> list[str]:
+def align(lines: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of text of a table; the first `left` columns are words, the others numbers."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(
@@ -160,7 +162,7 @@ def table(results: Results) -> str:
         "bandwidth or FLOPs / matrix product rate, visible work only; memory: peak of a process, "
         "limit its parameters' state"
     )
-    return "\n".join([*_align(lines, left=3), legend, *(f"note: {n}" for n in results.notes)])
+    return "\n".join([*align(lines, left=3), legend, *(f"note: {n}" for n in results.notes)])
 
 
 def _groups(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:

@@ -125,6 +125,8 @@ class Row:
         bytes, flops: what must be moved and computed; see `Work`.
         limit: the least possible measure, from `bytes`, `flops` and the machine's measured rates.
         fraction: limit / median.
+        at: of a point of a sweep its `op`, its `axis` and the sizes it was measured at, by name;
+            empty for the cases that are measured at the setting.
     """
 
     case: str
@@ -140,6 +142,7 @@ class Row:
     flops: int
     limit: float
     fraction: float
+    at: dict[str, Any] = field(default_factory=dict)
 
 
 def measure(
@@ -251,6 +254,7 @@ def make_rows(
     times: Mapping[str, Sequence[float]],
     rates: Rates,
     dtype: torch.dtype,
+    at: Mapping[str, Any] | None = None,
 ) -> list[Row]:
     """The figures of every contender of a comparison."""
     limit = comparison.limit(rates, dtype)
@@ -273,6 +277,7 @@ def make_rows(
                 flops=comparison.work.flops,
                 limit=limit,
                 fraction=limit / median,
+                at=dict(at or {}),
             )
         )
     return rows

@@ -63,9 +63,11 @@ class Setting:
             generator=torch.Generator().manual_seed(0),
         ).to(self.device)
 
-    def block_mask(self) -> BlockMask:
-        """The mask of every case."""
-        return BlockMask.from_noise(self.noise(), self.grid, self.mask_ratio)
+    def block_mask(self, visible: float | None = None) -> BlockMask:
+        """The mask of every case, or one that shows this share of the blocks, in `(0, 1]`."""
+        if visible is None:
+            return BlockMask.from_noise(self.noise(), self.grid, self.mask_ratio)
+        return BlockMask.from_noise(self.noise(), self.grid, 1 - visible, "round")
 
     def randn(self, *shape: int, seed: int = 1) -> Tensor:
         """Float32 noise, the same for the same shape and seed in every process."""
