@@ -93,11 +93,13 @@ def quantity(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits, or all of a large number."""
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _times(ratio: float) -> str:
+def times(ratio: float) -> str:
+    """A ratio: `1.83x`."""
     digits = 2 if ratio < 10 else 1 if ratio < 100 else 0
     return f"{ratio:.{digits}f}x"
 
@@ -145,14 +147,14 @@ def table(results: Results) -> str:
                 row.case,
                 row.dtype,
                 row.contender,
-                f"{_number(row.median)} {row.unit}",
+                f"{number(row.median)} {row.unit}",
                 f"{row.spread:.0%}" if row.rounds > 1 else "-",
-                _times(row.ratio),
-                _times(row.round_ratio),
+                times(row.ratio),
+                times(row.round_ratio),
                 str(row.rounds),
                 quantity(row.bytes, "B"),
                 quantity(row.flops, "FLOP") if row.flops else "-",
-                f"{_number(row.limit)} {row.unit}" if row.limit else "-",
+                f"{number(row.limit)} {row.unit}" if row.limit else "-",
                 f"{row.fraction:.0%}" if row.limit else "-",
             ]
         )
@@ -189,17 +191,17 @@ def markdown(results: Results) -> str:
         for row in group.values():
             if row.contender.startswith("packed "):
                 others.append(
-                    f"| {case} | {dtype} | {row.contender} | {_number(row.median)} {row.unit} | "
-                    f"{row.spread:.1%} | {_opponent(row)} | **{_times(row.ratio)}** | "
+                    f"| {case} | {dtype} | {row.contender} | {number(row.median)} {row.unit} | "
+                    f"{row.spread:.1%} | {_opponent(row)} | **{times(row.ratio)}** | "
                     f"{_of_limit(row)} |"
                 )
         if "packed" not in group:  # it failed, as a note says
             continue
         packed = group["packed"]
-        other = f"{_number(group[compiled].median)}" if compiled in group else "–"
+        other = f"{number(group[compiled].median)}" if compiled in group else "–"
         lines.append(
-            f"| {case} | {dtype} | {_number(packed.median)} {packed.unit} | "
-            f"{_opponent(packed)} | {other} | **{_times(packed.ratio)}** | {_of_limit(packed)} |"
+            f"| {case} | {dtype} | {number(packed.median)} {packed.unit} | "
+            f"{_opponent(packed)} | {other} | **{times(packed.ratio)}** | {_of_limit(packed)} |"
         )
     if len(others) > heads:
         lines += ["", "The same in other ways, each with the dense one of its own run:", ""]
@@ -209,7 +211,7 @@ def markdown(results: Results) -> str:
 
 def _opponent(row: Row) -> str:
     """What the row was compared with, in the run that measured both."""
-    return _number(row.median * row.ratio)
+    return number(row.median * row.ratio)
 
 
 def _of_limit(row: Row) -> str:
@@ -227,16 +229,17 @@ def page(files: Sequence[str]) -> str:
     for file in files:
         content = _read(file)
         if isinstance(content, dict) and "kernels" in content:
-            _refuse_rehearsal(content["environment"], file)
+            refuse_rehearsal(content["environment"], file)
             parts += ["## Kernels", kernel_table.markdown(content)]
         else:
             results = load(file)
-            _refuse_rehearsal(results.environment, file)
+            refuse_rehearsal(results.environment, file)
             parts += ["## Cases", LEGEND, markdown(results)]
     return "\n\n".join(parts)
 
 
-def _refuse_rehearsal(environment: dict[str, Any], file: str) -> None:
+def refuse_rehearsal(environment: dict[str, Any], file: str) -> None:
+    """Raises ValueError where the results of a file are of a rehearsal."""
     if environment.get("stand_in"):
         raise ValueError(f"{file} is of a rehearsal: its figures mean nothing")
 
@@ -262,9 +265,9 @@ def summary(results: Results) -> str:
         sentences.append(
             f"Measured now on this machine ({_threads(env)}): one training step of "
             f"{s['model']} on {s['batch_size']} images of {s['img_size']} x {s['img_size']} "
-            f"pixels, {s['mask_ratio']:.0%} hidden, in {dtype} takes {_number(dense)} ms "
+            f"pixels, {s['mask_ratio']:.0%} hidden, in {dtype} takes {number(dense)} ms "
             f"({rate[1]:.1f} images/s) when the hidden positions are computed too, and "
-            f"{_number(packed)} ms ({rate[0]:.1f} images/s) when they are skipped: {verdict}."
+            f"{number(packed)} ms ({rate[0]:.1f} images/s) when they are skipped: {verdict}."
         )
     if not sentences:
         raise ValueError("a summary needs the case 'step', which was not measured")

@@ -140,9 +140,17 @@ def _page(run: RunRecord, gallery: Gallery) -> str:
         "has_unreadable": bool(history.unreadable_count),
     }
     parts |= {name: "" if there else "hidden" for name, there in shown.items()}
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _template())
+
+
+def style_sheet() -> str:
+    """The CSS of the page, for others that are to look like it."""
+    return _template().partition("<style>")[2].partition("</style>")[0]
+
+
+def _template() -> str:
     template = resources.files("convmae.records").joinpath("report_template.html")
-    text = template.read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], text)
+    return template.read_text(encoding="utf-8")
 
 
 def _embeddable(data: Any) -> str:
