@@ -1,10 +1,12 @@
 """The published code of ConvMAE, FastConvMAE and SparK, from a checkout that the user names.
 
 The files are imported as they are. What they need of packages of their time is stood in for while
-they are imported, and what they change in timm is in force while they run, and no longer:
+they are imported and a model is made; what they change in timm is in force while they run, and no
+longer:
 
 - `timm.models.registry.register_model` does nothing: FastConvMAE's `vision_transformer.py` and
   SparK's ConvNeXt would take the places of timm's own networks of these names.
+- `numpy.float` is `float`, as it was before NumPy 1.24.
 - `timm.models.layers.drop` is `timm.layers.drop`, where it is now.
 - `pytz` and `torch.utils.tensorboard` are empty where they are not installed: for logs only.
 - SparK's `ResNet.forward` takes the place of timm's while SparK's network runs.
@@ -23,7 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import numpy
 import torch
+
+from benchmarks.runner import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -148,7 +153,7 @@ def imported(folder: Path, *names: str) -> Iterator[tuple[Any, ...]]:
             except CheckoutError:
                 raise
             except Exception as error:
-                raise CheckoutError(f"{type(error).__name__}: {error}") from error
+                raise CheckoutError(one_line(error)) from error
     finally:
         sys.path[:] = path
         for name in [name for name in sys.modules if name.partition(".")[0] in own]:
@@ -177,6 +182,7 @@ def _stand_ins() -> Iterator[None]:
         with (
             mock.patch.object(timm.models.registry, "register_model", lambda function: function),
             mock.patch.object(timm.models.layers, "drop", drop, create=True),
+            mock.patch.object(numpy, "float", float, create=True),
         ):
             yield
     finally:
