@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 PREFIX = "peer/"
 PEERS = ("official", "spconv")  # contenders that are other people's code
-BATCH = 2  # images of a step, at most: it takes seconds
+BATCH = 1  # images of a model, at most: it takes seconds
 SPARK = "spark/resnet50"
 SPCONV_CALLS = 20  # that must all be right before one is timed
 SPCONV_CHANNELS = 64
@@ -75,13 +75,13 @@ def cases(setting: Setting, dtype: torch.dtype, known: Checkouts, quick: bool) -
         made.append(_case("spconv/3x3/forward/1_thread", spconv_layer, setting, dtype, 1))
     if quick:
         return made
-    steps: dict[str, Callable[..., Comparison]] = {
-        "convmae": partial(convmae_step, folder=known.convmae),
-        "fastconvmae": partial(fastconvmae_step, folder=known.fastconvmae),
+    passes: dict[str, Callable[..., Comparison]] = {
+        "convmae": partial(convmae_pass, folder=known.convmae),
+        "fastconvmae": partial(fastconvmae_pass, folder=known.fastconvmae),
     }
     if f"pretrain/{SPARK}" in CASES:  # with timm
-        steps["spark"] = partial(spark_step, folder=known.spark)
-    return made + [_case(name, build, own, dtype, threads) for name, build in steps.items()]
+        passes["spark"] = partial(spark_pass, folder=known.spark)
+    return made + [_case(name, build, own, dtype, threads) for name, build in passes.items()]
 
 
 def _case(
@@ -157,19 +157,19 @@ def _block_of_views(x: Tensor, block: ConvBlock, views: Sequence[Tensor]) -> Ten
     return x + conv_map(y, block.mlp.fc2)
 
 
-def convmae_step(setting: Setting, dtype: torch.dtype, folder: str | None) -> Comparison:
-    """A whole training step of ConvMAE: packed, dense in our layers, and the official code."""
+def convmae_pass(setting: Setting, dtype: torch.dtype, folder: str | None) -> Comparison:
+    """ConvMAE forward and backward: packed, dense in our layers, and the official code."""
     built = {kind: models.build(setting, kind) for kind in ("packed", "dense")}
-    steps = {kind: (model, _forward(model)) for kind, model in built.items()}
-    notes = _official(steps, checkouts.convmae, folder, "ConvMAE: --official", setting)
+    ways = {kind: (model, _forward(model)) for kind, model in built.items()}
+    notes = _official(ways, checkouts.convmae, folder, "ConvMAE: --official", setting)
     parameters = models.parameters(setting.model)
     pixels = setting.batch_size * 3 * setting.img_size**2
-    counted = work.training_work(parameters, setting.block_mask(), pixels, optimizer=True)
-    return _steps(steps, setting, dtype, counted, notes)
+    counted = work.training_work(parameters, setting.block_mask(), pixels, optimizer=False)
+    return _passes(ways, setting, dtype, counted, notes)
 
 
-def fastconvmae_step(setting: Setting, dtype: torch.dtype, folder: str | None) -> Comparison:
-    """A whole training step of FastConvMAE: packed, its own way in our layers, official code."""
+def fastconvmae_pass(setting: Setting, dtype: torch.dtype, folder: str | None) -> Comparison:
+    """FastConvMAE forward and backward: packed, its own way in our layers, the official code."""
     torch.manual_seed(0)
     name = setting.model.replace("convmae", "fastconvmae")
     options = {"img_size": setting.img_size, "norm_pix_loss": True}
@@ -177,12 +177,12 @@ def fastconvmae_step(setting: Setting, dtype: torch.dtype, folder: str | None) -
     assert isinstance(packed, FastConvMAE)
     dense = DenseFastConvMAE(**packed.config)
     dense.load_state_dict(packed.state_dict())
-    steps = {
+    ways = {
         kind: (model.to(setting.device), _forward(model))
         for kind, model in (("packed", packed), ("dense", dense))
     }
-    notes = _official(steps, checkouts.fastconvmae, folder, "FastConvMAE: --official_fast", setting)
-    return _steps(steps, setting, dtype, work.Work(0), notes)
+    notes = _official(ways, checkouts.fastconvmae, folder, "FastConvMAE: --official_fast", setting)
+    return _passes(ways, setting, dtype, work.Work(0), notes)
 
 
 def _forward(model: nn.Module) -> Forward:
@@ -190,7 +190,7 @@ def _forward(model: nn.Module) -> Forward:
 
 
 def _official(
-    steps: dict[str, tuple[nn.Module, Forward]],
+    ways: dict[str, tuple[nn.Module, Forward]],
     load: Callable[[str, Setting], nn.Module],
     folder: str | None,
     name_and_option: str,
@@ -204,45 +204,44 @@ def _official(
         model = load(folder, setting)
     except CheckoutError as error:
         return [f"official {name}: left out, {error}"]
-    model.load_state_dict(steps["packed"][0].state_dict())
+    model.load_state_dict(ways["packed"][0].state_dict())
 
     def forward(setting: Setting, images: Tensor, noise: Tensor) -> Tensor:
         with checkouts.given_noise(noise):
             return model(images, mask_ratio=setting.mask_ratio)[0]
 
-    steps["official"] = model.to(setting.device), forward
+    ways["official"] = model.to(setting.device), forward
     return []
 
 
-def _steps(
-    steps: dict[str, tuple[nn.Module, Forward]],
+def _passes(
+    ways: dict[str, tuple[nn.Module, Forward]],
     setting: Setting,
     dtype: torch.dtype,
     counted: work.Work,
     notes: list[str],
 ) -> Comparison:
-    """Forward, backward and AdamW of models with parameters of the same names."""
+    """Forward and backward of models with parameters of the same names."""
     pixels, noise = models.images(setting), setting.noise()
     contenders = []
-    for kind, (model, forward) in steps.items():
-        run = partial(_step, models.new_optimizer(model), forward, setting, dtype, pixels, noise)
+    for kind, (model, forward) in ways.items():
+        run = partial(_pass, model, forward, setting, dtype, pixels, noise)
         contenders.append(Contender(kind, run, partial(_result, model)))
     return Comparison(contenders, counted, clock_for(setting.device), notes=notes)
 
 
-def _step(
-    optimizer: torch.optim.Optimizer,
+def _pass(
+    model: nn.Module,
     forward: Forward,
     setting: Setting,
     dtype: torch.dtype,
     pixels: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    optimizer.zero_grad()
+    model.zero_grad()
     with models.autocast(setting, dtype):
         loss = forward(setting, pixels, noise)
     loss.backward()
-    optimizer.step()
     return loss.detach()
 
 
@@ -256,20 +255,27 @@ def _result(model: nn.Module, loss: Tensor) -> list[Tensor]:
 # -- SparK ----------------------------------------------------------------------------------------
 
 
-def spark_step(setting: Setting, dtype: torch.dtype, folder: str | None) -> Comparison:
-    """A whole training step of SparK's ResNet-50: packed, dense in our layers, official code."""
-    comparison = CASES[f"pretrain/{SPARK}"].build(setting, dtype)
+def spark_pass(setting: Setting, dtype: torch.dtype, folder: str | None) -> Comparison:
+    """SparK's ResNet-50 forward and backward: packed, dense in our layers, the official code.
+
+    The losses are compared; gradients through ReLUs and BatchNorm differ by more than roundings.
+    """
+    passes = {
+        kind: pretraining.Step(SPARK, setting, dtype, kind).differentiate
+        for kind in ("packed", "dense")
+    }
+    contenders = [Contender(kind, run, lambda loss: [loss]) for kind, run in passes.items()]
+    comparison = Comparison(contenders, work.Work(0), clock_for(setting.device))
     if folder is None:
         note = "official SparK: left out, no checkout of its code was named (--spark)"
-        return replace(comparison, notes=[*comparison.notes, note])
+        return replace(comparison, notes=[note])
     ours = pretraining.build(SPARK, setting, "packed")
     try:
         official = checkouts.OfficialSparK(
             folder, pretraining.STEPS[SPARK][1], setting, networks.MASK_RATIO
         )
     except CheckoutError as error:
-        note = f"official SparK: left out, {error}"
-        return replace(comparison, notes=[*comparison.notes, note])
+        return replace(comparison, notes=[f"official SparK: left out, {error}"])
     missing, unexpected = official.model.load_state_dict(ours.state_dict(), strict=False)
     wrong = [key for key in missing if key not in ("imn_m", "imn_s", "norm_black")]
     if wrong or unexpected:
@@ -279,12 +285,11 @@ def spark_step(setting: Setting, dtype: torch.dtype, folder: str | None) -> Comp
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(setting.batch_size, ours.num_patches, generator=generator)
     visible = ours.make_mask(pixels, None, noise.to(setting.device)).visible.unsqueeze(1)
-    optimizer = models.new_optimizer(official.model)
 
     def forward(setting: Setting, images: Tensor, visible: Tensor) -> Tensor:
         return official(images, visible)
 
-    run = partial(_step, optimizer, forward, setting, dtype, pixels, visible)
+    run = partial(_pass, official.model, forward, setting, dtype, pixels, visible)
     contenders = [*comparison.contenders, Contender("official", run, lambda loss: [loss])]
     return replace(comparison, contenders=contenders)
 

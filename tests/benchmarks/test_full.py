@@ -140,9 +140,9 @@ def test_a_run_is_resumed_and_the_page_shows_it(tmp_path, capsys):
         "0",
     ]
     flags += ["--json", str(path), "--keep", "--case"]
-    command.main([*flags, "sweep/gather/visible*"])
+    command.main([*flags, "sweep/gather/visible=0.5*", "sweep/gather/visible=1*"])
     first = report.load(path).rows
-    command.main([*flags, "sweep/gather"])
+    command.main([*flags, "sweep/gather/[cv]*"])
     said = capsys.readouterr()
     assert "measuring sweep/gather/centre in float32" in said.err
     assert said.err.count("measuring sweep/gather/visible=0.50") == 1  # by the first run
@@ -202,7 +202,7 @@ def test_flags_that_do_not_fit(flags, message, capsys):
 
 
 def test_fastconvmae_in_its_own_way_computes_the_same_and_others_are_left_out():
-    comparison = peers.fastconvmae_step(replace(TINY, batch_size=1), torch.float32, None)
+    comparison = peers.fastconvmae_pass(replace(TINY, batch_size=1), torch.float32, None)
     times = runner.measure(comparison, torch.float32, repeats=1, budget=0)
     assert list(times) == ["packed", "dense"] and not comparison.failures
     (note,) = comparison.notes
@@ -213,7 +213,7 @@ def test_fastconvmae_in_its_own_way_computes_the_same_and_others_are_left_out():
 def test_a_folder_that_is_no_checkout(folder, tmp_path, monkeypatch):
     setting = replace(TINY, model="convmae_base", img_size=224)
     monkeypatch.setattr(peers.models, "build", lambda setting, kind: torch.nn.Linear(1, 1))
-    comparison = peers.convmae_step(setting, torch.float32, str(tmp_path / folder))
+    comparison = peers.convmae_pass(setting, torch.float32, str(tmp_path / folder))
     assert "it is no checkout of that code" in comparison.notes[0]
     with pytest.raises(checkouts.CheckoutError, match="for 224 x 224 pixels only"):
         checkouts.convmae(str(tmp_path), TINY)
