@@ -317,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = merged(results)
     print(report.header(results), report.table(results), sep="\n\n")
     if args.full:
-        print("", *report.align(full.lines(results.rows), left=1), sep="\n")
+        print("", *report.align(full.lines(results.rows), left=2), sep="\n")
     if args.summary and not failures:
         print("", report.summary(results), sep="\n")
     if failures:

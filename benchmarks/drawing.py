@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
+from benchmarks.report import number
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 COLOURS = 8  # --c0 ... of the page
 WIDTH = 520
 TOP, BOTTOM, LEFT, RIGHT = 12, 40, 62, 14
-BAR, BAR_GAP, BAR_LEFT = 13, 9, 190
+BAR, BAR_GAP, BAR_LEFT = 13, 9, 230
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,9 @@ class _Scale:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """1, 2, 5 of every decade around the values, or the decades alone where these are many."""
+    """1, 2, 5 of every decade around the values; fewer where the decades are many."""
     begin, end = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    digits = (1, 2, 5) if end - begin <= 2 else (1,)
+    digits = (1, 2, 5) if end - begin <= 2 else (1, 3) if end - begin <= 4 else (1,)
     every = [digit * 10.0**power for power in range(begin, end + 1) for digit in digits]
     first = max([tick for tick in every if tick <= low * 1.001], default=every[0])
     last = min([tick for tick in every if tick >= high * 0.999], default=every[-1])
@@ -175,7 +177,7 @@ def bars(title: str, unit: str, groups: Sequence[tuple[str, Sequence[tuple[str, 
                 f'<rect class="bar-of" {style} x="{BAR_LEFT}" y="{at:.1f}" width="{width:.1f}" '
                 f'height="{BAR - 2}"><title>{escape(f"{group}, {name}")}</title></rect>'
             )
-            label = f"{value:.3g} {unit}"
+            label = f"{number(value)} {unit}"
             parts.append(_text(BAR_LEFT + width + 6, at + BAR - 3.5, label, "start"))
             at += BAR
         at += BAR_GAP

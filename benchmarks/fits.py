@@ -6,6 +6,8 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from benchmarks.report import number
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -97,19 +99,19 @@ def lines(rows: Sequence[Row], contender: str = "packed") -> dict[str, Line]:
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """A head and a line of text for every fit: op, a, b, R^2, largest deviation, verdict."""
-    cells = [["op", "a (0 % visible)", "b (per 100 %)", "R²", "largest deviation", ""]]
+    """A head and a line of text for every fit: op, verdict, a, b, R^2, largest deviation."""
+    cells = [["op", "", "a (0 % visible)", "b (per 100 %)", "R²", "largest deviation"]]
     units = {row.at["op"]: row.unit for row in rows if row.at}
     for op, line in lines(rows).items():
         share, deviation = line.largest
         cells.append(
             [
                 op,
-                f"{line.a:.3g} {units[op]}",
-                f"{line.b:.3g} {units[op]}",
+                line.verdict,
+                f"{number(line.a)} {units[op]}",
+                f"{number(line.b)} {units[op]}",
                 f"{line.r2:.4f}",
                 f"{deviation:+.0%} at {share:.0%} visible",
-                line.verdict,
             ]
         )
     return cells

@@ -18,6 +18,7 @@ from benchmarks import fits, report
 from benchmarks.drawing import Axis, Series, bars, chart
 from benchmarks.report import Results, number, quantity, refuse_rehearsal, times
 from benchmarks.runner import BASELINE
+from benchmarks.sweeps import PREFIX as SWEEPS
 from convmae.files import replacing
 from convmae.records.report import style_sheet
 
@@ -46,7 +47,7 @@ STYLE = """
 @media screen and (prefers-color-scheme: dark) {
   :root { --c3: #c08bff; --c4: #ff7ab8; --c5: #4cc9dd; --c6: #d8b25a; --c7: #a9b4c4; }
 }
-.charts { margin-top: 12px; }
+.charts, .charts + .panel { margin-top: 12px; }
 .chart svg { touch-action: auto; }
 .bar-of { fill: var(--c); }
 .key.dashed::before {
@@ -249,6 +250,7 @@ def _percent(value: float) -> str:
     return f"{value:.0%}"
 
 
+FEW = 4  # points that make no roofline
 SHARE = Axis("visible share", ticks=(0, 0.25, 0.5, 0.75, 1.0), text=_percent)
 
 
@@ -269,7 +271,7 @@ def _shares(runs: Sequence[Run]) -> str:
             y = Axis(unit, start=0.0)
             charts.append(chart(_named(op, run, runs), SHARE, y, series))
         head, *cells = fits.table(run.rows)
-        tables.append(_html_table(head, cells, words=1))
+        tables.append(_html_table(head, cells, words=2))
     return _charts(charts) + "\n".join(tables)
 
 
@@ -307,17 +309,17 @@ def _roofline(run: Run, runs: Sequence[Run], dtype: str) -> str:
             rate = row.flops / (row.median / 1e3)
             label = f"{row.case}, {row.contender}: {quantity(rate, 'FLOP/s')}"
             clouds[row.contender].append(((row.flops / row.bytes, rate), label))
-    points = [point for cloud in clouds.values() for (point, _) in cloud]
-    if not points:
+    places = [x for cloud in clouds.values() for ((x, _), _) in cloud]
+    if len(places) < FEW:
         return ""
     copy, gemm = run.results.copy, run.results.gemm[dtype]
-    low = min(x for x, _ in points) / 1.5
-    high = max(*(x for x, _ in points), gemm / copy) * 1.5
-    roof = [(low, copy * low), (gemm / copy, gemm), (high, gemm)]
+    knee = gemm / copy
+    low, high = min(min(places), knee) / 1.5, max(max(places), knee) * 1.5
+    roof = [(low, copy * low), (knee, gemm), (high, gemm)]
     series = [Series("copy and matrix product", roof, 7, dots=False)]
     for i, (name, cloud) in enumerate(clouds.items()):
-        places, labels = [point for point, _ in cloud], [label for _, label in cloud]
-        series.append(Series(name, places, i, line=False, labels=labels))
+        labels = [label for _, label in cloud]
+        series.append(Series(name, [at for at, _ in cloud], i, line=False, labels=labels))
     x = Axis("FLOP / byte", log=True)
     y = Axis("FLOP/s", log=True, text=lambda value: quantity(value, ""))
     return chart(_named(f"Roofline, {dtype}", run, runs), x, y, series, height=320)
@@ -341,7 +343,8 @@ def _memory(runs: Sequence[Run]) -> str:
         groups: dict[str, list[tuple[str, float]]] = {}
         for row in run.rows:
             if row.unit == "MiB":
-                group = groups.setdefault(f"{row.case.removeprefix('sweep/')}, {row.dtype}", [])
+                name = row.case.removeprefix(SWEEPS).removesuffix("/memory")
+                group = groups.setdefault(f"{name}, {row.dtype}", [])
                 group.append((row.contender, row.median))
         charts.append(bars(_named("Peak memory", run, runs), "MiB", list(groups.items())))
     return _charts(charts)

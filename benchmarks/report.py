@@ -95,7 +95,7 @@ def quantity(value: float, unit: str) -> str:
 
 def number(value: float) -> str:
     """Three digits, or all of a large number."""
-    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def times(ratio: float) -> str:

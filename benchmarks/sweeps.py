@@ -42,7 +42,7 @@ BATCHES = ((1, 8, 32), (1,))
 MASK_BATCHES = ((8, 32, 128, 512), (8, 128))
 STEP_SHARES = ((0.05, 0.1, 0.25, 0.5, 0.75, 0.95), (0.1, 0.25, 0.5, 0.95))
 STEP_BATCHES = ((1, 2, 4), (1,))
-MEMORY_SHARES = (0.1, 0.25, 0.5, 0.75)
+MEMORY_SHARES = (0.1, 0.25, 0.5)
 
 
 @dataclass(frozen=True)
