@@ -291,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.stand_in:
             results.environment["stand_in"] = True
         rows = _merge(kept, results.rows, measured, args.contender is None)
-        notes = old.notes if old and args.full else []
+        notes = full.lasting(old.notes, chosen) if old and args.full else []
         notes = [*notes, *(note for note in results.notes if note not in notes)]
         return replace(results, rows=rows, notes=notes)
 

@@ -50,6 +50,12 @@ def missing(chosen: Iterable[Case], rows: Iterable[Row]) -> list[Case]:
     ]
 
 
+def lasting(notes: Iterable[str], again: Iterable[Case]) -> list[str]:
+    """The notes of a file that are of no case that is measured again."""
+    prefixes = ("official ", "spconv: ", *(f"{case.name} in " for case in again))
+    return [note for note in notes if not note.startswith(prefixes)]
+
+
 def is_of_a_peer(failure: str) -> bool:
     """Whether a failure is one of other people's code, which is no failure of the run."""
     return any(f"left out {name}: " in failure for name in peers.PEERS)

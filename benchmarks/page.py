@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import fits, report
-from benchmarks.drawing import Axis, Series, bars, chart
+from benchmarks.drawing import COLOURS, Axis, Series, bars, chart
 from benchmarks.report import Results, number, quantity, refuse_rehearsal, times
 from benchmarks.runner import BASELINE
 from benchmarks.sweeps import PREFIX as SWEEPS
@@ -54,6 +54,7 @@ STYLE = """
   background: repeating-linear-gradient(90deg, var(--c) 0 4px, transparent 4px 7px);
 }
 .scroll { max-height: none; margin-bottom: 12px; }
+.scroll td:first-child { white-space: nowrap; }
 .scroll td.n, .scroll th.n { text-align: right; white-space: nowrap; min-width: 0; }
 .scroll tr.ours td { font-weight: 600; }
 details { margin: 12px 0; } summary { cursor: pointer; color: var(--soft); }
@@ -287,7 +288,7 @@ def _speed_ups(runs: Sequence[Run]) -> str:
     for run in runs:
         for axis, x in axes.items():
             series = [
-                Series(op, [(row.at[axis], row.ratio) for row in rows], i)
+                Series(op, [(row.at[axis], row.ratio) for row in rows], i, dashed=i >= COLOURS)
                 for i, (op, rows) in enumerate(fits.series(run.rows, axis).items())
                 if rows[0].unit == "ms"
             ]
@@ -359,7 +360,7 @@ def _threads(runs: Sequence[Run]) -> str:
                 one = rows[0]
                 if one.at["threads"] == 1 and rows[-1].at["threads"] > 1:
                     points = [(row.at["threads"], one.median / row.median) for row in rows]
-                    series.append(Series(op, points, i))
+                    series.append(Series(op, points, i, dashed=i >= COLOURS))
             counts = sorted({int(x) for one in series for x, _ in one.points})
             x, y = Axis("threads", ticks=counts), Axis("times as fast as one thread", start=1.0)
             title = f"Threads, {contender}"

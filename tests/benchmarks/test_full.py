@@ -198,6 +198,13 @@ def test_flags_that_do_not_fit(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_notes_last_unless_their_case_is_measured_again():
+    case = sweeps.cases(TINY, FLOAT)[0]
+    ours = f"{case.name} in float32: left out, it failed"
+    other = "sweep/other/centre in float32: left out, it failed"
+    assert full.lasting([ours, other, "official SparK: left out, no checkout"], [case]) == [other]
+
+
 # -- peers ----------------------------------------------------------------------------------------
 
 
