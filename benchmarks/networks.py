@@ -193,7 +193,7 @@ def layer(
     mask, scale = network_mask(setting, visible), setting.img_size / 224
     side = max(round(shape.side * scale), mask.grid[0])
     maps = setting.randn(setting.batch_size, shape.in_channels, side, side).to(dtype)
-    visible = mask.to_dense(side // mask.grid[0])
+    shown = mask.to_dense(side // mask.grid[0])
     maps = maps.contiguous(memory_format=torch.channels_last)
     fan_in = shape.in_channels // shape.groups * shape.kernel**2
     weight = setting.randn(shape.out_channels, fan_in).to(dtype) / fan_in**0.5
@@ -211,7 +211,7 @@ def layer(
         return ck.masked_conv2d(x, w, None, mask, shape.stride, 1, shape.groups, padding=padding)
 
     def dense(x: Tensor, w: Tensor) -> Tensor:
-        y = conv2d(x * visible, w, None, shape.stride, padding, 1, shape.groups)
+        y = conv2d(x * shown, w, None, shape.stride, padding, 1, shape.groups)
         return y * mask.to_dense(y.shape[2] // mask.grid[0])
 
     def as_packed(results: list[Tensor]) -> list[Tensor]:

@@ -109,11 +109,14 @@ def _case(setting: Setting, dtype: torch.dtype, measured: _Measured, part: str, 
         for sums in measured.rounds[kind]:
             yield sums[part, phase]
 
+    def read(run: Callable[[], Any]) -> tuple[float, None]:
+        return run(), None
+
     def build(_: Setting, dtype: torch.dtype) -> Comparison:
         contenders = [Contender(kind, partial(next, rounds(kind)), lambda _: []) for kind in KINDS]
-        return Comparison(contenders, Work(0), lambda run: (run(), None), max_rounds=ROUNDS - 1)
+        return Comparison(contenders, Work(0), read, max_rounds=ROUNDS - 1)
 
-    at = {"op": "step/parts", "axis": "part", "part": part, "phase": phase}
+    at: dict[str, Any] = {"op": "step/parts", "axis": "part", "part": part, "phase": phase}
     at |= {"batch": setting.batch_size, "threads": torch.get_num_threads()}
     name = f"sweep/step/parts/{part}, {phase}".replace(" ", "_").replace(",", "")
     about = "A part of the training step, of the packed and of the dense model."

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from convmae_kernels import BlockMask
 
     Forward = Callable[[Setting, Tensor, Tensor], Tensor]  # setting, images, noise -> loss
+    Ways = dict[str, tuple[nn.Module, Forward]]
 
 PREFIX = "peer/"
 PEERS = ("official", "spconv")  # contenders that are other people's code
@@ -160,7 +161,7 @@ def _block_of_views(x: Tensor, block: ConvBlock, views: Sequence[Tensor]) -> Ten
 def convmae_pass(setting: Setting, dtype: torch.dtype, folder: str | None) -> Comparison:
     """ConvMAE forward and backward: packed, dense in our layers, and the official code."""
     built = {kind: models.build(setting, kind) for kind in ("packed", "dense")}
-    ways = {kind: (model, _forward(model)) for kind, model in built.items()}
+    ways: Ways = {kind: (model, _forward(model)) for kind, model in built.items()}
     notes = _official(ways, checkouts.convmae, folder, "ConvMAE: --official", setting)
     parameters = models.parameters(setting.model)
     pixels = setting.batch_size * 3 * setting.img_size**2
@@ -177,7 +178,7 @@ def fastconvmae_pass(setting: Setting, dtype: torch.dtype, folder: str | None) -
     assert isinstance(packed, FastConvMAE)
     dense = DenseFastConvMAE(**packed.config)
     dense.load_state_dict(packed.state_dict())
-    ways = {
+    ways: Ways = {
         kind: (model.to(setting.device), _forward(model))
         for kind, model in (("packed", packed), ("dense", dense))
     }
@@ -190,7 +191,7 @@ def _forward(model: nn.Module) -> Forward:
 
 
 def _official(
-    ways: dict[str, tuple[nn.Module, Forward]],
+    ways: Ways,
     load: Callable[[str, Setting], nn.Module],
     folder: str | None,
     name_and_option: str,
@@ -215,7 +216,7 @@ def _official(
 
 
 def _passes(
-    ways: dict[str, tuple[nn.Module, Forward]],
+    ways: Ways,
     setting: Setting,
     dtype: torch.dtype,
     counted: work.Work,

@@ -108,8 +108,8 @@ class Sweep:
             return self.build(replace(setting, batch_size=point.batch), point)
 
         name = f"{PREFIX}{self.op}/{axis if axis == 'centre' else f'{axis}={text}'}"
-        kinds = {"dtypes": (point.dtype,), "threads": point.threads, "at": at}
-        return Case(name, self.about, build, self.emulated, **kinds)
+        own = (point.dtype,)
+        return Case(name, self.about, build, self.emulated, own, point.threads, at)
 
 
 def cases(setting: Setting, dtypes: Sequence[torch.dtype], quick: bool = False) -> list[Case]:
@@ -212,7 +212,7 @@ class _Around:
         """The construction of masks and of their tables of neighbours, at several batches."""
         batch = self.setting.batch_size
         centre = Point(self.keep / self.blocks, batch, self.dtypes[0], self.threads)
-        axes = {"batch": MASK_BATCHES[self.quick]}
+        axes: dict[str, Sequence[Any]] = {"batch": MASK_BATCHES[self.quick]}
         builders = {"from_noise": CASES["mask"].build}
         if not self.quick:
             builders |= {"random": random_mask, "neighbours": neighbours}
