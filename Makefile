@@ -45,7 +45,7 @@ data/stamps: | .venv/installed
 	rm -rf data/stamps_packages
 
 test: build
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 # The long ones too: more cases of what `make test` tests. For a release, or where one has changed something.
 test-thorough: build
