@@ -85,7 +85,7 @@ PRETRAIN: dict[str, Any] = {
     "clip_grad": 1,
 }
 CLASSIFY: dict[str, dict[str, Any]] = {
-    "linprobe": {"lr": 40, "crop_pct": 1},
+    "linprobe": {"lr": 5, "crop_pct": 1},
     "finetune": {
         "lr": 1e-3,
         "layer_decay": 1,  # less would slow the lower layers of random weights too
@@ -123,8 +123,8 @@ class Budget:
 BUDGETS = {
     "smoke": Budget({"convmae": 4, "cnn": 4}, {0.1: 2}, {0.1: 2}, (0,)),
     "short": Budget(
-        {"convmae": 4000, "cnn": 1400},
-        {0.01: 40, 0.1: 60, 1.0: 100},
+        {"convmae": 3500, "cnn": 1200},
+        {0.01: 60, 0.1: 100, 1.0: 150},
         {0.01: 40, 0.1: 60, 1.0: 100},
     ),
     "full": Budget(
