@@ -104,7 +104,10 @@ def arguments(tmp_path):
     return ["emoji", "--networks", "cnn", *map(str, flags), "--budget"]
 
 
-def test_all_starts_are_trained_alike_and_what_is_done_is_skipped(arguments, tmp_path):
+def test_all_starts_are_trained_alike_and_what_is_done_is_skipped(arguments, tmp_path, monkeypatch):
+    steps = {0.01: 2, 0.1: 2, 1.0: 2}
+    small = does_it_work.Budget({"cnn": 4}, steps, steps, (0, 1))
+    monkeypatch.setitem(does_it_work.BUDGETS, "smoke", small)
     runs = Runs()
     runs.fails_at = 2
     with pytest.raises(SystemExit, match="cnn, zeroed: exit status 1"):
@@ -115,7 +118,7 @@ def test_all_starts_are_trained_alike_and_what_is_done_is_skipped(arguments, tmp
     content = does_it_work.main([*arguments, "smoke"], runs)
     modules = [module for module, _ in runs.calls[:4]]
     assert modules == ["convmae", "examples.zeroed_pretrain", "examples.zeroed_pretrain", "convmae"]
-    assert len(runs.calls) == 2 + 2 * 3 + 2  # tasks and starts; two failed
+    assert len(runs.calls) == 2 + 2 * 3 * 3 * 2 + 2  # tasks, shares, starts, seeds; two failed
     recipes = {file.stem: read(file) for file in (tmp_path / "out/cnn/recipes").iterdir()}
     masked, other = recipes.pop("masked"), recipes.pop("zeroed")
     assert masked | {"output_dir": other["output_dir"]} == other
