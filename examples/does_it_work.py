@@ -5,11 +5,11 @@
 
 `docs/does_it_work.md` says what is compared, and why. For each network (`NETWORKS`):
 
-1. pretraining on the pictures without labels, twice with the same options: `masked`, which is
-   `convmae pretrain`, and `zeroed`, which is `examples/zeroed_pretrain.py`, without masked
-   convolution;
-2. `convmae linprobe` and `convmae finetune` from `random` weights and from both, with 1 %, 10 % and
-   all of the labels and several seeds, by `examples/compare_starts.py`.
+1. pretraining on the pictures without labels, several times with the same options: `masked`, which
+   is `convmae pretrain`, and `leaky` and `zeroed`, which are `examples/dense_pretrain.py`, without
+   masked convolution;
+2. `convmae linprobe` and `convmae finetune` from `random` weights and from these, with 1 %, 10 %
+   and all of the labels and several seeds, by `examples/compare_starts.py`.
 
 A seed chooses the labelled pictures, the head, random weights, crops and their order; it chooses
 the same pictures whatever the start. All starts take the same steps with the same options.
@@ -42,9 +42,9 @@ from examples.compare_starts import INTERRUPTED, RANDOM, cell, environment, exec
 DATA = ("emoji", "fashion-mnist")
 PRETRAININGS = {  # the module that pretrains, and what comes before the file of options
     "masked": ("convmae", "pretrain", "--config"),
-    "zeroed": ("examples.zeroed_pretrain",),
+    "leaky": ("examples.dense_pretrain", "leaky"),
+    "zeroed": ("examples.dense_pretrain", "zeroed"),
 }
-STARTS = (RANDOM, *PRETRAININGS)
 TASKS = ("linprobe", "finetune")
 SHARES = (0.01, 0.1, 1.0)
 NEVER = 1_000_000  # epochs: later than the end of a run, whose last step is evaluated and saved
@@ -144,6 +144,13 @@ def options() -> argparse.ArgumentParser:
     add("data", choices=DATA)
     add("--data_path", help="where it lies; data/NAME if absent, where make puts it")
     add("--budget", choices=list(BUDGETS), default="short")
+    add(
+        "--pretrainings",
+        nargs="+",
+        choices=list(PRETRAININGS),
+        default=["masked", "leaky"],
+        help="what is compared with random weights",
+    )
     add("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     add("--output_dir", type=Path, required=True)
     return parser
@@ -166,6 +173,7 @@ def main(arguments: list[str] | None = None, run: Any = execute) -> dict[str, An
         "data": args.data,
         "data_path": str(path),
         "pictures": pictures,
+        "pretrainings": list(args.pretrainings),
         "budget": asdict(BUDGETS[args.budget]),
     }
     try:
@@ -173,8 +181,9 @@ def main(arguments: list[str] | None = None, run: Any = execute) -> dict[str, An
     except ValueError as error:
         parser.error(str(error))
     for name in args.networks:
-        work = Work(args.output_dir, name, str(path), pictures, BUDGETS[args.budget], run)
-        for start in PRETRAININGS:
+        budget = BUDGETS[args.budget]
+        work = Work(args.output_dir, name, str(path), pictures, args.pretrainings, budget, run)
+        for start in work.pretrainings:
             work.pretrain(start)
             report(args.output_dir)
         for task in TASKS:
@@ -219,6 +228,7 @@ class Work:
         output: the folder of all networks.
         name: one of `NETWORKS`.
         data_path, pictures: of the training pictures, and how many there are.
+        pretrainings: of `PRETRAININGS`.
         budget: the steps.
         run: runs a program, as `compare_starts.execute` does.
     """
@@ -227,6 +237,7 @@ class Work:
     name: str
     data_path: str
     pictures: int
+    pretrainings: list[str]
     budget: Budget
     run: Any
 
@@ -282,7 +293,7 @@ class Work:
             "eval_batch_size": 128,
             "save_every": NEVER,
         }
-        weights = [f"{start}={self.folder / start}" for start in PRETRAININGS]
+        weights = [f"{start}={self.folder / start}" for start in self.pretrainings]
         flags = [task, "--config", str(self.recipe(part_name(task, share), config))]
         flags += ["--data_path", self.data_path, "--starts", RANDOM, *weights]
         flags += ["--seeds", *map(str, self.budget.seeds), "--metrics", "acc1"]
@@ -399,12 +410,14 @@ def tables(content: dict[str, Any]) -> str:
                 f"| {start} | {run['steps']} | {run['epochs']:.1f} | {run['first_loss']:.3f} to "
                 f"{run['last_loss']:.3f} | {run['images_per_s']:.0f} | {run['seconds'] / 60:.1f} |"
             )
-        lines += ["", f"| labels | {' | '.join(STARTS)} | masked - random | masked - zeroed |"]
-        lines += [f"|---|{'--:|' * (len(STARTS) + 2)}"]
+        starts = [RANDOM, *setting["pretrainings"]]
+        others = [start for start in starts if start != "masked" and "masked" in starts]
+        heads = [*starts, *(f"masked - {start}" for start in others)]
+        lines += ["", f"| labels | {' | '.join(heads)} |", f"|---|{'--:|' * len(heads)}"]
         for part, of_part in network["accuracies"].items():
             task, _, share = part.partition("-")
-            cells = [cell([run[1] for run in of_part.get(start, [])]) for start in STARTS]
-            cells += [difference(of_part, "masked", other) for other in (RANDOM, "zeroed")]
+            cells = [cell([run[1] for run in of_part.get(start, [])]) for start in starts]
+            cells += [difference(of_part, "masked", other) for other in others]
             lines.append(f"| {task}, {share} % | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -433,7 +446,7 @@ def plot(content: dict[str, Any], file: Path) -> None:
     )
     for row, (name, network) in zip(axes, networks.items()):
         for panel, task in zip(row, TASKS):
-            for start in STARTS:
+            for start in (RANDOM, *content["setting"]["pretrainings"]):
                 points = {
                     100 * share: [run[1] for run in of_part[start]]
                     for share in SHARES

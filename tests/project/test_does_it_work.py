@@ -16,15 +16,15 @@ from PIL import Image
 from convmae import create_model
 from convmae_kernels import BlockMask
 from examples import does_it_work, fetch_emoji
-from examples.zeroed_pretrain import zeroed
+from examples.dense_pretrain import LEAKY, ZEROED, unmasked
 
 # -- pretraining without masked convolution -------------------------------------------------------
 
 
-def test_zeroed_convmae_sees_the_mask_but_no_hidden_pixel():
+def test_dense_convmae_sees_hidden_pixels_or_the_mask():
     torch.manual_seed(0)
     model = create_model("convmae_tiny", img_size=64).eval()
-    twin = zeroed(model)
+    twin, leaky = unmasked(model, ZEROED), unmasked(model, LEAKY)
     images, other = torch.randn(2, 2, 3, 64, 64)
     noise = torch.rand(2, 16)
     mask = BlockMask.from_noise(noise, (4, 4), 0.75)
@@ -33,9 +33,12 @@ def test_zeroed_convmae_sees_the_mask_but_no_hidden_pixel():
         latent = twin.forward_encoder(images, mask)
         assert torch.equal(twin.forward_encoder(changed, mask), latent)
         assert not torch.allclose(model.forward_encoder(images, mask), latent, atol=1e-3)
+        seen = leaky.forward_encoder(images, mask)
+        assert not torch.allclose(leaky.forward_encoder(changed, mask), seen, atol=1e-3)
         whole = BlockMask.full(2, (4, 4))
         expected = model.forward_encoder(images, whole)
-        torch.testing.assert_close(twin.forward_encoder(images, whole), expected)
+        for other in (twin, leaky):
+            torch.testing.assert_close(other.forward_encoder(images, whole), expected)
     loss, expected = twin(images, noise=noise).loss, model(images, noise=noise).loss
     assert loss != expected and abs(loss - expected) < 0.2
     loss.backward()
@@ -43,23 +46,25 @@ def test_zeroed_convmae_sees_the_mask_but_no_hidden_pixel():
     assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_zeroed_spark_is_the_network_as_it_is():
+@pytest.mark.thorough(but_every=2)
+@pytest.mark.parametrize("hidden", [LEAKY, ZEROED])
+def test_dense_spark_is_the_network_as_it_is(hidden):
     torch.manual_seed(0)
     options = {"method": "spark", "img_size": 64, "decoder_width": 32}
     model = create_model("timm:test_resnet", **options).double().train()
-    twin = zeroed(model).double()
+    twin = unmasked(model, hidden).double()
     images, noise = torch.randn(4, 3, 64, 64).double(), torch.rand(4, 4)
     mask = twin.make_mask(images, noise=noise)
     with torch.no_grad():
         maps = twin.forward_encoder(images, mask)
-        holes = torch.where(mask.to_dense(32), images, 0.0)
-        plain = twin.maps.read(twin.network, holes)  # BatchNorm counts the holes
+        seen = torch.where(mask.to_dense(32), images, 0.0) if hidden == ZEROED else images
+        plain = twin.maps.read(twin.network, seen)  # BatchNorm counts what is hidden
     for packed, dense in zip(maps, plain):
         expected = torch.where(mask.to_dense(dense.shape[2] // 2), dense, 0.0)
         torch.testing.assert_close(packed.dense(), expected)
     assert twin.state_dict().keys() == model.state_dict().keys() and twin.config == model.config
     with pytest.raises(TypeError, match="FastConvMAE"):
-        zeroed(create_model("fastconvmae_tiny", img_size=64))
+        unmasked(create_model("fastconvmae_tiny", img_size=64), hidden)
 
 
 # -- the experiment -------------------------------------------------------------------------------
@@ -110,17 +115,17 @@ def test_all_starts_are_trained_alike_and_what_is_done_is_skipped(arguments, tmp
     monkeypatch.setitem(does_it_work.BUDGETS, "smoke", small)
     runs = Runs()
     runs.fails_at = 2
-    with pytest.raises(SystemExit, match="cnn, zeroed: exit status 1"):
+    with pytest.raises(SystemExit, match="cnn, leaky: exit status 1"):
         does_it_work.main([*arguments, "smoke"], runs)
     runs.fails_at = 5
     with pytest.raises(SystemExit, match="goes on from here"):
         does_it_work.main([*arguments, "smoke"], runs)
     content = does_it_work.main([*arguments, "smoke"], runs)
     modules = [module for module, _ in runs.calls[:4]]
-    assert modules == ["convmae", "examples.zeroed_pretrain", "examples.zeroed_pretrain", "convmae"]
+    assert modules == ["convmae", "examples.dense_pretrain", "examples.dense_pretrain", "convmae"]
     assert len(runs.calls) == 2 + 2 * 3 * 3 * 2 + 2  # tasks, shares, starts, seeds; two failed
     recipes = {file.stem: read(file) for file in (tmp_path / "out/cnn/recipes").iterdir()}
-    masked, other = recipes.pop("masked"), recipes.pop("zeroed")
+    masked, other = recipes.pop("masked"), recipes.pop("leaky")
     assert masked | {"output_dir": other["output_dir"]} == other
     assert {name: r["max_samples"] for name, r in recipes.items()} == {
         f"{task}-{share}": 2 * share for task in ("finetune", "linprobe") for share in (1, 10, 100)
@@ -129,7 +134,7 @@ def test_all_starts_are_trained_alike_and_what_is_done_is_skipped(arguments, tmp
     assert [run[1] for run in figures["masked"]] == [55.0, 56.0]
     table = (tmp_path / "out/results.md").read_text()
     assert "| finetune, 1 % | **50.5** ± 0.71 (50, 51) | **55.5** ± 0.71 (55, 56) |" in table
-    assert table.count("| +5 ± 0 | +5 ± 0 |") == 6 and "| zeroed | 4 | 1.0 |" in table
+    assert table.count("| +5 ± 0 | +5 ± 0 |") == 6 and "| leaky | 4 | 1.0 |" in table
     assert (tmp_path / "out/results.png").stat().st_size > 1000
 
     before = len(runs.calls)
