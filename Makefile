@@ -6,7 +6,7 @@ CODE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 SOURCES := $(CODE) setup.py
 export CONVMAE_REQUIRE_EXT = 1
 
-.PHONY: demo fashion-mnist stamps test test-thorough coverage compat wheel lint docs bench gpu build clean
+.PHONY: demo fashion-mnist stamps emoji test test-thorough coverage compat wheel lint docs bench gpu build clean
 
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -44,8 +44,13 @@ data/stamps: | .venv/installed
 	$(BIN)/python examples/choose_stamps.py data/stamps_packages data/stamps
 	rm -rf data/stamps_packages
 
+# The same emoji by four drawers (licences: docs/does_it_work.md), from packages of npm, 246 MB; needs no npm.
+emoji: data/emoji
+data/emoji: | .venv/installed
+	$(BIN)/python examples/fetch_emoji.py data/emoji
+
 test: build
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 # The long ones too: more cases of what `make test` tests. For a release, or where one has changed something.
 test-thorough: build

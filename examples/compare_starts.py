@@ -130,12 +130,16 @@ def command(args: argparse.Namespace, weights: str | None, seed: int, folder: Pa
     return [*words, *flags, *([] if weights is None else [option, weights])]
 
 
-def execute(arguments: list[str], output: Path) -> tuple[int, str]:
-    """Runs `convmae`; what it prints goes to a file too. Its exit status, and what it printed."""
+def execute(arguments: list[str], output: Path, module: str = "convmae") -> tuple[int, str]:
+    """Runs a program, `convmae` if no other; what it prints goes to a file too.
+
+    Returns:
+        Its exit status, and what it printed.
+    """
     lines = []
     with output.open("a") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "convmae", *arguments],
+            [sys.executable, "-m", module, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -38,6 +38,31 @@ def empty_parts(x: torch.Tensor, parts: int, vectors: int) -> torch.Tensor:
     return x.new_empty(parts, vectors, x.shape[1], dtype=dtype)
 
 
+@triton.jit
+def sum_of_parts(
+    parts_ptr,  # [parts, elements]
+    element,  # [ELEMENTS]: which ones; those behind the end are 0
+    parts,
+    elements,
+    ACCUMULATOR: tl.constexpr,
+    LANES: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    """`[ELEMENTS]`: their sums over all parts, always in the same order."""
+    sums = tl.zeros([LANES, ELEMENTS], ACCUMULATOR)
+    for start in range(0, parts, LANES):
+        part = start + tl.arange(0, LANES)
+        sums += tl.load(
+            parts_ptr + part.to(tl.int64)[:, None] * elements + element[None, :],
+            mask=(part < parts)[:, None] & (element < elements)[None, :],
+            other=0,
+        )
+    return tl.reshape(pairwise_sum(sums, 1, LANES, ELEMENTS), (ELEMENTS,))
+
+
+PART_LANES, ELEMENTS = 32, 32  # the tile in which the kernels below add up parts
+
+
 @triton.jit(do_not_specialize=["parts"])
 def add_parts_kernel(
     parts_ptr,  # [parts, VECTORS, C]
@@ -53,26 +78,14 @@ def add_parts_kernel(
 ):
     elements = VECTORS * channels
     element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
-    real = element < elements
-    sums = tl.zeros([LANES, ELEMENTS], ACCUMULATOR)
-    for start in range(0, parts, LANES):
-        part = start + tl.arange(0, LANES)
-        sums += tl.load(
-            parts_ptr + part.to(tl.int64)[:, None] * elements + element[None, :],
-            mask=(part < parts)[:, None] & real[None, :],
-            other=0,
-        )
-    total = tl.reshape(pairwise_sum(sums, 1, LANES, ELEMENTS), (ELEMENTS,))
+    total = sum_of_parts(parts_ptr, element, parts, elements, ACCUMULATOR, LANES, ELEMENTS)
     total = total.to(first_ptr.dtype.element_ty)
     vector, channel = element // channels, element % channels
-    tl.store(first_ptr + channel, total, mask=real & (vector == 0))
+    tl.store(first_ptr + channel, total, mask=vector == 0)
     if VECTORS > 1:
-        tl.store(second_ptr + channel, total, mask=real & (vector == 1))
+        tl.store(second_ptr + channel, total, mask=vector == 1)
     if VECTORS > 2:
-        tl.store(third_ptr + channel, total, mask=real & (vector == 2))
-
-
-PART_LANES, ELEMENTS = 32, 32  # the tile of `add_parts_kernel`
+        tl.store(third_ptr + channel, total, mask=vector == 2)
 
 
 def add_parts(sums: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -15,7 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from convmae_kernels.triton import tuning
-from convmae_kernels.triton.accumulation import accumulator, pairwise_sum
+from convmae_kernels.triton.accumulation import (
+    ELEMENTS,
+    PART_LANES,
+    accumulator,
+    pairwise_sum,
+    sum_of_parts,
+)
 from convmae_kernels.triton.strided_conv2d import describe
 from convmae_kernels.triton.tile import position_in
 from convmae_kernels.triton.tuning import Configuration
@@ -26,7 +32,6 @@ if TYPE_CHECKING:
 
 LANES = 4
 MIN_POSITIONS_PER_PART, MAX_PARTS = 256, 256
-PART_LANES, ELEMENTS = 32, 32  # the tile of the second kernel
 
 CONFIGURATIONS = (
     Configuration("square", {"TAPS": 16, "CHANNELS": 64}, num_warps=4),
@@ -117,20 +122,12 @@ def sum_parts_kernel(
     channels,
     ALL_TAPS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
-    PART_LANES: tl.constexpr,
+    LANES: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
     elements = (ALL_TAPS + 1) * channels
     element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
-    sums = tl.zeros([PART_LANES, ELEMENTS], ACCUMULATOR)
-    for start in range(0, parts, PART_LANES):
-        part = start + tl.arange(0, PART_LANES)
-        sums += tl.load(
-            parts_ptr + part.to(tl.int64)[:, None] * elements + element[None, :],
-            mask=(part < parts)[:, None] & (element < elements)[None, :],
-            other=0,
-        )
-    total = tl.reshape(pairwise_sum(sums, 1, PART_LANES, ELEMENTS), (ELEMENTS,))
+    total = sum_of_parts(parts_ptr, element, parts, elements, ACCUMULATOR, LANES, ELEMENTS)
     total = total.to(weight_ptr.dtype.element_ty)
     tap, channel = element // channels, element % channels
     tl.store(weight_ptr + channel * ALL_TAPS + tap, total, mask=tap < ALL_TAPS)
@@ -199,7 +196,7 @@ def add_parts(sums: Tensor, kernel: Sequence[int], dtype: torch.dtype) -> tuple[
             channels,
             ALL_TAPS=sums.shape[1] - 1,
             ACCUMULATOR=accumulator(dtype),
-            PART_LANES=PART_LANES,
+            LANES=PART_LANES,
             ELEMENTS=ELEMENTS,
         )
     return weight, bias

@@ -62,6 +62,7 @@ def test_the_optimizer_reads_gradients_and_writes_the_rest():
     assert ops[0].part == "optimizer"
 
 
+@pytest.mark.thorough
 def test_a_step_is_counted_whole_and_without_numbers():
     counts = {kind: budget.count_step(TINY, torch.bfloat16, kind) for kind in budget.KINDS}
     packed, dense = counts["packed"], counts["dense"]

@@ -257,6 +257,7 @@ items.work(Device(), "stage", ["first", "breaks", "second", "takes long", "last"
 """
 
 
+@pytest.mark.thorough
 def test_a_gpu_that_answers_no_more_and_what_is_not_reached():
     supervisor = items.Supervisor([sys.executable, "-c", WORKER], 6, lambda supervisor: None)
     supervisor.run()

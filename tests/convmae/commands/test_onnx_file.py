@@ -56,6 +56,7 @@ def classifier(tmp_path: Path) -> tuple[Path, ConvViT]:
     return tmp_path / "run", model.eval()
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_a_classifier(tmp_path: Path, classifier: tuple[Path, ConvViT]) -> None:
     run, model = classifier
@@ -150,6 +151,7 @@ def test_what_cannot_be_written(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.onnx", "run", "there.onnx"]
 
 
+@pytest.mark.thorough
 def test_without_the_packages(
     tmp_path: Path, classifier: tuple[Path, ConvViT], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,7 @@ def test_the_first_part_of_a_step_that_cannot_be_finished_is_forgotten(
     assert same(tensors(tmp_path / "run"), tensors(tmp_path / "whole"))
 
 
+@pytest.mark.thorough
 def test_a_dead_loading_process_in_an_evaluation_loses_neither_step_nor_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,6 +217,7 @@ def test_onnxruntime_gives_the_logits(tmp_path, variant):
     check_onnx(path, model, images_for(model, 1), images_for(model, 6))
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_onnxruntime_gives_the_maps(tmp_path):
     timm = pytest.importorskip("timm")
@@ -229,6 +230,7 @@ def test_onnxruntime_gives_the_maps(tmp_path):
     check_onnx(path, net, *images[1:])
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_onnxruntime_gives_the_latent_of_whole_images(tmp_path):
     encoder = whole_encoder(torch.float32)

@@ -89,6 +89,7 @@ def test_pictures_without_a_copy_are_encoded_once(tmp_path: Path, encodings: lis
     assert len(encodings) == 4
 
 
+@pytest.mark.thorough
 def test_the_page_of_a_long_run_is_no_larger(tmp_path: Path) -> None:
     """Ten times the lines, events and pictures: the page's size stays within a tenth."""
     sizes = []

@@ -208,6 +208,7 @@ def splits(folder: Path, train: Any, val: Any) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_every_file_of_weights_has_the_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

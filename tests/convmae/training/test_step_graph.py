@@ -198,6 +198,7 @@ def test_masks_of_equal_counts_are_inputs():
     assert all(torch.equal(found, mask.visible) for found, mask in zip(seen, masks, strict=True))
 
 
+@pytest.mark.thorough
 def test_weights_after_a_graph_are_an_ordinary_checkpoint(pictures, tmp_path, captures):
     config = options(pictures, tmp_path / "graph", epochs=2, amp="float32", cuda_graph=True)
     pretrain(config)

@@ -58,6 +58,7 @@ def test_killed_twice_and_resumed_is_the_same_run(run_options: Options, tmp_path
     assert same(tensors(parts), tensors(whole))
 
 
+@pytest.mark.thorough
 def test_sigterm_saves_and_exits_0_and_sigint_130(run_options: Options, tmp_path: Path) -> None:
     for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
         folder = tmp_path / number.name
@@ -71,6 +72,7 @@ def test_sigterm_saves_and_exits_0_and_sigint_130(run_options: Options, tmp_path
         assert saved == losses(folder)[-1][0] < 1600
 
 
+@pytest.mark.thorough
 def test_a_disk_without_space_ends_a_run_with_its_checkpoint_intact(
     run_options: Options, tmp_path: Path
 ) -> None:

@@ -103,6 +103,7 @@ def test_fastconvmae_is_pretrained_and_resumed(
 @pytest.mark.parametrize(
     "changes", [{"grad_checkpointing": True}, {"torchcompile": "aot_eager"}], ids=str
 )
+@pytest.mark.thorough(but_every=2)
 def test_other_ways_to_compute_give_the_same_losses(
     pictures: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -113,6 +114,7 @@ def test_other_ways_to_compute_give_the_same_losses(
     assert [point[2] for point in found] == pytest.approx([point[2] for point in wanted], rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_torchcompile_blocks(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,7 +88,7 @@ def test_two_processes_train_as_one_and_one_goes_on_from_two(
     ],
     ids=["ddp-spark-sgd", "fsdp2-fcmae-lamb"],
 )
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough
 def test_two_processes_share_the_statistics_of_batch_norms(
     run_options: Options, tmp_path: Path, strategy: str, changes: Options
 ) -> None:
@@ -114,7 +114,7 @@ def test_two_processes_share_the_statistics_of_batch_norms(
 
 
 @pytest.mark.parametrize(("command", "strategy"), [("finetune", "fsdp2"), ("linprobe", "ddp")])
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough
 def test_two_processes_classify_as_one(
     run_options: Options, tmp_path: Path, command: str, strategy: str
 ) -> None:
@@ -143,6 +143,7 @@ def test_two_processes_classify_as_one(
     assert tensors(two / "best").keys() == tensors(one / "best").keys()
 
 
+@pytest.mark.thorough
 def test_what_does_not_suit_several_processes_is_refused(
     run_options: Options, tmp_path: Path
 ) -> None:
@@ -152,6 +153,7 @@ def test_what_does_not_suit_several_processes_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
 def test_a_signal_to_one_process_stops_all_and_a_second_run_is_refused_by_all(
     run_options: Options, tmp_path: Path
@@ -174,6 +176,7 @@ def test_a_signal_to_one_process_stops_all_and_a_second_run_is_refused_by_all(
     assert not (folder / "run.lock").exists()
 
 
+@pytest.mark.thorough
 def test_a_loading_process_that_dies_in_one_process_ends_all_saved(
     run_options: Options, tmp_path: Path
 ) -> None:

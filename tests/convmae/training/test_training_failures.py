@@ -285,6 +285,7 @@ def test_weights_rebuild_their_model(pictures: Path, tmp_path: Path) -> None:
         assert same(dict(model.state_dict()), tensors(folder))
 
 
+@pytest.mark.thorough
 def test_save_every_keeps_the_last_epoch_too(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def test_a_second_run_is_refused_and_the_first_is_unharmed(pictures: Path, tmp_p
     assert not (folder / "run.lock").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
 def test_a_loading_process_that_outlives_its_parent_holds_no_lock(
     pictures: Path, tmp_path: Path

@@ -151,6 +151,7 @@ def test_a_resumed_run_keeps_its_statistics(
     assert open_weights(tmp_path / "run").statistics == ((0.5,) * 3, (0.2,) * 3)
 
 
+@pytest.mark.thorough
 def test_statistics_of_other_pictures_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +286,7 @@ def test_another_set_of_pictures_is_refused_unless_allowed(
     assert len(told(tmp_path / "run", "data")) == 1
 
 
+@pytest.mark.thorough
 def test_a_moved_set_and_an_old_checkpoint_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -159,6 +159,7 @@ def test_a_signal_in_a_save_or_in_the_report_cuts_nothing(
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("default_signals")
 def test_an_evaluation_that_is_due_is_done_after_a_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -122,6 +122,7 @@ def test_a_bare_file_of_sparks_convnext(tmp_path: Path) -> None:
     assert same({k: v for k, v in state.items() if not k.startswith("head.")}, own)
 
 
+@pytest.mark.thorough
 def test_an_fcmae_trained_with_sparse_convolutions(tmp_path: Path) -> None:
     model = fcmae()
     state = minkowski(model.state_dict())
@@ -136,6 +137,7 @@ def test_an_fcmae_trained_with_sparse_convolutions(tmp_path: Path) -> None:
     assert report.missing == ["encoder.head.norm.weight", "encoder.head.norm.bias"]
 
 
+@pytest.mark.thorough
 def test_a_released_fcmae_is_an_encoder_alone(tmp_path: Path) -> None:
     network = filled(V2, num_classes=0)
     own = {k: v for k, v in network.state_dict().items() if not k.startswith("head.")}

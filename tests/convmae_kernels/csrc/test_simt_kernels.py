@@ -209,6 +209,7 @@ def test_general_kernels_on_block_sides(kernel, dilation, side):
     check(make_mask("corner"), side, 3, kernel, dilation=dilation, seeds=SEEDS[2:])
 
 
+@pytest.mark.thorough
 def test_long_sums_are_cut():
     """A weight gradient over 3,072 positions: one chain of additions errs beyond the budget."""
     check_weight_grad(make_mask("corner"), 32, 128, (9, 9), seeds=SEEDS[2:])

@@ -133,6 +133,7 @@ def test_where_the_file_is(monkeypatch, tmp_path):
     assert tuning.cache_file() == tmp_path / "home/.cache/convmae_kernels/triton.json"
 
 
+@pytest.mark.thorough
 def test_several_processes_write_at_once(file):
     """The file is whole at any time. A process may undo another's last choice, never its own."""
     code = (

@@ -369,6 +369,7 @@ def test_checkpointed_blocks_give_the_same_numbers(method):
     torch.testing.assert_close(step(copied, images), expected)  # a copy has its own blocks
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("method", "blocks"), [(SparK, 2 + 2), (FCMAE, 2 + 1)])
 def test_compiled_blocks_give_the_same_numbers(method, blocks):
     network = Network(stages=2, returned=(0, 1))

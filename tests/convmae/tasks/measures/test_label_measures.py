@@ -81,6 +81,7 @@ def count_in_another_process(number: int, folder: str) -> None:
     Path(folder, "found").write_text("\n".join(count_in_a_process(1, folder)))
 
 
+@pytest.mark.thorough
 def test_two_processes_tell_the_figures_of_both(tmp_path: Path) -> None:
     other: Any = mp.spawn(count_in_another_process, (str(tmp_path),), nprocs=1, join=False)
     found = count_in_a_process(0, str(tmp_path))

@@ -90,7 +90,7 @@ def test_triton_runs_here():
     ],
     ids=str,
 )
-@pytest.mark.thorough(but_every=5)
+@pytest.mark.thorough(but_every=8)
 def test_masked_conv2d(name, dtype, layout, edge, few_programs):
     side, channels = edge
     few_programs(channels)
@@ -113,7 +113,7 @@ def test_masked_conv2d(name, dtype, layout, edge, few_programs):
         ((3, 1), 32, (33, 1)),
     ],
 )
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough(but_every=3)
 def test_kernels_sides_and_dilations(kernel, side, dilation):
     mask = make_mask("ragged" if side < 8 else "corner")
     inputs = make_inputs(mask, side, 3, kernel)
@@ -190,6 +190,7 @@ def test_all_gradients_at_once(
 
 
 @pytest.mark.parametrize(("i", "dtype"), list(enumerate(DTYPES)), ids=str)
+@pytest.mark.thorough(but_every=3)
 def test_strided_conv2d(i, dtype, few_programs):
     """Every shape in a dtype, and every dtype with two shapes."""
     few_programs(5)

@@ -1,0 +1,467 @@
+"""Does masked pretraining help? Networks from three starts, probed and finetuned with few labels.
+
+    make emoji
+    python -m examples.does_it_work emoji --budget short --output_dir runs/emoji-short
+
+`docs/does_it_work.md` says what is compared, and why. For each network (`NETWORKS`):
+
+1. pretraining on the pictures without labels, several times with the same options: `masked`, which
+   is `convmae pretrain`, and `leaky` and `zeroed`, which are `examples/dense_pretrain.py`, without
+   masked convolution;
+2. `convmae linprobe` and `convmae finetune` from `random` weights and from these, with 1 %, 10 %
+   and all of the labels and several seeds, by `examples/compare_starts.py`.
+
+A seed chooses the labelled pictures, the head, random weights, crops and their order; it chooses
+the same pictures whatever the start. All starts take the same steps with the same options.
+
+Killed and started again it goes on: what is done is skipped. Several processes may share the folder
+if each has other `--networks`. It writes
+
+    OUTPUT/results.md      the tables, after every part
+    OUTPUT/results.json    all accuracies, losses, times, options, versions
+    OUTPUT/results.png     accuracy by labels, at the end
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from convmae.data.open import open_source
+from convmae.records.log import read_log
+from examples import compare_starts
+from examples.compare_starts import INTERRUPTED, RANDOM, cell, environment, execute, replace_text
+
+DATA = ("emoji", "fashion-mnist")
+PRETRAININGS = {  # the module that pretrains, and what comes before the file of options
+    "masked": ("convmae", "pretrain", "--config"),
+    "leaky": ("examples.dense_pretrain", "leaky"),
+    "zeroed": ("examples.dense_pretrain", "zeroed"),
+}
+TASKS = ("linprobe", "finetune")
+SHARES = (0.01, 0.1, 1.0)
+NEVER = 1_000_000  # epochs: later than the end of a run, whose last step is evaluated and saved
+WARM_UP = 0.1  # of the steps
+SAVES = 20  # of a pretraining
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, as it is pretrained and as it classifies.
+
+    Attributes:
+        size: of the pictures, in pixels a side.
+        pretrain: options of `convmae pretrain`.
+        classify: options of `convmae finetune` and `linprobe`.
+    """
+
+    size: int
+    pretrain: dict[str, Any]
+    classify: dict[str, Any]
+
+
+NETWORKS = {
+    "convmae": Network(64, {"model": "convmae_tiny"}, {"model": "convvit_tiny"}),
+    "cnn": Network(
+        96,
+        {"model": "timm:resnet10t", "method": "spark", "decoder_width": 64},
+        {"model": "timm:resnet10t"},
+    ),
+}
+PRETRAIN: dict[str, Any] = {
+    "batch_size": 32,
+    "lr": 1e-3,
+    "weight_decay": 0.05,
+    "min_crop": 0.5,
+    "hflip": 0.5,
+    "norm_pix_loss": True,
+    "clip_grad": 1,
+}
+CLASSIFY: dict[str, dict[str, Any]] = {
+    "linprobe": {"lr": 5, "crop_pct": 1},
+    "finetune": {
+        "lr": 1e-3,
+        "layer_decay": 1,  # less would slow the lower layers of random weights too
+        "weight_decay": 0.05,
+        "clip_grad": 1,
+        "min_crop": 0.6,
+        "aa": "none",
+        "smoothing": 0.1,
+        "reprob": 0,
+        "mixup": 0,
+        "cutmix": 0,
+        "drop_path": 0,
+        "crop_pct": 1,
+    },
+}
+CLASSIFY_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long everything is trained, in steps of the optimizer.
+
+    Attributes:
+        pretrain: steps of each pretraining, by network.
+        linprobe, finetune: steps by share of the labels, each one of `SHARES`.
+        seeds: of probes and finetuning.
+    """
+
+    pretrain: dict[str, int]
+    linprobe: dict[float, int]
+    finetune: dict[float, int]
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+BUDGETS = {
+    "smoke": Budget({"convmae": 4, "cnn": 4}, {0.1: 2}, {0.1: 2}, (0,)),
+    "short": Budget(
+        {"convmae": 3500, "cnn": 1200},
+        {0.01: 60, 0.1: 100, 1.0: 150},
+        {0.01: 40, 0.1: 60, 1.0: 100},
+    ),
+    "full": Budget(
+        {"convmae": 40_000, "cnn": 20_000},
+        {0.01: 100, 0.1: 300, 1.0: 1000},
+        {0.01: 200, 0.1: 500, 1.0: 2000},
+    ),
+}
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("data", choices=DATA)
+    add("--data_path", help="where it lies; data/NAME if absent, where make puts it")
+    add("--budget", choices=list(BUDGETS), default="short")
+    add(
+        "--pretrainings",
+        nargs="+",
+        choices=list(PRETRAININGS),
+        default=["masked", "leaky"],
+        help="what is compared with random weights",
+    )
+    add("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    add("--output_dir", type=Path, required=True)
+    return parser
+
+
+def main(arguments: list[str] | None = None, run: Any = execute) -> dict[str, Any]:
+    """Runs what is not done yet; returns the content of `results.json`.
+
+    Args:
+        arguments: of the command line.
+        run: runs a program, as `compare_starts.execute` does.
+    """
+    parser = options()
+    args = parser.parse_args(arguments)
+    path = Path(args.data_path or f"data/{args.data}")
+    if not path.is_dir():
+        parser.error(f"--data_path: {path} is no folder; `make {args.data}` makes data/{args.data}")
+    pictures = open_source(str(path)).pictures
+    setting = {
+        "data": args.data,
+        "data_path": str(path),
+        "pictures": pictures,
+        "pretrainings": list(args.pretrainings),
+        "budget": asdict(BUDGETS[args.budget]),
+    }
+    try:
+        begin(args.output_dir, setting)
+    except ValueError as error:
+        parser.error(str(error))
+    for name in args.networks:
+        budget = BUDGETS[args.budget]
+        work = Work(args.output_dir, name, str(path), pictures, args.pretrainings, budget, run)
+        for start in work.pretrainings:
+            work.pretrain(start)
+            report(args.output_dir)
+        for task in TASKS:
+            for share, steps in getattr(work.budget, task).items():
+                work.compare(task, share, steps)
+                report(args.output_dir)
+    content = report(args.output_dir)
+    plot(content, args.output_dir / "results.png")
+    print((args.output_dir / "results.md").read_text())
+    return content
+
+
+def begin(output: Path, setting: dict[str, Any]) -> None:
+    """Notes the setting of a new folder, or compares it with that of an old one.
+
+    Raises:
+        ValueError: they differ.
+    """
+    setting = json.loads(json.dumps(setting))
+    file = output / "setting.json"
+    if file.is_file():
+        found = json.loads(file.read_text())
+        changed = [name for name in setting if found.get(name) != setting[name]]
+        if changed:
+            raise ValueError(
+                f"--output_dir: {output} holds results of another {' and another '.join(changed)} "
+                f"({found.get(changed[0])}, now {setting[changed[0]]}); name a new folder"
+            )
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    replace_text(file, json.dumps(setting, indent=1) + "\n")
+
+
+# -- runs ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """All runs of one network.
+
+    Attributes:
+        output: the folder of all networks.
+        name: one of `NETWORKS`.
+        data_path, pictures: of the training pictures, and how many there are.
+        pretrainings: of `PRETRAININGS`.
+        budget: the steps.
+        run: runs a program, as `compare_starts.execute` does.
+    """
+
+    output: Path
+    name: str
+    data_path: str
+    pictures: int
+    pretrainings: list[str]
+    budget: Budget
+    run: Any
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs of this network are."""
+        return self.output / self.name
+
+    def pretrain(self, start: str) -> None:
+        """One pretraining, or what is left of it.
+
+        Raises:
+            SystemExit: it failed or was interrupted.
+        """
+        folder, steps = self.folder / start, self.budget.pretrain[self.name]
+        done, output = folder.with_suffix(".done"), folder.with_suffix(".txt")
+        if done.is_file():
+            print(f"{self.name}, {start}: done before")
+            return
+        network, batch = NETWORKS[self.name], PRETRAIN["batch_size"]
+        config = PRETRAIN | network.pretrain | self.lengths(self.pictures, batch, steps)
+        config |= {
+            "input_size": network.size,
+            "data_path": self.data_path,
+            "output_dir": str(folder),
+            "resume": "auto",
+            "seed": 0,
+            "save_every": steps / SAVES / max(1, self.pictures // batch),
+        }
+        module, *words = [*PRETRAININGS[start], str(self.recipe(start, config))]
+        print(f"{self.name}, {start}: python -m {module} {' '.join(words)}", flush=True)
+        status, printed = self.run(words, output, module)
+        if status or INTERRUPTED in printed:
+            reason = f"exit status {status}" if status else "a signal ended it"
+            raise SystemExit(
+                f"{self.name}, {start}: {reason}; see {output}. The same command goes on from here."
+            )
+        replace_text(done, f"{steps} steps\n")
+
+    def compare(self, task: str, share: float, steps: int) -> None:
+        """All starts and seeds of one task with a share of the labels, of so many steps each.
+
+        Raises:
+            SystemExit: a run failed or was interrupted.
+        """
+        network, labels = NETWORKS[self.name], max(1, round(share * self.pictures))
+        batch = min(CLASSIFY_BATCH, labels)
+        config = CLASSIFY[task] | network.classify | self.lengths(labels, batch, steps)
+        config |= {
+            "input_size": network.size,
+            "max_samples": labels,
+            "eval_every": NEVER,
+            "eval_batch_size": 128,
+            "save_every": NEVER,
+        }
+        weights = [f"{start}={self.folder / start}" for start in self.pretrainings]
+        flags = [task, "--config", str(self.recipe(part_name(task, share), config))]
+        flags += ["--data_path", self.data_path, "--starts", RANDOM, *weights]
+        flags += ["--seeds", *map(str, self.budget.seeds), "--metrics", "acc1"]
+        flags += ["--output_dir", str(self.folder / part_name(task, share))]
+        compare_starts.main(flags, self.run)
+
+    @staticmethod
+    def lengths(pictures: int, batch: int, steps: int) -> dict[str, Any]:
+        """The options of a run of so many steps."""
+        warm_up = WARM_UP * steps / max(1, pictures // batch)
+        return {"batch_size": batch, "steps": steps, "warmup_epochs": warm_up, "num_workers": 0}
+
+    def recipe(self, name: str, config: dict[str, Any]) -> Path:
+        """Writes a file of options, and returns its path."""
+        file = self.folder / "recipes" / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [f"{key}: {json.dumps(value)}\n" for key, value in config.items()]
+        replace_text(file, "".join(lines))
+        return file
+
+
+def part_name(task: str, share: float) -> str:
+    """`finetune-10` for a tenth of the labels."""
+    return f"{task}-{round(100 * share)}"
+
+
+def losses(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log that have a loss."""
+    return [entry for entry in read_log(folder) if "event" not in entry and "loss" in entry]
+
+
+# -- results ------------------------------------------------------------------------------------
+
+
+def report(output: Path) -> dict[str, Any]:
+    """Writes the results of all that is done in a folder; returns what `results.json` has."""
+    networks = {name: collect(output / name) for name in NETWORKS if (output / name).is_dir()}
+    content = {
+        "setting": json.loads((output / "setting.json").read_text()),
+        "networks": networks,
+        "environment": environment() | machine(),
+        "command": " ".join(["python -m examples.does_it_work", *sys.argv[1:]]),
+    }
+    replace_text(output / "results.json", json.dumps(content, indent=1) + "\n")
+    replace_text(output / "results.md", tables(content))
+    return content
+
+
+def machine() -> dict[str, str]:
+    """The processor, and how many threads PyTorch was told to take."""
+    name = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return {"processor": name, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set")}
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """What the runs of one network have left.
+
+    Returns:
+        `pretrainings`, by start, and `accuracies`, by part (`finetune-10`) and start: a list of
+        `(seed, accuracy in per cent, seconds)`.
+    """
+    pretrainings = {
+        start: pretraining(folder / start) for start in PRETRAININGS if losses(folder / start)
+    }
+    accuracies: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
+    for task in TASKS:
+        for share in SHARES:
+            file = folder / part_name(task, share) / "comparison.json"
+            runs = json.loads(file.read_text())["runs"] if file.is_file() else []
+            for run in sorted(runs, key=lambda run: run["seed"]):
+                of_part = accuracies.setdefault(part_name(task, share), {})
+                figures = (run["seed"], run["evaluations"][-1]["acc1"], run["seconds"])
+                of_part.setdefault(run["start"], []).append(figures)
+    return {"pretrainings": pretrainings, "accuracies": accuracies}
+
+
+def pretraining(folder: Path) -> dict[str, Any]:
+    """Steps, losses and times of a pretraining, over all processes that it took."""
+    seconds, before = 0.0, 0.0
+    for entry in losses(folder):
+        if entry["seconds"] < before:  # another process went on
+            seconds += before
+        before = entry["seconds"]
+    entries = losses(folder)
+    return {
+        "steps": entries[-1]["step"],
+        "epochs": entries[-1]["epoch"],
+        "first_loss": entries[0]["loss"],
+        "last_loss": entries[-1]["loss"],
+        "seconds": round(seconds + before, 1),
+        "images_per_s": statistics.median(entry["images_per_s"] for entry in entries),
+    }
+
+
+def tables(content: dict[str, Any]) -> str:
+    """The results as Markdown, a section for each network."""
+    setting = content["setting"]
+    lines = [
+        f"Data: {setting['data']}, {setting['pictures']} pictures to train on. Accuracy in per "
+        "cent of the test pictures: mean ± standard deviation (single runs, by seed).",
+        "",
+    ]
+    for name, network in content["networks"].items():
+        lines += [f"## {name}", ""]
+        if network["pretrainings"]:
+            lines += ["| pretraining | steps | epochs | loss | images/s | minutes |"]
+            lines += ["|---|--:|--:|--:|--:|--:|"]
+        for start, run in network["pretrainings"].items():
+            lines.append(
+                f"| {start} | {run['steps']} | {run['epochs']:.1f} | {run['first_loss']:.3f} to "
+                f"{run['last_loss']:.3f} | {run['images_per_s']:.0f} | {run['seconds'] / 60:.1f} |"
+            )
+        starts = [RANDOM, *setting["pretrainings"]]
+        others = [start for start in starts if start != "masked" and "masked" in starts]
+        heads = [*starts, *(f"masked - {start}" for start in others)]
+        lines += ["", f"| labels | {' | '.join(heads)} |", f"|---|{'--:|' * len(heads)}"]
+        for part, of_part in network["accuracies"].items():
+            task, _, share = part.partition("-")
+            cells = [cell([run[1] for run in of_part.get(start, [])]) for start in starts]
+            cells += [difference(of_part, "masked", other) for other in others]
+            lines.append(f"| {task}, {share} % | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def difference(of_part: dict[str, list[tuple[int, float, float]]], first: str, second: str) -> str:
+    """`+1.2 ± 0.3`: the difference of two starts over the seeds that both have, by seed."""
+    one, other = (dict(run[:2] for run in of_part.get(start, [])) for start in (first, second))
+    found = [one[seed] - other[seed] for seed in one if seed in other]
+    if not found:
+        return "–"
+    deviation = f" ± {statistics.stdev(found):.2g}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):+.3g}{deviation}"
+
+
+def plot(content: dict[str, Any], file: Path) -> None:
+    """Accuracy by share of the labels, a panel for each network and task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    networks = content["networks"]
+    figure, axes = pyplot.subplots(
+        len(networks), len(TASKS), figsize=(9, 3.4 * len(networks)), squeeze=False
+    )
+    for row, (name, network) in zip(axes, networks.items()):
+        for panel, task in zip(row, TASKS):
+            for start in (RANDOM, *content["setting"]["pretrainings"]):
+                points = {
+                    100 * share: [run[1] for run in of_part[start]]
+                    for share in SHARES
+                    if start in (of_part := network["accuracies"].get(part_name(task, share), {}))
+                }
+                means = [statistics.fmean(values) for values in points.values()]
+                errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in points.values()]
+                panel.errorbar(list(points), means, errors, capsize=3, label=start)
+            panel.set(xscale="log", xlabel="labels, %", ylabel="accuracy, %")
+            panel.set_title(f"{name}, {task}")
+            panel.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The experiment that compares starts: its pictures, its pretraining without masks, its runs."""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from convmae import create_model
+from convmae_kernels import BlockMask
+from examples import does_it_work, fetch_emoji
+from examples.dense_pretrain import LEAKY, ZEROED, unmasked
+
+# -- pretraining without masked convolution -------------------------------------------------------
+
+
+def test_dense_convmae_sees_hidden_pixels_or_the_mask():
+    torch.manual_seed(0)
+    model = create_model("convmae_tiny", img_size=64).eval()
+    twin, leaky = unmasked(model, ZEROED), unmasked(model, LEAKY)
+    images, other = torch.randn(2, 2, 3, 64, 64)
+    noise = torch.rand(2, 16)
+    mask = BlockMask.from_noise(noise, (4, 4), 0.75)
+    changed = torch.where(mask.to_dense(16), images, other)
+    with torch.no_grad():
+        latent = twin.forward_encoder(images, mask)
+        assert torch.equal(twin.forward_encoder(changed, mask), latent)
+        assert not torch.allclose(model.forward_encoder(images, mask), latent, atol=1e-3)
+        seen = leaky.forward_encoder(images, mask)
+        assert not torch.allclose(leaky.forward_encoder(changed, mask), seen, atol=1e-3)
+        whole = BlockMask.full(2, (4, 4))
+        expected = model.forward_encoder(images, whole)
+        for other in (twin, leaky):
+            torch.testing.assert_close(other.forward_encoder(images, whole), expected)
+    loss, expected = twin(images, noise=noise).loss, model(images, noise=noise).loss
+    assert loss != expected and abs(loss - expected) < 0.2
+    loss.backward()
+    trained = {name for name, p in twin.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.thorough(but_every=2)
+@pytest.mark.parametrize("hidden", [LEAKY, ZEROED])
+def test_dense_spark_is_the_network_as_it_is(hidden):
+    torch.manual_seed(0)
+    options = {"method": "spark", "img_size": 64, "decoder_width": 32}
+    model = create_model("timm:test_resnet", **options).double().train()
+    twin = unmasked(model, hidden).double()
+    images, noise = torch.randn(4, 3, 64, 64).double(), torch.rand(4, 4)
+    mask = twin.make_mask(images, noise=noise)
+    with torch.no_grad():
+        maps = twin.forward_encoder(images, mask)
+        seen = torch.where(mask.to_dense(32), images, 0.0) if hidden == ZEROED else images
+        plain = twin.maps.read(twin.network, seen)  # BatchNorm counts what is hidden
+    for packed, dense in zip(maps, plain):
+        expected = torch.where(mask.to_dense(dense.shape[2] // 2), dense, 0.0)
+        torch.testing.assert_close(packed.dense(), expected)
+    assert twin.state_dict().keys() == model.state_dict().keys() and twin.config == model.config
+    with pytest.raises(TypeError, match="FastConvMAE"):
+        unmasked(create_model("fastconvmae_tiny", img_size=64), hidden)
+
+
+# -- the experiment -------------------------------------------------------------------------------
+
+
+def read(recipe):
+    return yaml.safe_load(Path(recipe).read_text())
+
+
+class Runs:
+    """Stands for the programs: writes logs as they do; masked weights are worth 5 per cent."""
+
+    def __init__(self):
+        self.calls, self.fails_at = [], None
+
+    def __call__(self, words, output, module="convmae"):
+        self.calls.append((module, words))
+        if len(self.calls) == self.fails_at:
+            return 1, ""
+        flags = dict(zip(words, words[1:]))
+        config = read(flags.get("--config", words[-1]))
+        folder = output.with_suffix("")
+        folder.mkdir(parents=True, exist_ok=True)
+        line = {"step": config["steps"], "epoch": 1.0, "loss": 0.5, "seconds": 60.0}
+        lines = [line | {"images_per_s": 100.0}]
+        if "--seed" in flags:
+            accuracy = 50.0 + int(flags["--seed"]) + 5 * ("masked" in flags.get("--finetune", ""))
+            lines.append({"event": "evaluation", "step": 1, "epoch": 1.0, "acc1": accuracy})
+        (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return 0, ""
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / "pictures" / split / label).mkdir(parents=True)
+            for number in range(100 if split == "train" else 1):
+                file = tmp_path / "pictures" / split / label / f"{number}.png"
+                Image.new("RGB", (4, 4), (number, 0, 0)).save(file)
+    flags = ["--data_path", tmp_path / "pictures", "--output_dir", tmp_path / "out"]
+    return ["emoji", "--networks", "cnn", *map(str, flags), "--budget"]
+
+
+def test_all_starts_are_trained_alike_and_what_is_done_is_skipped(arguments, tmp_path, monkeypatch):
+    steps = {0.01: 2, 0.1: 2, 1.0: 2}
+    small = does_it_work.Budget({"cnn": 4}, steps, steps, (0, 1))
+    monkeypatch.setitem(does_it_work.BUDGETS, "smoke", small)
+    runs = Runs()
+    runs.fails_at = 2
+    with pytest.raises(SystemExit, match="cnn, leaky: exit status 1"):
+        does_it_work.main([*arguments, "smoke"], runs)
+    runs.fails_at = 5
+    with pytest.raises(SystemExit, match="goes on from here"):
+        does_it_work.main([*arguments, "smoke"], runs)
+    content = does_it_work.main([*arguments, "smoke"], runs)
+    modules = [module for module, _ in runs.calls[:4]]
+    assert modules == ["convmae", "examples.dense_pretrain", "examples.dense_pretrain", "convmae"]
+    assert len(runs.calls) == 2 + 2 * 3 * 3 * 2 + 2  # tasks, shares, starts, seeds; two failed
+    recipes = {file.stem: read(file) for file in (tmp_path / "out/cnn/recipes").iterdir()}
+    masked, other = recipes.pop("masked"), recipes.pop("leaky")
+    assert masked | {"output_dir": other["output_dir"]} == other
+    assert {name: r["max_samples"] for name, r in recipes.items()} == {
+        f"{task}-{share}": 2 * share for task in ("finetune", "linprobe") for share in (1, 10, 100)
+    }
+    figures = content["networks"]["cnn"]["accuracies"]["finetune-10"]
+    assert [run[1] for run in figures["masked"]] == [55.0, 56.0]
+    table = (tmp_path / "out/results.md").read_text()
+    assert "| finetune, 1 % | **50.5** ± 0.71 (50, 51) | **55.5** ± 0.71 (55, 56) |" in table
+    assert table.count("| +5 ± 0 | +5 ± 0 |") == 6 and "| leaky | 4 | 1.0 |" in table
+    assert (tmp_path / "out/results.png").stat().st_size > 1000
+
+    before = len(runs.calls)
+    assert does_it_work.main([*arguments, "smoke"], runs) == content and len(runs.calls) == before
+    with pytest.raises(SystemExit):
+        does_it_work.main([*arguments, "short"], runs)
+
+
+def test_times_of_a_pretraining_add_up_over_its_processes(tmp_path):
+    lines = [(1, 5.0), (2, 10.0), (3, 4.0), (4, 8.0)]
+    entries = [
+        {"step": step, "epoch": 1.0, "loss": 1.0 / step, "seconds": seconds, "images_per_s": 7.0}
+        for step, seconds in lines
+    ]
+    entries.insert(2, {"event": "resumed", "step": 2})
+    (tmp_path / "log.txt").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    found = does_it_work.pretraining(tmp_path)
+    assert found["seconds"] == 18.0 and found["last_loss"] == 0.25 and found["steps"] == 4
+
+
+# -- its pictures ---------------------------------------------------------------------------------
+
+EMOJI = {"1F600": "Smileys & Emotion", "1F468-200D-1F373": "People & Body", "1F1E6": "Flags"}
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Packages with these emoji, under other names in one, and one that a single drawer has."""
+    (tmp_path / "packages").mkdir()
+    found = {}
+    for drawer, package in fetch_emoji.PACKAGES.items():
+        codes = [*EMOJI, "1F999"] if drawer == "noto" else [*EMOJI]
+        names = [c.replace("-200D", "") if drawer == "emojione" else c.lower() for c in codes]
+        files = {f"{package.pictures}/{name}.png": picture(drawer) for name in names}
+        files |= {f"{package.pictures}/more/{names[0]}.png": b"", "package/LICENSE": b"free"}
+        entries = [{"unified": c, "category": EMOJI.get(c, "Objects")} for c in codes]
+        if drawer == "noto":
+            files["package/emoji.json"] = json.dumps(entries).encode()
+        path = tmp_path / "packages" / package.file
+        with tarfile.open(path, "w:gz") as archive:
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
+        found[drawer] = dataclasses.replace(package, sha512=digest)
+    monkeypatch.setattr(fetch_emoji, "PACKAGES", found)
+    return tmp_path / "packages"
+
+
+def picture(drawer):
+    size = 256 if drawer == "fluent" else 64
+    image = Image.new("RGBA", (size, size), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, size // 2, size))
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+def test_emoji_that_all_drawers_have_become_class_folders(packages, tmp_path):
+    output = tmp_path / "emoji"
+    fetch_emoji.main([str(output), "--packages", str(packages), "--test", "twemoji"])
+    trained = {str(file.relative_to(output / "train")) for file in output.glob("train/*/*")}
+    drawers = ("noto", "emojione", "fluent")
+    expected = {f"smileys-emotion/{drawer}-1f600.png" for drawer in drawers}
+    assert trained == expected | {f"people-body/{drawer}-1f468-1f373.png" for drawer in drawers}
+    tested = {file.name for file in output.glob("val/*/*")}
+    assert tested == {"twemoji-1f600.png", "twemoji-1f468-1f373.png"}
+    with Image.open(output / "train/smileys-emotion/fluent-1f600.png") as image:
+        assert image.size == (64, 64) and image.mode == "RGB"
+        assert image.getpixel((8, 8)) == (0, 0, 255) and image.getpixel((60, 8)) == (255,) * 3
+    assert len(list((output / "licences").iterdir())) == 4
+
+    damaged = packages / fetch_emoji.PACKAGES["emojione"].file
+    damaged.write_bytes(damaged.read_bytes() + b"more")
+    with pytest.raises(SystemExit, match="expected .* of emojione 2.2.7"):
+        fetch_emoji.main([str(tmp_path / "again"), "--packages", str(packages)])
+    assert not (tmp_path / "again").exists()
