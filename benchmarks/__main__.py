@@ -40,7 +40,7 @@ DTYPE_HELP = "autocast for models; if absent both, or float32 alone with --summa
 
 
 KEEP_HELP = "keep the rows of other cases that the file holds; with --full, go on where it ends"
-BUDGET_HELP = "seconds for a case, if three rounds fit (default: 6; of a point of --full 1.5)"
+BUDGET_HELP = "seconds for a case, if three rounds fit (default: 6; of a point of --full 1)"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from benchmarks.runner import Row
     from benchmarks.setting import Setting
 
-BUDGET = 1.5  # seconds of a point, if three rounds fit
+BUDGET = 1.0  # seconds of a point, if three rounds fit
 
 
 def cases(
