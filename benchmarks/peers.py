@@ -162,7 +162,7 @@ def convmae_pass(setting: Setting, dtype: torch.dtype, folder: str | None) -> Co
     """ConvMAE forward and backward: packed, dense in our layers, and the official code."""
     built = {kind: models.build(setting, kind) for kind in ("packed", "dense")}
     ways: Ways = {kind: (model, _forward(model)) for kind, model in built.items()}
-    notes = _official(ways, checkouts.convmae, folder, "ConvMAE: --official", setting)
+    notes = _official(ways, checkouts.convmae, folder, "ConvMAE", "--official", setting)
     parameters = models.parameters(setting.model)
     pixels = setting.batch_size * 3 * setting.img_size**2
     counted = work.training_work(parameters, setting.block_mask(), pixels, optimizer=False)
@@ -182,7 +182,9 @@ def fastconvmae_pass(setting: Setting, dtype: torch.dtype, folder: str | None) -
         kind: (model.to(setting.device), _forward(model))
         for kind, model in (("packed", packed), ("dense", dense))
     }
-    notes = _official(ways, checkouts.fastconvmae, folder, "FastConvMAE: --official_fast", setting)
+    notes = _official(
+        ways, checkouts.fastconvmae, folder, "FastConvMAE", "--official_fast", setting
+    )
     return _passes(ways, setting, dtype, work.Work(0), notes)
 
 
@@ -194,11 +196,11 @@ def _official(
     ways: Ways,
     load: Callable[[str, Setting], nn.Module],
     folder: str | None,
-    name_and_option: str,
+    name: str,
+    option: str,
     setting: Setting,
 ) -> list[str]:
     """Adds the official code, with the parameters of "packed"; or a note why it is left out."""
-    name, _, option = name_and_option.partition(": ")
     if folder is None:
         return [f"official {name}: left out, no checkout of its code was named ({option})"]
     try:
@@ -351,11 +353,11 @@ def _spconv(
 ) -> tuple[Callable[[], Tensor], Callable[[Tensor], list[Tensor]]]:
     """spconv's convolution of the rows of `x` `[N, C, H, W]` at visible positions `[N, H, W]`.
 
-    The pairs of positions are found again in every call, as a new mask in every step demands it.
+    The pairs of positions are found once and kept, as our mask keeps its table of neighbours.
     """
     n, channels, height, width = x.shape
     on_cpu = x.device.type == "cpu"
-    options = {"algo": spconv.ConvAlgo.Native} if on_cpu else {}
+    options = {"indice_key": "mask"} | ({"algo": spconv.ConvAlgo.Native} if on_cpu else {})
     conv = spconv.SubMConv2d(channels, len(weight), 3, padding=1, bias=False, **options)
     conv = conv.to(x.device, x.dtype)
     with torch.no_grad():
@@ -363,9 +365,13 @@ def _spconv(
     rows = x.permute(0, 2, 3, 1)[visible].contiguous()
     index = visible.nonzero().int().contiguous()  # others are read wrongly, without an error
 
+    sparse = spconv.SparseConvTensor(rows, index, [height, width], n)
+    with torch.no_grad():
+        sparse.indice_dict = conv(sparse).indice_dict
+
     @torch.no_grad()
     def run() -> Tensor:
-        return conv(spconv.SparseConvTensor(rows, index, [height, width], n)).features
+        return conv(sparse).features
 
     def result(y: Tensor) -> list[Tensor]:
         dense = y.new_zeros(n, height, width, y.shape[1])
