@@ -279,6 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.summary and "step" not in [case.name for case in chosen]:
             raise ValueError("--summary needs the case 'step'; add it to --case")
         old = _kept(args.json, setting) if args.keep else None
+        if old and args.full:
+            full.check_same_threads(old.environment, args.json)
     except ValueError as error:
         parser.error(str(error))
     kept = old.rows if old else []

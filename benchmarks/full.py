@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from benchmarks import fits, parts, peers, sweeps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    import torch
+    from collections.abc import Iterable, Mapping, Sequence
 
     from benchmarks.registry import Case
     from benchmarks.runner import Row
@@ -48,6 +48,13 @@ def missing(chosen: Iterable[Case], rows: Iterable[Row]) -> list[Case]:
         if case.at["axis"] == "peer"
         or any((case.name, str(dtype)[6:]) not in there for dtype in case.dtypes or ())
     ]
+
+
+def check_same_threads(environment: Mapping[str, Any], file: str) -> None:
+    """Raises ValueError where a run to go on with had other threads: its centres are elsewhere."""
+    there, here = environment["threads"], torch.get_num_threads()
+    if there != here:
+        raise ValueError(f"{file} is of a run with --threads {there}, and this one has {here}")
 
 
 def lasting(notes: Iterable[str], again: Iterable[Case]) -> list[str]:

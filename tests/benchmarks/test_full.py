@@ -152,6 +152,9 @@ def test_a_run_is_resumed_and_the_page_shows_it(tmp_path, capsys):
     assert rows[: len(first)] == first and len(rows) > len(first)
 
     content = json.loads(path.read_text())
+    with using_threads(content["environment"]["threads"] + 1), pytest.raises(SystemExit):
+        command.main([*flags, "sweep/gather"])
+    assert "is of a run with --threads" in capsys.readouterr().err
     content["notes"] = ["official ConvMAE: left out, <no> checkout"]
     path.write_text(json.dumps(content))
     page.main([str(path), str(ROOT / "benchmarks/results/cpu.json"), "-o", str(output)])
