@@ -175,13 +175,15 @@ def loss_picture(entries: list[dict[str, Any]], path: Path) -> None:
     if not points:
         return
     steps, losses = (np.array(values, dtype=float) for values in zip(*points, strict=True))
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7, 4), dpi=120)
+    # Margins as they are: to find those that fit takes as long as the drawing.
+    figure.subplots_adjust(left=0.12, right=0.97, bottom=0.13, top=0.96)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="0.75", linewidth=1, label="as logged")
     axes.plot(steps, smooth(losses), color="tab:blue", linewidth=2, label="smoothed")
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")
     with replacing(path) as new:
         figure.savefig(new, format="png")

@@ -13,6 +13,8 @@ from benchmarks import cases, limits, models, registry, report, runner, work
 from benchmarks.setting import Setting
 from convmae_kernels import BlockMask
 
+pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+
 TINY = Setting(model="convmae_tiny", batch_size=2, img_size=64, compile=False)
 RATES = limits.Rates(copy=1e9, gemm={torch.float32: 1e10, torch.bfloat16: 1e10})
 
@@ -283,6 +285,7 @@ def test_mae_is_the_published_one():
     assert sum(counted[layer] for layer in layers) == 2 * (encoder + decoder + outside)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     cases.why_no_compile(torch.device("cpu")) is not None, reason="no C++ compiler for compile"
 )

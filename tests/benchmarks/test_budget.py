@@ -97,6 +97,7 @@ def test_what_ops_on_rows_move():
     assert kinds["bias_gelu_grad"] == ("GELU", 2, 3 * whole + 2 * vector + 2 * 2 * vector)
 
 
+@pytest.mark.thorough
 def test_parameters_are_cast_a_few_times_not_one_by_one():
     """Of convmae_tiny: a cast and a cast back for each block and each other layer."""
     packed = budget.count_step(TINY, torch.bfloat16, "packed")
@@ -110,6 +111,7 @@ def test_parameters_are_cast_a_few_times_not_one_by_one():
     assert len(single) <= 20 < sum(1 for _ in model.parameters())
 
 
+@pytest.mark.thorough
 def test_the_cases_make_rows():
     for name in registry.CASES:
         if not name.startswith("budget/"):

@@ -49,6 +49,7 @@ def test_worker_tells_of_a_case_that_it_lacks_and_goes_on(worker):
     assert worker.contender("gather/stage1", TINY, torch.float32).run()[0].shape[2] == 64
 
 
+@pytest.mark.thorough
 def test_case_that_a_revision_lacks_is_a_failure_of_it_alone(worker, monkeypatch):
     case = registry.CASES["gather/stage2"]
     here = registry.Case("only/here", case.about, case.build)

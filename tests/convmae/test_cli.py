@@ -23,6 +23,8 @@ from tests.support.training_runs import DEVICE
 
 pytest.importorskip("tyro")
 
+pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+
 TINY = ["--model", "convmae_tiny", "--input_size", "32", "--num_workers", "0", "--device", DEVICE]
 
 

@@ -9,7 +9,7 @@ timm = pytest.importorskip("timm")
 
 
 @pytest.mark.parametrize("name", ["convnextv2_atto"])
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough
 def test_no_graph_break_and_no_recompilation(name):
     torch.compiler.reset()
     model = timm.create_model(name, num_classes=0).train()

@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import convmae_kernels as ck
 
 timm = pytest.importorskip("timm")
+
+pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
 GRID = (2, 3)
 
 

@@ -86,6 +86,7 @@ def test_traces_with_a_mask_made_inside(kind):
         torch.testing.assert_close(traced(*inputs), net(*inputs))
 
 
+@pytest.mark.thorough
 def test_ties_of_noise_are_the_same_in_onnx(tmp_path):
     class Drawn(torch.nn.Module):
         def forward(self, noise):

@@ -50,6 +50,7 @@ def process(rank, port, results):
     dist.destroy_process_group()
 
 
+@pytest.mark.thorough
 def test_two_processes_are_as_one():
     model = network()
     expected = run(model, *data())

@@ -19,6 +19,8 @@ from convmae_kernels.ops.support.dispatch import (
 )
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+
 KERNELS, MODELS, BENCHMARKS = ROOT / "convmae_kernels", ROOT / "convmae", ROOT / "benchmarks"
 OPTIONAL = [
     *("triton", "torchvision", "timm", "PIL", "tqdm", "tensorboard", "safetensors", "tyro"),

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 pytest.importorskip("safetensors")
+
+pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
 FRESH = {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
 
 
@@ -305,6 +307,7 @@ def test_golden_loss_through_an_official_file(tmp_path: Path) -> None:
     assert loss == pytest.approx(float(golden["loss"]), rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_golden_logits_through_an_official_file(tmp_path: Path) -> None:
     golden = np.load(GOLDEN / "convvit_base.npz")
     seed = int(golden["seed"])

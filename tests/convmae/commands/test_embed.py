@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytest.importorskip("tqdm")
+
+pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
 WIDTHS = SIZES["tiny"]["embed_dim"]
 
 

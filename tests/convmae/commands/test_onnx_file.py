@@ -122,6 +122,7 @@ def test_the_encoder_of_a_foreign_pretraining_model(tmp_path: Path) -> None:
     assert [v.name for v in check_plain(report.output).graph.output] == ["features"]
 
 
+@pytest.mark.thorough
 def test_what_cannot_be_written(
     tmp_path: Path, classifier: tuple[Path, ConvViT], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -468,6 +468,7 @@ def test_the_command_prints_a_table(
     )
 
 
+@pytest.mark.thorough
 def test_a_reader_that_has_seen_enough(tmp_path: Path, model: Path, folder: Path) -> None:
     """`convmae predict ... | head -1` prints no traceback."""
     typed = ["predict", "--checkpoint", str(model), "--data_path", str(folder), "-j", "0"]

@@ -171,7 +171,7 @@ def test_what_is_refused(tmp_path: Path, files: dict[str, Path], folder: Path) -
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["classifier", "spark"])
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough
 def test_onnx(tmp_path: Path, files: dict[str, Path], kind: str) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

@@ -377,6 +377,7 @@ def test_loading_processes_survive_the_signals_of_the_group() -> None:
     assert child.exitcode == 0
 
 
+@pytest.mark.thorough
 def test_a_program_that_fails_ends_its_loading_processes() -> None:
     code = """
 import multiprocessing

@@ -92,6 +92,7 @@ def test_a_dead_loading_process_ends_the_run_saved_and_it_goes_on_the_same(
     assert same(tensors(tmp_path / "run"), tensors(tmp_path / "whole"))
 
 
+@pytest.mark.thorough
 def test_the_first_part_of_a_step_that_cannot_be_finished_is_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,8 @@ from convmae.models import ConvMAE, ConvViT
 from convmae.models.registry import SIZES
 from tests.support.onnx_files import check_plain, export_onnx, run_onnx
 
+pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+
 SMALL = {
     "img_size": (32, 64),
     "embed_dim": (8, 12, 16),

@@ -253,6 +253,7 @@ def test_compiles_without_break_or_recompilation():
             assert_close(encoder(images, mask), model.forward_encoder(images, mask), 1e-6)
 
 
+@pytest.mark.thorough
 def test_one_graph():
     model = convmae.create_model("convmae_tiny")
     torch._dynamo.reset()

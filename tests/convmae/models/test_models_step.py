@@ -132,6 +132,7 @@ def test_on_a_cpu_sums_stay_float32():
 # -- compiled block by block ----------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_blocks_share_their_code_and_masks_do_not_matter():
     model = small(depth=(2, 2, 4), decoder_depth=5)
     images, noises = torch.randn(4, 3, 64, 64), [torch.rand(4, 16) for _ in range(3)]
@@ -149,6 +150,7 @@ def test_blocks_share_their_code_and_masks_do_not_matter():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_rates_of_stochastic_depth_share_code():
     torch.manual_seed(0)
     shape = {k: SMALL[k] for k in ("img_size", "embed_dim", "num_heads")}

@@ -28,6 +28,8 @@ from tests.support.reports import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
+
 
 @in_a_browser
 def test_a_browser_draws_the_curves_and_shows_the_pictures(tmp_path: Path) -> None:

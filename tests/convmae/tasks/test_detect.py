@@ -107,6 +107,7 @@ def test_two_processes_copy_or_divide_the_model_and_find_the_same(data, tmp_path
     assert {name: result[name] for name in found} == pytest.approx(found, abs=1e-6)
 
 
+@pytest.mark.thorough
 def test_changed_boxes_and_classes_are_told_on_resuming(tmp_path):
     data = write_shapes(tmp_path / "data", train=3, val=1)
     config = {"steps": 1, "batch_size": 1}

@@ -259,6 +259,7 @@ def test_a_probe_trains_its_head_alone(pretrained: Path, tmp_path: Path) -> None
 # -- the same run, in pieces ----------------------------------------------------------------------
 
 
+@pytest.mark.thorough(but_every=2)
 @pytest.mark.parametrize("command", ["finetune", "linprobe"])
 def test_interrupted_and_resumed_is_the_same_run(
     pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str

@@ -183,6 +183,7 @@ def test_a_run_starts_from_weights_and_says_so(
         torch.testing.assert_close(value, found[name], rtol=0, atol=1e-9)
 
 
+@pytest.mark.thorough
 def test_a_run_that_goes_on_does_not_read_its_init(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,6 +40,8 @@ pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
 pytest.importorskip("torchmetrics")
 
+pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+
 RESNET, CONVNEXT = "timm:test_resnet", "timm:test_convnext"
 SHORT: dict[str, Any] = {
     "data_path": str(FASHION),

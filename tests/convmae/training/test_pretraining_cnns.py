@@ -191,7 +191,7 @@ def test_lamb_limits_the_gradient_itself_and_others_do_not() -> None:
     ],
     ids=["resnet-spark-lamb", "resnet-fcmae-sgd", "convnext-spark"],
 )
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough(but_every=4)
 def test_interrupted_and_resumed_is_the_same_run(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
 ) -> None:
@@ -228,6 +228,7 @@ def test_what_a_run_leaves(
     assert picture.stat().st_size > 0
 
 
+@pytest.mark.thorough
 def test_another_run_is_not_resumed(pictures: Path, fcmae_run: Path) -> None:
     before = sorted(path.name for path in fcmae_run.rglob("*"))
     again = ONE_EPOCH | {"resume": "auto", "epochs": 2}
@@ -249,6 +250,7 @@ def test_a_number_of_visible_blocks_rounded_otherwise(
         assert model.make_mask(torch.zeros(1, 3, 64, 96)).num_visible == visible
 
 
+@pytest.mark.thorough
 def test_layers_that_no_map_depends_on_are_left_out(pictures: Path, tmp_path: Path) -> None:
     """The norm before the classifier of a ConvNeXt; a resumed run has no state for it either."""
     config = cnn(pictures, tmp_path / "run", model=CONVNEXT, epochs=1)

@@ -188,6 +188,7 @@ def test_the_same_seed_is_the_same_run(pictures: Path, tmp_path: Path) -> None:
     assert same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
 
 
+@pytest.mark.thorough(but_every=2)
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_n_epochs_and_n_more_are_2n(pictures: Path, tmp_path: Path, log_every: int) -> None:
     """In the warm-up the schedule does not know how long the run is."""

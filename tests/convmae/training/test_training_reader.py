@@ -84,6 +84,7 @@ def test_a_run_reads_draws_and_says_how_it_read(tmp_path, kind, channels, readin
         assert open_weights(tmp_path / "run").reading == ReadOptions(**reading)
 
 
+@pytest.mark.thorough
 def test_a_classifier_reads_as_its_pretraining_did(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

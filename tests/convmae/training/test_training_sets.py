@@ -257,6 +257,7 @@ def test_many_files_are_listed_by_digest_alone() -> None:
     assert Fingerprint.of(entries[1:]) == fewer
 
 
+@pytest.mark.thorough
 def test_another_set_of_pictures_is_refused_unless_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

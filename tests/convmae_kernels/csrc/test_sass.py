@@ -11,6 +11,8 @@ from convmae_kernels.ops import reference
 from convmae_kernels.ops.support.dispatch import WHY_NOT_COMPILED
 from docs import kernel_report, sass, tile_walk
 
+pytestmark = pytest.mark.thorough(but_every=4)  # a sample of long sweeps
+
 COMPILED = WHY_NOT_COMPILED is None
 ARCHS = torch.ops.convmae.cuda_architectures().split(", ") if COMPILED else [""]
 needs_code_for_sm_90 = pytest.mark.skipif(

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from simt.emulator import EmulatorError, Removed, build, module, translate, why_not, without
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}"),
+    pytest.mark.thorough(but_every=4),
+]
 
 SEEDS = range(8)  # seed 0: ascending, 1: descending, even: random, odd: random and interrupted
 NOTHING = np.zeros(0, np.int32)

@@ -33,7 +33,10 @@ from tests.support.simt_emulation import (
 )
 from tests.support.simt_strided import check_strided
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}"),
+    pytest.mark.thorough(but_every=3),
+]
 
 
 # -- the convolution ----------------------------------------------------------------------------

@@ -28,7 +28,10 @@ from tests.support.simt_emulation import (
     same,
 )
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}"),
+    pytest.mark.thorough(but_every=2),
+]
 
 
 @all_dtypes

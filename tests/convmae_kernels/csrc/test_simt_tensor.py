@@ -12,7 +12,10 @@ from convmae_kernels.testing import make_mask, random_tensor
 from tests.convmae_kernels.csrc.test_simt_kernels import check_forward
 from tests.support.simt_emulation import CODES, INF, NAN, array, emulate, same
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}"),
+    pytest.mark.thorough(but_every=2),
+]
 
 
 def forward(x, weight, bias, table, offset=0, warps=132, runs=0, seeds=(3,)):

@@ -8,6 +8,8 @@ import convmae_kernels as ck
 from convmae_kernels import EquivalenceError, check_equivalence, sparsify
 from convmae_kernels.testing import random_tensor
 
+pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+
 NETWORKS = {  # what they ask for
     "resnest14d": "views in groups, softmax over them",
     "skresnet18": "stacks, sums over a dimension of groups",

@@ -35,6 +35,7 @@ from convmae_kernels.triton import (  # noqa: E402
 pytestmark = [
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter does not compile"),
     pytest.mark.usefixtures("own_cache"),
+    pytest.mark.thorough(but_every=3),
 ]
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -161,7 +162,7 @@ def compiled_sum_parts(target, dtype, kernel=(5, 5)):
         pointers,
         ALL_TAPS=kernel[0] * kernel[1],
         ACCUMULATOR=TYPES[dtype],
-        PART_LANES=masked_conv2d_weight_grad.PART_LANES,
+        LANES=accumulation.PART_LANES,
         ELEMENTS=masked_conv2d_weight_grad.ELEMENTS,
     )
 
