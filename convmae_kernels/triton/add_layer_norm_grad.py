@@ -19,7 +19,7 @@ from convmae_kernels.triton.accumulation import (
     pairwise_sum,
     parts_of,
 )
-from convmae_kernels.triton.add_layer_norm import columns_of, describe, normalised, sum_of_rows
+from convmae_kernels.triton.add_layer_norm import columns_of, describe, normalised
 from convmae_kernels.triton.tuning import Configuration
 
 if TYPE_CHECKING:
@@ -71,9 +71,10 @@ def add_layer_norm_grad_kernel(
         weight_sums += grad * normed
         bias_sums += grad
         grad *= weight[None, :]
-        mean = sum_of_rows(grad, ROWS, COLUMNS) / channels
-        along = sum_of_rows(grad * normed, ROWS, COLUMNS) / channels
-        grad = (grad - mean - normed * along) * scale
+        # Both at once: one by one, Triton 3.6 moves rows so often that registers do not suffice.
+        sums = pairwise_sum(tl.join(grad, grad * normed), ROWS, COLUMNS, 2) / channels
+        mean, along = tl.split(sums)
+        grad = (grad - mean[:, None] - normed * along[:, None]) * scale
         if HAS_GRAD_TOTAL:
             grad += tl.load(grad_total_ptr + place, mask=mask, other=0).to(ACCUMULATOR)
         tl.store(grad_x_ptr + place, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
