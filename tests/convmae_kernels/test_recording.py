@@ -10,6 +10,8 @@ from convmae_kernels.testing import random_tensor
 from tests.convmae_kernels.test_transforms import CHANNELS, GRID, Net
 from tests.support.onnx_files import check_plain, export_onnx, run_onnx
 
+pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+
 
 class Masked(torch.nn.Module):
     """A network that makes its mask itself, from what `make` is given."""

@@ -34,6 +34,8 @@ from tests.support.training_runs import DEVICE
 
 pytest.importorskip("tqdm")
 
+pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,6 +19,8 @@ timm = pytest.importorskip("timm")
 timm_optim = pytest.importorskip("timm.optim")
 convmae.register_timm()
 
+pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+
 SMALL = {
     "embed_dim": (8, 12, 16),
     "depth": (2, 2, 2),

@@ -35,6 +35,8 @@ pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
 pytest.importorskip("torchmetrics")
 
+pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+
 SHORT: dict[str, Any] = {
     "data_path": str(FASHION),
     "input_size": 32,

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytest.importorskip("torchvision")
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="Windows has other signals"),
+    pytest.mark.thorough(but_every=2),
+]
 
 NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
