@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from benchmarks.runner import Comparison, Contender
 
 # What registers cases. An older revision may lack what one of them imports.
-MODULES = ("cases", "networks", "decoder", "pretraining")
+MODULES = ("cases", "networks", "decoder", "pretraining", "budget")
 
 
 def _register() -> dict[str, str]:
@@ -61,7 +61,8 @@ class Measuring:
         self._comparison = self._contender = None
         gc.collect()
         if case not in registry.CASES:
-            raise ValueError(f"there is no case {case!r} at that revision: {self._failures}")
+            reasons = [f"{module} cannot run: {why}" for module, why in self._failures.items()]
+            raise ValueError("; ".join([f"there is no case {case!r} at that revision", *reasons]))
         facts = setting | {"device": torch.device(setting["device"]), "compile": False}
         self._comparison = registry.CASES[case].build(Setting(**facts), getattr(torch, dtype))
         found = [c for c in self._comparison.contenders if c.name == CONTENDER]

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convmae.config import MessageError, PretrainConfig, config_from_mapping, read_yaml
+from convmae.config import MessageError, OptionError, PretrainConfig, config_from_mapping, read_yaml
 from convmae.models import ConvMAE, DenseConvMAE, SparK
 from convmae.models.cnn.masked_cnn import finer_mask
 from convmae.models.maps import conv_map, flat_map, stage1_map, stage2_map
@@ -118,6 +118,18 @@ class UnmaskedPretraining(Pretraining):
         return unmasked(model, self._hidden), name, notes
 
 
+def options_of(file: str) -> Any:
+    """The content of a file of options.
+
+    Raises:
+        OptionError: it cannot be read; with the file's name.
+    """
+    try:
+        return read_yaml(file)
+    except OptionError as error:
+        raise OptionError(f"options {file!r} cannot be used: {error}") from error
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the program; returns its exit status, which is that of `convmae pretrain`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -125,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("options", help="a YAML file of options of `convmae pretrain`")
     args = parser.parse_args(arguments)
     try:
-        values: Any = read_yaml(args.options)
+        values = options_of(args.options)
         config = config_from_mapping(PretrainConfig, values)
         summary = run_task(config, UnmaskedPretraining(args.hidden))
     except MessageError as error:

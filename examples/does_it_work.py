@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from convmae.config import MessageError
 from convmae.data.open import open_source
 from convmae.records.log import read_log
 from examples import compare_starts
@@ -168,7 +169,10 @@ def main(arguments: list[str] | None = None, run: Any = execute) -> dict[str, An
     path = Path(args.data_path or f"data/{args.data}")
     if not path.is_dir():
         parser.error(f"--data_path: {path} is no folder; `make {args.data}` makes data/{args.data}")
-    pictures = open_source(str(path)).pictures
+    try:
+        pictures = open_source(str(path)).pictures
+    except MessageError as error:
+        parser.error(error.with_flags)
     setting = {
         "data": args.data,
         "data_path": str(path),

@@ -113,15 +113,21 @@ def download(package: Package, folder: Path) -> Path:
     """The file of a package, downloaded if it is not there yet.
 
     Raises:
-        SystemExit: it is not the file that was expected.
+        SystemExit: it cannot be had, or is not the file that was expected.
     """
     path = folder / package.file
     if not path.is_file():
         print(f"{package.address}", flush=True)
         fresh = path.with_name(f"{path.name}.new")
-        answer = urllib.request.urlopen(package.address, timeout=60)
-        with answer, fresh.open("wb") as file:
-            shutil.copyfileobj(answer, file)
+        try:
+            answer = urllib.request.urlopen(package.address, timeout=60)
+            with answer, fresh.open("wb") as file:
+                shutil.copyfileobj(answer, file)
+        except OSError as error:
+            raise SystemExit(
+                f"error: {package.address} cannot be downloaded to {fresh}: {error}; without a "
+                f"network, put {package.file} into a folder and name it with --packages"
+            ) from error
         fresh.replace(path)
     found = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
     if found != package.sha512:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from convmae import create_model
 from convmae_kernels import BlockMask
-from examples import does_it_work, fetch_emoji
+from examples import dense_pretrain, does_it_work, fetch_emoji
 from examples.dense_pretrain import LEAKY, ZEROED, unmasked
 
 # -- pretraining without masked convolution -------------------------------------------------------
@@ -143,6 +143,17 @@ def test_all_starts_are_trained_alike_and_what_is_done_is_skipped(arguments, tmp
         does_it_work.main([*arguments, "short"], runs)
 
 
+def test_pictures_and_options_that_are_not_there(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    places = ["--data_path", str(tmp_path / "empty"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        does_it_work.main(["emoji", *places], Runs())
+    assert "--data_path" in (said := capsys.readouterr().err) and "holds no picture" in said
+    assert not (tmp_path / "out").exists()
+    assert dense_pretrain.main([LEAKY, str(tmp_path / "none.yaml")]) == 2
+    assert f"{tmp_path / 'none.yaml'}" in capsys.readouterr().err
+
+
 def test_times_of_a_pretraining_add_up_over_its_processes(tmp_path):
     lines = [(1, 5.0), (2, 10.0), (3, 4.0), (4, 8.0)]
     entries = [
@@ -213,3 +224,11 @@ def test_emoji_that_all_drawers_have_become_class_folders(packages, tmp_path):
     with pytest.raises(SystemExit, match="expected .* of emojione 2.2.7"):
         fetch_emoji.main([str(tmp_path / "again"), "--packages", str(packages)])
     assert not (tmp_path / "again").exists()
+
+
+def test_without_a_network_the_file_and_the_way_out_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch_emoji, "REGISTRY", "file:///no-such-registry")
+    package = fetch_emoji.PACKAGES["noto"]
+    with pytest.raises(SystemExit, match=f"{package.file}.* cannot be downloaded .*--packages"):
+        fetch_emoji.download(package, tmp_path)
+    assert not (tmp_path / package.file).exists()
