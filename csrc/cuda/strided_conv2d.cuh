@@ -18,10 +18,12 @@ __device__ inline void multiply_add(const Values<T, V>& a, const Values<T, V>& b
 
 // A thread computes up to four positions, those of the same rank but for its last two bits: with a
 // tap, which is read once for them, their loads are in flight together. Each sum has the bias first
-// and then the taps in order.
+// and then the taps in order. A multiprocessor is to hold two blocks, three where each thread has
+// one channel: without these bounds, or with the same for both, some sums go to local memory.
 // Launch: grid ceil(blocks * ceil(positions / 4) / blockDim.y), block_of_rows.
 template <class T, int V>
-__global__ void __launch_bounds__(256) strided_conv2d_rows(StridedConv2dProducts p) {
+__global__ void __launch_bounds__(256, V == 1 ? 3 : 2)
+    strided_conv2d_rows(StridedConv2dProducts p) {
   using Row = Values<T, V>;
   constexpr int kTogether = 4;
   const int side = p.backwards ? p.side : p.outputs_side();
