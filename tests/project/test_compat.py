@@ -13,10 +13,14 @@ from tests.support import compat
 OLDEST = compat.oldest_torch()
 SOME = """
 def test_good(): pass
-def test_other(): pass
+def test_all_run(pytestconfig): assert pytestconfig.getoption("--thorough")
 def test_skipped():
     import pytest
     pytest.skip("a reason")
+"""
+THOROUGH = """
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true")
 """
 
 
@@ -83,6 +87,7 @@ def test_every_suite_is_there():
 def test_a_suite(text, counts, good, tmp_path, monkeypatch):
     file, python = tmp_path / "test_it.py", tmp_path / "environment" / "bin" / "python"
     file.write_text(text)
+    (tmp_path / "conftest.py").write_text(THOROUGH)
     python.parent.mkdir(parents=True)
     python.symlink_to(sys.executable)
     monkeypatch.setattr(compat, "ROOT", tmp_path)

@@ -293,14 +293,17 @@ def run_suite(
     environment: dict[str, str],
     folder: Path | None = None,
 ) -> Result:
-    """Runs pytest on the files of a suite, in the repository or in another folder."""
+    """Runs all tests in the files of a suite, in the repository or in another folder."""
     report = python.parents[1] / f"{name.replace(' ', '-')}.xml"
     report.unlink(missing_ok=True)
     imports = ["--import-mode=importlib"] if name in NOT_SEARCHED else []
     many = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else ["-p", "no:xdist"]
     begin = time.monotonic()
     done = subprocess.run(
-        [python, "-m", "pytest", "-q", *imports, *many, f"--junitxml={report}", *files],
+        [
+            *(python, "-m", "pytest", "-q", "--thorough", *imports, *many),
+            *(f"--junitxml={report}", *files),
+        ],
         cwd=folder or ROOT,
         env=environment,
         check=False,
