@@ -10,8 +10,8 @@ export CONVMAE_REQUIRE_EXT = 1
 
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt torch torchvision setuptools wheel ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[train,dev]"
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt torch torchvision setuptools wheel ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-compile --no-build-isolation -c constraints.txt -e ".[train,dev]"
 	touch $@
 
 convmae_kernels/_C.so: $(SOURCES) .venv/installed

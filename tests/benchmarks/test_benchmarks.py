@@ -12,7 +12,7 @@ from benchmarks import __main__ as command
 from benchmarks import cases, limits, models, registry, report, runner, work
 from benchmarks.setting import Setting
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 TINY = Setting(model="convmae_tiny", batch_size=2, img_size=64, compile=False)
 RATES = limits.Rates(copy=1e9, gemm={torch.float32: 1e10, torch.bfloat16: 1e10})
@@ -135,7 +135,7 @@ IN_BFLOAT16 = ("gather/images", "depthwise/stage1/forward_backward", "stages12",
     ]
     + [(name, torch.bfloat16) for name in IN_BFLOAT16],
 )
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough(but_every=3)
 def test_case_compares_the_same_work(name, dtype, monkeypatch):
     """`measure` itself checks that packed and dense results agree."""
     if name.startswith(("network/", "pretrain/")) and not name.endswith("/memory"):
@@ -296,6 +296,7 @@ def results_of(packed, dense):
     return report.Results({"threads": 1}, setting, 1e9, {"float32": 1e10}, rows)
 
 
+@pytest.mark.thorough
 def test_rows_of_other_cases_are_kept(quick_rates, tmp_path, capsys):
     path = tmp_path / "results.json"
     flags = [*TINY_FLAGS, "--dtype", "float32", "--repeats", "1", "--keep"]

@@ -62,6 +62,7 @@ def test_a_case_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatc
     assert "\ngather/stage2 " in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_contenders_are_chosen_and_the_rows_of_others_kept(tmp_path, capsys):
     path = tmp_path / "results.json"
     flags = [*TINY_FLAGS, "--dtype", "float32", "--repeats", "1", "--json", str(path), "--keep"]

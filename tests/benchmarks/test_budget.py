@@ -164,6 +164,7 @@ def test_a_captured_step_begins_where_an_eager_one_does(monkeypatch):
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="inductor had other names"
 )
+@pytest.mark.thorough
 def test_kernels_that_the_compiler_plans():
     """A product, and around it one kernel forward: its GELU and its norm are pointwise or a row."""
     module = nn.Sequential(nn.Linear(16, 32, bias=False), nn.GELU())

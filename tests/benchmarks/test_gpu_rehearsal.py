@@ -182,6 +182,7 @@ def test_the_profile_of_a_step_by_kernel(rehearsal):
     assert found["launches"] > 100 and found["step_ms"] > 0
 
 
+@pytest.mark.thorough
 def test_without_a_gpu_it_says_so_at_once(tmp_path):
     command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "first"]
     environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable}

@@ -23,7 +23,7 @@ from tests.support.training_runs import DEVICE
 
 pytest.importorskip("tyro")
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 TINY = ["--model", "convmae_tiny", "--input_size", "32", "--num_workers", "0", "--device", DEVICE]
 
@@ -241,6 +241,7 @@ def test_version_tells_torch_and_the_kernels_too(capsys: pytest.CaptureFixture[s
     ("given", "count"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
 )
+@pytest.mark.thorough(but_every=5)
 def test_idle_threads_of_a_command_sleep_soon(given: dict[str, str], count: str | None) -> None:
     """OpenMP says what it has read: the setting is made before torch loads it."""
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -447,6 +448,7 @@ def test_info_tells_the_machine_and_the_models(capsys: pytest.CaptureFixture[str
     assert "115.04 M" in text  # convmae_base
 
 
+@pytest.mark.thorough
 def test_a_reader_that_stops_is_no_traceback() -> None:
     code = "import sys; from convmae.cli import main; sys.exit(main(['info']))"
     command = [sys.executable, "-c", code]

@@ -11,7 +11,7 @@ import convmae_kernels as ck
 
 timm = pytest.importorskip("timm")
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 GRID = (2, 3)
 
 
@@ -71,6 +71,7 @@ def test_convolutions_in_groups_by_hand(stride):
 
 
 @pytest.mark.parametrize("first", ["torch.utils.flop_counter", "convmae_kernels"])
+@pytest.mark.thorough(but_every=5)
 def test_in_any_order_of_import(first):
     """The counter may have been imported before the package, or comes after it."""
     program = (

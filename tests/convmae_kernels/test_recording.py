@@ -10,7 +10,7 @@ from convmae_kernels.testing import random_tensor
 from tests.convmae_kernels.test_transforms import CHANNELS, GRID, Net
 from tests.support.onnx_files import check_plain, export_onnx, run_onnx
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 
 class Masked(torch.nn.Module):
@@ -66,7 +66,7 @@ def test_export_with_a_mask_made_inside(kind, strict):
 
 
 @RECORDED
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_onnx_with_a_mask_made_inside(kind, tmp_path):
     net, arguments = recorded(kind)
     path = export_onnx(net, arguments(2), tmp_path / "net.onnx")

@@ -19,7 +19,7 @@ from convmae_kernels.testing import (
     random_tensor,
 )
 
-pytestmark = pytest.mark.thorough(but_every=4)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=7)  # a sample of long sweeps
 
 GRID, CHANNELS = (3, 4), 5
 OPS = torch.ops.convmae

@@ -46,7 +46,7 @@ def test_dense_convmae_sees_hidden_pixels_or_the_mask():
     assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough(but_every=3)
 @pytest.mark.parametrize("hidden", [LEAKY, ZEROED])
 def test_dense_spark_is_the_network_as_it_is(hidden):
     torch.manual_seed(0)

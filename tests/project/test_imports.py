@@ -19,7 +19,7 @@ from convmae_kernels.ops.support.dispatch import (
 )
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 KERNELS, MODELS, BENCHMARKS = ROOT / "convmae_kernels", ROOT / "convmae", ROOT / "benchmarks"
 OPTIONAL = [
@@ -304,6 +304,7 @@ def test_import_with_torch_and_numpy_only(package):
     assert lines[-1] == "[]"
 
 
+@pytest.mark.thorough
 def test_only_their_users_need_the_command_line_shards_and_wandb():
     """Every module can be imported without these; without others only if they are not there."""
     names = ["tyro", "webdataset", "wandb", "pyarrow"]
@@ -368,6 +369,7 @@ def test_who_has_the_cuda_key():
     assert lines == [f"{compiled or triton} {triton} False"] * len(OPS)
 
 
+@pytest.mark.thorough
 def test_a_compiled_cuda_kernel_is_not_replaced(copy_without_library):
     """What the compiled library registers is there before the ops are defined."""
     lines = python(
@@ -384,6 +386,7 @@ def test_a_compiled_cuda_kernel_is_not_replaced(copy_without_library):
     assert lines == ["Unable to cast compiled to Tensor"]
 
 
+@pytest.mark.thorough
 def test_info_as_a_command():
     lines = python("", ROOT, "-m", "convmae_kernels")
     assert [line.split()[0] for line in lines] == [

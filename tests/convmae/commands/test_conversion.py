@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 pytest.importorskip("safetensors")
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 FRESH = {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 pytest.importorskip("tqdm")
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 WIDTHS = SIZES["tiny"]["embed_dim"]
 
 

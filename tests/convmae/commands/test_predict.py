@@ -34,7 +34,7 @@ from tests.support.training_runs import DEVICE
 
 pytest.importorskip("tqdm")
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,7 @@ def test_predictions_are_timms(tmp_path: Path, files: dict[str, Path], folder: P
     ("kind", "prefix"),
     [("classifier", ""), ("spark", "sparse_encoder.sp_cnn."), ("fcmae", "encoder.")],
 )
+@pytest.mark.thorough(but_every=5)
 def test_features_are_timms(
     tmp_path: Path, files: dict[str, Path], folder: Path, kind: str, prefix: str
 ) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 pytest.importorskip("torchvision")
 pytest.importorskip("webdataset")
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 
 def test_sizes_are_written_used_and_checked(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("torchvision")
 pytest.importorskip("webdataset")
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 
 # -- what there is --------------------------------------------------------------------------------

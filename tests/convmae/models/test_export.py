@@ -12,7 +12,7 @@ from convmae.models import ConvMAE, ConvViT
 from convmae.models.registry import SIZES
 from tests.support.onnx_files import check_plain, export_onnx, run_onnx
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 SMALL = {
     "img_size": (32, 64),
@@ -83,7 +83,7 @@ def whole_encoder(dtype):
 
 
 @pytest.mark.parametrize(("variant", "strict"), [*((v, False) for v in VARIANTS), ("token", True)])
-@pytest.mark.thorough(but_every=4)
+@pytest.mark.thorough(but_every=7)
 def test_an_exported_classifier_serves_every_batch(variant, strict):
     model = small(torch.float64, **VARIANTS[variant])
     program = export(model, images_for(model, 2), strict).module()
@@ -91,7 +91,7 @@ def test_an_exported_classifier_serves_every_batch(variant, strict):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_exports_of_all_sizes(size):
     model = convmae.create_model(f"convvit_{size}", img_size=32, depth=(1, 1, 1), num_classes=3)
     model = model.double().eval()
@@ -108,6 +108,7 @@ def test_an_exported_program_can_be_saved(tmp_path):
 @pytest.mark.parametrize(
     ("indices", "strict"), [((0, 1, 2, 3), False), ((-1, 0), False), ((1,), True)]
 )
+@pytest.mark.thorough(but_every=3)
 def test_exports_of_backbones(indices, strict):
     timm = pytest.importorskip("timm")
     convmae.register_timm()
@@ -210,7 +211,7 @@ def check_onnx(path, module, *batches):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_onnxruntime_gives_the_logits(tmp_path, variant):
     model = small(**VARIANTS[variant])
     path = export_onnx(model, images_for(model, 2), tmp_path / "model.onnx")

@@ -13,7 +13,7 @@ from convmae.models import ConvMAE, ConvViT, DenseConvMAE
 from convmae.models.layers import DropPath, attention, linear
 from convmae_kernels.ops.support import arithmetic
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 ENCODER = {"embed_dim": (8, 12, 16), "depth": (2, 2, 2), "num_heads": 2, "mlp_ratio": (4, 4, 4)}
 DECODER = {"decoder_embed_dim": 24, "decoder_depth": 2, "decoder_num_heads": 3}

@@ -214,6 +214,7 @@ def describe_parameters(model):
     return [(name, p.shape, p.requires_grad) for name, p in model.named_parameters()]
 
 
+@pytest.mark.thorough
 def test_counting_parameters_does_not_need_the_compiler():
     code = (
         "import sys, torch\nbefore = set(sys.modules)\n"

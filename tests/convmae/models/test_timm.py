@@ -19,7 +19,7 @@ timm = pytest.importorskip("timm")
 timm_optim = pytest.importorskip("timm.optim")
 convmae.register_timm()
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 SMALL = {
     "embed_dim": (8, 12, 16),
@@ -51,6 +51,7 @@ def on_meta(name, **overrides):
 # -- dense features -------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_features_of_golden_weights():
     """The map of stride 16 is the trunk of the official logits."""
     golden = np.load(GOLDEN / "convvit_base.npz")
@@ -494,6 +495,7 @@ def test_no_weights_to_download(tmp_path):
     assert torch.equal(model.head.weight, saved.head.weight)
 
 
+@pytest.mark.thorough
 def test_convmae_does_not_import_timm_by_itself():
     lines = python(
         "import sys, convmae; convmae.create_model('convvit_tiny'); print('timm' in sys.modules);"

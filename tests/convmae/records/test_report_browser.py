@@ -28,7 +28,7 @@ from tests.support.reports import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=5)  # a sample of long sweeps
 
 
 @in_a_browser

@@ -35,7 +35,7 @@ pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
 pytest.importorskip("torchmetrics")
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 SHORT: dict[str, Any] = {
     "data_path": str(FASHION),
@@ -261,7 +261,7 @@ def test_a_probe_trains_its_head_alone(pretrained: Path, tmp_path: Path) -> None
 # -- the same run, in pieces ----------------------------------------------------------------------
 
 
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough(but_every=3)
 @pytest.mark.parametrize("command", ["finetune", "linprobe"])
 def test_interrupted_and_resumed_is_the_same_run(
     pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str

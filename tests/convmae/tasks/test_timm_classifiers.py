@@ -40,7 +40,7 @@ pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
 pytest.importorskip("torchmetrics")
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 RESNET, CONVNEXT = "timm:test_resnet", "timm:test_convnext"
 SHORT: dict[str, Any] = {
@@ -349,6 +349,7 @@ def test_files_of_other_code_without_the_name_of_their_network(tmp_path: Path) -
     assert open_weights(out).model == RESNET
 
 
+@pytest.mark.thorough
 def test_it_goes_on_to_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = finetuning(tmp_path / "a", model=RESNET, epochs=2)
     finetune(config)

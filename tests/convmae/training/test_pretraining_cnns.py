@@ -191,7 +191,7 @@ def test_lamb_limits_the_gradient_itself_and_others_do_not() -> None:
     ],
     ids=["resnet-spark-lamb", "resnet-fcmae-sgd", "convnext-spark"],
 )
-@pytest.mark.thorough(but_every=4)
+@pytest.mark.thorough(but_every=7)
 def test_interrupted_and_resumed_is_the_same_run(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
 ) -> None:

@@ -188,7 +188,7 @@ def test_the_same_seed_is_the_same_run(pictures: Path, tmp_path: Path) -> None:
     assert same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
 
 
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough(but_every=3)
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_n_epochs_and_n_more_are_2n(pictures: Path, tmp_path: Path, log_every: int) -> None:
     """In the warm-up the schedule does not know how long the run is."""
@@ -324,6 +324,7 @@ def test_the_demo_trains_and_leaves_everything(
     )
 
 
+@pytest.mark.thorough
 def test_tensorboard_has_scalars_and_pictures(pictures: Path, tmp_path: Path) -> None:
     loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     pretrain(options(pictures, tmp_path / "run"))
@@ -338,6 +339,7 @@ def test_tensorboard_has_scalars_and_pictures(pictures: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
+@pytest.mark.thorough(but_every=2)
 def test_reconstruct_draws_from_a_checkpoint(
     pictures: Path, tmp_path: Path, norm_pix_loss: bool
 ) -> None:

@@ -103,7 +103,7 @@ def test_fastconvmae_is_pretrained_and_resumed(
 @pytest.mark.parametrize(
     "changes", [{"grad_checkpointing": True}, {"torchcompile": "aot_eager"}], ids=str
 )
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough(but_every=3)
 def test_other_ways_to_compute_give_the_same_losses(
     pictures: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:

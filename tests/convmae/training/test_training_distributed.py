@@ -55,7 +55,7 @@ def single(run_options: Options, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough(but_every=3)
 def test_two_processes_train_as_one_and_one_goes_on_from_two(
     run_options: Options, single: Path, tmp_path: Path, strategy: str
 ) -> None:
@@ -72,11 +72,20 @@ def test_two_processes_train_as_one_and_one_goes_on_from_two(
     assert [point[4] for point in found] == pytest.approx([point[4] for point in wanted], rel=1e-4)
     assert tensors(one).keys() == tensors(single).keys()
     assert (two / "report.html").exists()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.thorough
+def test_two_processes_go_on_from_one(
+    run_options: Options, single: Path, tmp_path: Path, strategy: str
+) -> None:
+    folder = tmp_path / "run"
+    options = run_options | {"batch_size": 2, "strategy": strategy, "epochs": 3}
     output = finish(
-        start(["pretrain", *flags(**parallel | {"epochs": 3}, resume=one, output_dir=one)], 2)
+        start(["pretrain", *flags(**options, resume=single, output_dir=folder)], processes=2)
     )
-    assert "going on from" in output and len(losses(one)) == 10
-    for tensor in tensors(one).values():
+    assert "going on from" in output and len(losses(folder)) == 5
+    for tensor in tensors(folder).values():
         assert bool(tensor.isfinite().all())
 
 

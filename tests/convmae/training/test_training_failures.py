@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("torchvision")
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 
 # -- what is refused, before anything is written --------------------------------------------------

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 pytest.importorskip("torchvision")
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="Windows has other signals"),
-    pytest.mark.thorough(but_every=2),
+    pytest.mark.thorough(but_every=3),
 ]
 
 NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")

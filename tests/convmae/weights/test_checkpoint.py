@@ -69,6 +69,7 @@ def files(folder: Path) -> dict[str, bytes]:
         ("best", 100_000, 10, "model.safetensors"),
     ],
 )
+@pytest.mark.thorough(but_every=5)
 def test_a_disk_that_refuses_leaves_the_checkpoint_before(
     tmp_path: Path, how: str, limit: int, numbers: int, file: str
 ) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 timm = pytest.importorskip("timm")
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 RESNET, CONVNEXT, V2 = "timm:test_resnet", "timm:test_convnext", "timm:convnextv2_atto"
 # Width 64 is that of test_convnext's last map: no first projection.

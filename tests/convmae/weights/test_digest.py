@@ -87,7 +87,7 @@ def test_every_flipped_bit_of_the_weights_is_found(saved: Path, part: str) -> No
 
 
 @pytest.mark.parametrize("word", [DIGEST, MARK, STATE_DIGEST, "model", "config", "__metadata__"])
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_every_flipped_bit_of_the_names_of_the_digest_is_found(saved: Path, word: str) -> None:
     """Not even those that make a file look like one of an earlier version."""
     file = saved / "checkpoint" / checkpoints.WEIGHTS

@@ -146,6 +146,7 @@ def test_a_card_that_fits_runs_the_compiled_kernels():
 
 
 @needs_cuda_kernels
+@pytest.mark.thorough
 def test_one_of_two_cards_that_does_not_fit_decides_for_both():
     said = run("both")
     (reason,) = said["cuda"]

@@ -11,7 +11,7 @@ from convmae_kernels.ops import reference
 from convmae_kernels.ops.support.dispatch import WHY_NOT_COMPILED
 from docs import kernel_report, sass, tile_walk
 
-pytestmark = pytest.mark.thorough(but_every=4)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=7)  # a sample of long sweeps
 
 COMPILED = WHY_NOT_COMPILED is None
 ARCHS = torch.ops.convmae.cuda_architectures().split(", ") if COMPILED else [""]
@@ -109,7 +109,7 @@ def positions(tiles_first):
 
 @needs_code_for_sm_90
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_the_machine_code_gives_the_reference(name, compiled):
     """So the walk takes the branches that a GPU takes."""
     shape = tile_walk.Shape.of(name)

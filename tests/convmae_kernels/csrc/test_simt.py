@@ -6,7 +6,7 @@ from simt.emulator import EmulatorError, Removed, build, module, translate, why_
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}"),
-    pytest.mark.thorough(but_every=4),
+    pytest.mark.thorough(but_every=7),
 ]
 
 SEEDS = range(8)  # seed 0: ascending, 1: descending, even: random, odd: random and interrupted

@@ -35,7 +35,7 @@ from tests.support.simt_strided import check_strided
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}"),
-    pytest.mark.thorough(but_every=3),
+    pytest.mark.thorough(but_every=5),
 ]
 
 
@@ -269,7 +269,7 @@ def test_all_gradients_at_once(dtype, side, channels, kernel, options):
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_all_gradients_at_once_for_every_mask(name):
     check_grads(make_mask(name), 2, 8, (5, 5), torch.float16, seeds=(2,))
 
@@ -335,7 +335,7 @@ def test_which_kernels_are_chosen():
 @all_dtypes
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("kernel", [(5, 5), (3, 7)], ids=str)
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_hidden_pixels_change_no_bit(kernel, value, dtype):
     mask, side, channels = make_mask("ragged"), 4, 6
     visible = mask.to_dense(side)
@@ -355,7 +355,7 @@ def test_hidden_pixels_change_no_bit(kernel, value, dtype):
 @all_dtypes
 @pytest.mark.parametrize("side", [2, 4])
 @pytest.mark.parametrize("kernel", [(3, 3), (7, 7), (3, 5)], ids=str)
-@pytest.mark.thorough(but_every=5)
+@pytest.mark.thorough(but_every=11)
 def test_values_reach_their_window_only(kernel, side, dtype):
     mask, channels = make_mask("ragged"), 4
     x = random_tensor((mask.num_visible, side * side, channels), dtype)

@@ -30,14 +30,14 @@ from tests.support.simt_emulation import (
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}"),
-    pytest.mark.thorough(but_every=2),
+    pytest.mark.thorough(but_every=3),
 ]
 
 
 @all_dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [1, 7, 8, 40])
-@pytest.mark.thorough(but_every=5)
+@pytest.mark.thorough(but_every=11)
 def test_gather(layout, channels, dtype):
     mask = make_mask("ragged")
     check_gather(images_for(mask, 4, channels, dtype, layout), mask)
@@ -45,7 +45,7 @@ def test_gather(layout, channels, dtype):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_gather_of_every_mask(name, layout):
     for side in (1, 2, 8):
         mask = make_mask(name)
@@ -54,7 +54,7 @@ def test_gather_of_every_mask(name, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("side", BLOCK_SIZES)
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_gather_of_every_block_side(side, layout):
     mask = make_mask("corner")
     check_gather(images_for(mask, side, 16, layout=layout), mask)
@@ -96,7 +96,7 @@ def test_gather_of_images_of_few_channels(side, channels):
 @all_dtypes
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("channels", [1, 7, 8, 255])
-@pytest.mark.thorough(but_every=5)
+@pytest.mark.thorough(but_every=11)
 def test_scatter(channels, offset, dtype):
     mask, side = make_mask("ragged"), 2
     x = random_tensor((mask.num_visible, side * side, channels), dtype)
@@ -134,7 +134,7 @@ def check_windows(x, mask, halo, fill=-1.5, offset=0, **options):
 @all_dtypes
 @pytest.mark.parametrize("halo", HALOS, ids=str)
 @pytest.mark.parametrize("channels", [1, 7, 8, 64])
-@pytest.mark.thorough(but_every=7)
+@pytest.mark.thorough(but_every=13)
 def test_windows(channels, halo, dtype):
     mask = make_mask("ragged")
     for side in (1, 2, 4, 8):
@@ -152,7 +152,7 @@ def test_windows_that_leave_out_the_edges_of_their_blocks(halo):
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_windows_of_every_mask(name):
     mask = make_mask(name)
     for side in (2, 4):
@@ -162,7 +162,7 @@ def test_windows_of_every_mask(name):
 
 @all_dtypes
 @pytest.mark.parametrize("offset", [1, 2])
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_windows_at_addresses_that_are_not_multiples_of_16_bytes(offset, dtype):
     mask = make_mask("row")
     for channels in (16, 255):
@@ -171,7 +171,7 @@ def test_windows_at_addresses_that_are_not_multiples_of_16_bytes(offset, dtype):
 
 
 @pytest.mark.parametrize("side", BLOCK_SIZES)
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_windows_of_every_block_side(side):
     mask = make_mask("corner")
     x = random_tensor((mask.num_visible, side * side, 8), torch.float16)

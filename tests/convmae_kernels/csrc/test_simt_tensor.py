@@ -14,7 +14,7 @@ from tests.support.simt_emulation import CODES, INF, NAN, array, emulate, same
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}"),
-    pytest.mark.thorough(but_every=2),
+    pytest.mark.thorough(but_every=3),
 ]
 
 

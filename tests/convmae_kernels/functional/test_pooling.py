@@ -16,7 +16,7 @@ from convmae_kernels.testing import (
     value_and_grads,
 )
 
-pytestmark = [pytest.mark.usefixtures("poisoned_empty"), pytest.mark.thorough(but_every=2)]
+pytestmark = [pytest.mark.usefixtures("poisoned_empty"), pytest.mark.thorough(but_every=3)]
 
 INF, NAN = float("inf"), float("nan")
 # side, kernel, stride, padding, dilation

@@ -34,7 +34,7 @@ from tests.support.convolutions import (
     with_impls,
 )
 
-pytestmark = [pytest.mark.usefixtures("poisoned_empty"), pytest.mark.thorough(but_every=2)]
+pytestmark = [pytest.mark.usefixtures("poisoned_empty"), pytest.mark.thorough(but_every=3)]
 
 HALF = (torch.bfloat16, torch.float16)
 NAN = float("nan")

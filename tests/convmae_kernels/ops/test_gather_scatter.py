@@ -18,7 +18,7 @@ from convmae_kernels.testing import (
 )
 from convmae_kernels.zorder import BLOCK_SIZES
 
-pytestmark = [pytest.mark.usefixtures("poisoned_empty"), pytest.mark.thorough(but_every=3)]
+pytestmark = [pytest.mark.usefixtures("poisoned_empty"), pytest.mark.thorough(but_every=5)]
 
 all_impls = pytest.mark.parametrize("impl", implementations())
 POISONS = [float("nan"), float("inf"), -float("inf"), 1e30]

@@ -18,7 +18,7 @@ from convmae_kernels.testing import (
 )
 from convmae_kernels.zorder import BLOCK_SIZES
 
-pytestmark = [pytest.mark.usefixtures("poisoned_empty"), pytest.mark.thorough(but_every=2)]
+pytestmark = [pytest.mark.usefixtures("poisoned_empty"), pytest.mark.thorough(but_every=3)]
 
 all_impls = pytest.mark.parametrize("impl", implementations())
 HALOS = [(1, 1, 1, 1), (0, 0, 0, 0), (3, 2, 0, 5), (-1, 0, 2, -1)]

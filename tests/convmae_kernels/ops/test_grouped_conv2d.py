@@ -12,7 +12,7 @@ from tests.support.instruction_sets import LOWER, run_tests
 pytestmark = [
     pytest.mark.usefixtures("poisoned_empty"),
     pytest.mark.skipif(WHY_NOT_COMPILED is not None, reason="the compiled library is not there"),
-    pytest.mark.thorough(but_every=2),
+    pytest.mark.thorough(but_every=3),
 ]
 
 OPS = torch.ops.convmae

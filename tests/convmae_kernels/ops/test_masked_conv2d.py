@@ -21,7 +21,7 @@ from convmae_kernels.testing import (
 from convmae_kernels.zorder import BLOCK_SIZES
 from tests.support.instruction_sets import LOWER, run_tests
 
-pytestmark = [pytest.mark.usefixtures("poisoned_empty"), pytest.mark.thorough(but_every=2)]
+pytestmark = [pytest.mark.usefixtures("poisoned_empty"), pytest.mark.thorough(but_every=3)]
 
 all_impls = pytest.mark.parametrize("impl", implementations())
 NAMES = ("output", "gradient of x", "gradient of weight", "gradient of bias")

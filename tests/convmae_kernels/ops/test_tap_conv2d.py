@@ -9,7 +9,7 @@ from convmae_kernels.testing import DTYPES, assert_within_budget, make_mask, ran
 from tests.support.conv_results import check_close
 from tests.support.convolutions import CASES, make_inputs, mask_for, run, run_dense
 
-pytestmark = [pytest.mark.usefixtures("poisoned_empty"), pytest.mark.thorough(but_every=2)]
+pytestmark = [pytest.mark.usefixtures("poisoned_empty"), pytest.mark.thorough(but_every=3)]
 
 OPS = torch.ops.convmae
 SHAPES = [  # side, kernel, stride, padding, dilation

@@ -8,7 +8,7 @@ import convmae_kernels as ck
 from convmae_kernels import EquivalenceError, check_equivalence, sparsify
 from convmae_kernels.testing import random_tensor
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 NETWORKS = {  # what they ask for
     "resnest14d": "views in groups, softmax over them",
@@ -24,6 +24,7 @@ NETWORKS = {  # what they ask for
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.thorough(but_every=11)
 def test_networks_of_timm(name):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)

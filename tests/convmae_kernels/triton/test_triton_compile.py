@@ -35,7 +35,7 @@ from convmae_kernels.triton import (  # noqa: E402
 pytestmark = [
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter does not compile"),
     pytest.mark.usefixtures("own_cache"),
-    pytest.mark.thorough(but_every=3),
+    pytest.mark.thorough(but_every=5),
 ]
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -265,7 +265,7 @@ def assert_in_registers(kernel, folder):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.thorough(but_every=4)
+@pytest.mark.thorough(but_every=7)
 def test_convolutions_stay_in_registers(architecture, kernel, tmp_path):
     target = GPUTarget("cuda", architecture, 32)
     for found in compiled_convolutions(target, "bf16", (kernel, kernel)):
@@ -340,7 +340,7 @@ def test_rows_stay_in_registers(architecture, dtype, channels, choice, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "fp64"])
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_other_dtypes_stay_in_registers(dtype, tmp_path):
     for found in compiled_convolutions(GPUTarget("cuda", 90, 32), dtype, (5, 5)):
         assert_in_registers(found, tmp_path)
@@ -359,7 +359,7 @@ def test_strided_convolutions(tmp_path):
 @pytest.mark.parametrize(
     ("kernel", "side_bits"), [((15, 15), 0), ((15, 15), 5), ((1, 1), 1), ((3, 9), 3)]
 )
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough(but_every=3)
 def test_other_kernels_and_sides(kernel, side_bits, tmp_path):
     target = GPUTarget("cuda", 80, 32)
     for module, compile_it in (
@@ -371,7 +371,7 @@ def test_other_kernels_and_sides(kernel, side_bits, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_gather_and_scatter_stay_in_registers(architecture, tmp_path):
     target = GPUTarget("cuda", architecture, 32)
     for dtype in ("bf16", "fp32"):

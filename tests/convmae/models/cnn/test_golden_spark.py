@@ -20,7 +20,7 @@ from tests.support.paths import GOLDEN
 
 timm = pytest.importorskip("timm")
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32}
 LIMITS = {  # loss, features and pictures, gradient norms and buffers, losses of AdamW, of LAMB

@@ -20,7 +20,7 @@ from convmae.models.dense_tasks.convvit_backbones import (
 from convmae.models.dense_tasks.positions import relative_position_index, resample_table
 from convmae.models.layers import sincos_pos_embed
 
-pytestmark = pytest.mark.thorough(but_every=2)  # a sample of long sweeps
+pytestmark = pytest.mark.thorough(but_every=3)  # a sample of long sweeps
 
 KINDS = ("segmentation", "detection", "vitdet")
 SMALL = {"embed_dim": (8, 12, 16), "depth": (1, 1, 3), "num_heads": 2, "mlp_ratio": (2, 2, 2)}

@@ -63,7 +63,7 @@ def several_parts(monkeypatch):
         if dtype == torch.float32 or "strided" not in module.__name__  # like masked_conv2d
     ],
 )
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_same_bits(module, dtype, monkeypatch):
     if module is strided_conv2d_weight_grad:  # a quarter as many positions
         monkeypatch.setattr(masked_conv2d_weight_grad, "MIN_POSITIONS_PER_PART", 4)

@@ -9,7 +9,7 @@ import convmae_kernels as ck
 from convmae_kernels.ops import add_layer_norm, bias_gelu
 from convmae_kernels.testing import make_mask, random_tensor
 
-pytestmark = [pytest.mark.usefixtures("few_programs"), pytest.mark.thorough(but_every=8)]
+pytestmark = [pytest.mark.usefixtures("few_programs"), pytest.mark.thorough(but_every=17)]
 OPS = torch.ops.convmae_triton
 NAMES = (
     "add_layer_norm",

@@ -90,7 +90,7 @@ def test_triton_runs_here():
     ],
     ids=str,
 )
-@pytest.mark.thorough(but_every=8)
+@pytest.mark.thorough(but_every=17)
 def test_masked_conv2d(name, dtype, layout, edge, few_programs):
     side, channels = edge
     few_programs(channels)
@@ -113,7 +113,7 @@ def test_masked_conv2d(name, dtype, layout, edge, few_programs):
         ((3, 1), 32, (33, 1)),
     ],
 )
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_kernels_sides_and_dilations(kernel, side, dilation):
     mask = make_mask("ragged" if side < 8 else "corner")
     inputs = make_inputs(mask, side, 3, kernel)
@@ -160,7 +160,7 @@ def with_nan_before(x):
     ],
     ids=str,
 )
-@pytest.mark.thorough(but_every=2)
+@pytest.mark.thorough(but_every=3)
 def test_all_gradients_at_once(
     name, dtype, side, channels, kernel, dilation, layout, few_programs, monkeypatch
 ):
@@ -190,7 +190,7 @@ def test_all_gradients_at_once(
 
 
 @pytest.mark.parametrize(("i", "dtype"), list(enumerate(DTYPES)), ids=str)
-@pytest.mark.thorough(but_every=3)
+@pytest.mark.thorough(but_every=5)
 def test_strided_conv2d(i, dtype, few_programs):
     """Every shape in a dtype, and every dtype with two shapes."""
     few_programs(5)
@@ -226,7 +226,7 @@ def test_rows(shape, kinds, layout, with_bias, few_programs, monkeypatch):
 
 @dtypes
 @cases
-@pytest.mark.thorough(but_every=11)
+@pytest.mark.thorough(but_every=23)
 def test_gather_and_scatter(dtype, name, layout, side, channels, few_programs):
     few_programs(channels)
     mask = make_mask(name)
@@ -279,7 +279,7 @@ def bits(x):
 
 
 @pytest.mark.parametrize(("dtype", "layout", "name", "side", "channels", "halo"), WINDOWS, ids=str)
-@pytest.mark.thorough(but_every=5)
+@pytest.mark.thorough(but_every=11)
 def test_gather_windows(dtype, layout, name, side, channels, halo, few_programs):
     few_programs(channels)
     mask = make_mask(name)
@@ -303,7 +303,7 @@ def test_gather_windows(dtype, layout, name, side, channels, halo, few_programs)
 
 @dtypes
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.thorough(but_every=5)
+@pytest.mark.thorough(but_every=11)
 def test_windows_of_every_mask(dtype, name):
     mask, side, halo = make_mask(name), 2, (1, 3, 2, 0)
     table = mask.neighbours(2)
@@ -322,7 +322,7 @@ def test_windows_of_every_mask(dtype, name):
 
 @dtypes
 @pytest.mark.parametrize("fill", [float("-inf"), float("nan"), -0.0])
-@pytest.mark.thorough(but_every=5)
+@pytest.mark.thorough(but_every=11)
 def test_what_hidden_positions_hold(dtype, fill):
     mask = make_mask("ragged")
     x = random_tensor((mask.num_visible, 4, 5), dtype)
@@ -348,7 +348,7 @@ def test_a_nan_in_a_window_reaches_its_positions_only():
 
 @dtypes
 @pytest.mark.parametrize("value", [float("nan"), -float("inf"), 1e30])
-@pytest.mark.thorough(but_every=5)
+@pytest.mark.thorough(but_every=11)
 def test_hidden_pixels_change_no_bit(dtype, value):
     mask, side = make_mask("ragged"), 2
     visible = mask.to_dense(side)
