@@ -5,13 +5,14 @@ BIN := .venv/bin
 CODE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 SOURCES := $(CODE) setup.py
 export CONVMAE_REQUIRE_EXT = 1
+unexport PYTHONDONTWRITEBYTECODE  # tests start hundreds of processes, which would all compile the same modules
 
 .PHONY: demo fashion-mnist stamps emoji test test-thorough coverage compat wheel lint docs bench gpu build clean
 
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile -c constraints.txt torch torchvision setuptools wheel ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-compile --no-build-isolation -c constraints.txt -e ".[train,dev]"
+	$(BIN)/pip install --quiet -c constraints.txt torch torchvision setuptools wheel ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[train,dev]"
 	touch $@
 
 convmae_kernels/_C.so: $(SOURCES) .venv/installed

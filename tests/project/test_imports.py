@@ -418,6 +418,7 @@ def test_without_the_compiled_library(copy_without_library):
     assert message == f"impl='cpu' cannot run: {cpu.removeprefix('no: ')}"
 
 
+@pytest.mark.thorough
 def test_with_a_library_that_does_not_load(copy_without_library):
     (copy_without_library / "convmae_kernels" / LIBRARY_FILE.name).write_bytes(b"not a library")
     cpu = python(USE, copy_without_library)[-1]

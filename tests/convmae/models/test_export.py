@@ -98,6 +98,7 @@ def test_exports_of_all_sizes(size):
     check(export(model, images_for(model, 2)).module(), model, images_for(model, 3))
 
 
+@pytest.mark.thorough
 def test_an_exported_program_can_be_saved(tmp_path):
     model = small(torch.float64)
     torch.export.save(export(model, images_for(model, 2)), tmp_path / "model.pt2")

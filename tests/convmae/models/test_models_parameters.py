@@ -188,6 +188,7 @@ def test_config_rebuilds_the_model(name):
     assert shapes[0] == shapes[1] and again.config == config
 
 
+@pytest.mark.thorough
 def test_import_is_lazy():
     code = (
         "import sys, convmae; assert 'create_model' in dir(convmae);"

@@ -245,6 +245,7 @@ print(memory_mib(torch.device("cpu")))
 """
 
 
+@pytest.mark.thorough
 def test_peak_memory_on_a_cpu_is_that_of_the_process() -> None:
     pytest.importorskip("resource")
     command = [sys.executable, "-c", MEASURE]

@@ -205,6 +205,7 @@ def test_a_run_that_goes_on_does_not_read_its_init(
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.thorough
 def test_colour_weights_for_grey_pictures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

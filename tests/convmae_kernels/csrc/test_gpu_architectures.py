@@ -123,6 +123,7 @@ OPS = [
 
 
 @needs_cuda_kernels
+@pytest.mark.thorough
 def test_another_card_than_the_library_was_compiled_for():
     said = run("old")
     assert said["cuda"] == [MISSING]

@@ -129,6 +129,7 @@ def test_autocast(function, slow, monkeypatch):
         torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=0)
 
 
+@pytest.mark.thorough
 def test_compiled_whole():
     inputs, grad = operands((3, 4))
     compiled = torch.compile(merged_up_sample_and_convolve, backend="aot_eager", fullgraph=True)
