@@ -8,8 +8,9 @@
 1. pretraining on the pictures without labels, several times with the same options: `masked`, which
    is `convmae pretrain`, and `leaky` and `zeroed`, which are `examples/dense_pretrain.py`, without
    masked convolution;
-2. `convmae linprobe` and `convmae finetune` from `random` weights and from these, with 1 %, 10 %
-   and all of the labels and several seeds, by `examples/compare_starts.py`.
+2. from `random` weights and from these, with 1 %, 10 % and all of the labels and several seeds:
+   `probe`, a linear classifier on the features that `convmae embed` computes
+   (`examples/probe_features.py`), and `convmae finetune` (`examples/compare_starts.py`).
 
 A seed chooses the labelled pictures, the head, random weights, crops and their order; it chooses
 the same pictures whatever the start. All starts take the same steps with the same options.
@@ -34,9 +35,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from convmae import create_model, full_name
 from convmae.config import MessageError
 from convmae.data.open import open_source
 from convmae.records.log import read_log
+from convmae.weights.checkpoint import save_weights
 from examples import compare_starts
 from examples.compare_starts import INTERRUPTED, RANDOM, cell, environment, execute, replace_text
 
@@ -46,7 +51,8 @@ PRETRAININGS = {  # the module that pretrains, and what comes before the file of
     "leaky": ("examples.dense_pretrain", "leaky"),
     "zeroed": ("examples.dense_pretrain", "zeroed"),
 }
-TASKS = ("linprobe", "finetune")
+PROBE, FINETUNE = "probe", "finetune"
+TASKS = (PROBE, FINETUNE)
 SHARES = (0.01, 0.1, 1.0)
 NEVER = 1_000_000  # epochs: later than the end of a run, whose last step is evaluated and saved
 WARM_UP = 0.1  # of the steps
@@ -60,7 +66,7 @@ class Network:
     Attributes:
         size: of the pictures, in pixels a side.
         pretrain: options of `convmae pretrain`.
-        classify: options of `convmae finetune` and `linprobe`.
+        classify: options of `convmae finetune`.
     """
 
     size: int
@@ -85,22 +91,19 @@ PRETRAIN: dict[str, Any] = {
     "norm_pix_loss": True,
     "clip_grad": 1,
 }
-CLASSIFY: dict[str, dict[str, Any]] = {
-    "linprobe": {"lr": 5, "crop_pct": 1},
-    "finetune": {
-        "lr": 1e-3,
-        "layer_decay": 1,  # less would slow the lower layers of random weights too
-        "weight_decay": 0.05,
-        "clip_grad": 1,
-        "min_crop": 0.6,
-        "aa": "none",
-        "smoothing": 0.1,
-        "reprob": 0,
-        "mixup": 0,
-        "cutmix": 0,
-        "drop_path": 0,
-        "crop_pct": 1,
-    },
+CLASSIFY: dict[str, Any] = {
+    "lr": 1e-3,
+    "layer_decay": 1,  # less would slow the lower layers of random weights too
+    "weight_decay": 0.05,
+    "clip_grad": 1,
+    "min_crop": 0.6,
+    "aa": "none",
+    "smoothing": 0.1,
+    "reprob": 0,
+    "mixup": 0,
+    "cutmix": 0,
+    "drop_path": 0,
+    "crop_pct": 1,
 }
 CLASSIFY_BATCH = 32
 
@@ -111,28 +114,19 @@ class Budget:
 
     Attributes:
         pretrain: steps of each pretraining, by network.
-        linprobe, finetune: steps by share of the labels, each one of `SHARES`.
+        finetune: steps by share of the labels, each one of `SHARES`; these are probed as well.
         seeds: of probes and finetuning.
     """
 
     pretrain: dict[str, int]
-    linprobe: dict[float, int]
     finetune: dict[float, int]
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
 BUDGETS = {
-    "smoke": Budget({"convmae": 4, "cnn": 4}, {0.1: 2}, {0.1: 2}, (0,)),
-    "short": Budget(
-        {"convmae": 3500, "cnn": 1200},
-        {0.01: 60, 0.1: 100, 1.0: 150},
-        {0.01: 40, 0.1: 60, 1.0: 100},
-    ),
-    "full": Budget(
-        {"convmae": 40_000, "cnn": 20_000},
-        {0.01: 100, 0.1: 300, 1.0: 1000},
-        {0.01: 200, 0.1: 500, 1.0: 2000},
-    ),
+    "smoke": Budget({"convmae": 4, "cnn": 4}, {0.1: 2}, (0,)),
+    "short": Budget({"convmae": 3500, "cnn": 1200}, {0.01: 60, 0.1: 120, 1.0: 300}),
+    "full": Budget({"convmae": 40_000, "cnn": 20_000}, {0.01: 200, 0.1: 500, 1.0: 2000}),
 }
 
 
@@ -190,10 +184,11 @@ def main(arguments: list[str] | None = None, run: Any = execute) -> dict[str, An
         for start in work.pretrainings:
             work.pretrain(start)
             report(args.output_dir)
-        for task in TASKS:
-            for share, steps in getattr(work.budget, task).items():
-                work.compare(task, share, steps)
-                report(args.output_dir)
+        work.probe()
+        report(args.output_dir)
+        for share, steps in budget.finetune.items():
+            work.finetune(share, steps)
+            report(args.output_dir)
     content = report(args.output_dir)
     plot(content, args.output_dir / "results.png")
     print((args.output_dir / "results.md").read_text())
@@ -272,24 +267,46 @@ class Work:
             "save_every": steps / SAVES / max(1, self.pictures // batch),
         }
         module, *words = [*PRETRAININGS[start], str(self.recipe(start, config))]
-        print(f"{self.name}, {start}: python -m {module} {' '.join(words)}", flush=True)
-        status, printed = self.run(words, output, module)
-        if status or INTERRUPTED in printed:
-            reason = f"exit status {status}" if status else "a signal ended it"
-            raise SystemExit(
-                f"{self.name}, {start}: {reason}; see {output}. The same command goes on from here."
-            )
+        self.must_run(words, output, module)
         replace_text(done, f"{steps} steps\n")
 
-    def compare(self, task: str, share: float, steps: int) -> None:
-        """All starts and seeds of one task with a share of the labels, of so many steps each.
+    def probe(self) -> None:
+        """The linear classifier on features of every start, with each share of the labels.
+
+        Raises:
+            SystemExit: a program failed or was interrupted.
+        """
+        seeds = [str(seed) for seed in self.budget.seeds]
+        starts = {start: (str(self.folder / start), seeds) for start in self.pretrainings}
+        for seed in seeds:
+            drawn = self.folder / PROBE / f"{RANDOM}-{seed}"
+            if not drawn.is_dir():
+                draw(NETWORKS[self.name], int(seed), drawn)
+            starts[drawn.name] = (str(drawn), [seed])
+        for name, (weights, of_start) in starts.items():
+            result = self.folder / PROBE / f"{name}.json"
+            if result.is_file():
+                print(f"{self.name}, probe of {name}: done before")
+                continue
+            files = [str(result.with_name(f"{name}-{split}.npz")) for split in ("train", "val")]
+            for split, file in zip(("train", "val"), files):
+                flags = ["embed", "--checkpoint", weights, "--data_path", self.data_path]
+                flags += ["--split", split, "--output", file, "--overwrite", "--num_workers", "0"]
+                flags += ["--input_size", str(NETWORKS[self.name].size), "--crop_pct", "1"]
+                self.must_run([*flags, "--amp", "float32"], result.with_suffix(".txt"), "convmae")
+            shares = [str(share) for share in self.budget.finetune]
+            flags = [*files, "--shares", *shares, "--seeds", *of_start, "--output", str(result)]
+            self.must_run(flags, result.with_suffix(".txt"), "examples.probe_features")
+
+    def finetune(self, share: float, steps: int) -> None:
+        """All starts and seeds with a share of the labels, of so many steps each.
 
         Raises:
             SystemExit: a run failed or was interrupted.
         """
         network, labels = NETWORKS[self.name], max(1, round(share * self.pictures))
         batch = min(CLASSIFY_BATCH, labels)
-        config = CLASSIFY[task] | network.classify | self.lengths(labels, batch, steps)
+        config = CLASSIFY | network.classify | self.lengths(labels, batch, steps)
         config |= {
             "input_size": network.size,
             "max_samples": labels,
@@ -298,11 +315,27 @@ class Work:
             "save_every": NEVER,
         }
         weights = [f"{start}={self.folder / start}" for start in self.pretrainings]
-        flags = [task, "--config", str(self.recipe(part_name(task, share), config))]
+        part = part_name(FINETUNE, share)
+        flags = [FINETUNE, "--config", str(self.recipe(part, config))]
         flags += ["--data_path", self.data_path, "--starts", RANDOM, *weights]
         flags += ["--seeds", *map(str, self.budget.seeds), "--metrics", "acc1"]
-        flags += ["--output_dir", str(self.folder / part_name(task, share))]
+        flags += ["--output_dir", str(self.folder / part)]
         compare_starts.main(flags, self.run)
+
+    def must_run(self, words: list[str], output: Path, module: str) -> None:
+        """Runs a program, and ends this one if that fails or is interrupted.
+
+        Raises:
+            SystemExit: it did.
+        """
+        print(f"{self.name}: python -m {module} {' '.join(words)}", flush=True)
+        status, printed = self.run(words, output, module)
+        if status or INTERRUPTED in printed:
+            reason = f"exit status {status}" if status else "a signal ended it"
+            raise SystemExit(
+                f"{self.name}, {output.stem}: {reason}; see {output}. The same command goes on "
+                "from here."
+            )
 
     @staticmethod
     def lengths(pictures: int, batch: int, steps: int) -> dict[str, Any]:
@@ -317,6 +350,17 @@ class Work:
         lines = [f"{key}: {json.dumps(value)}\n" for key, value in config.items()]
         replace_text(file, "".join(lines))
         return file
+
+
+def draw(network: Network, seed: int, folder: Path) -> None:
+    """Stores the network as its pretraining would begin, with weights that a seed draws."""
+    options = dict(network.pretrain)
+    name = options.pop("model")
+    torch.manual_seed(seed)
+    model = create_model(name, img_size=network.size, **options)
+    fresh = folder.with_name(f".new.{folder.name}")
+    save_weights(fresh, model, full_name(name))
+    fresh.rename(folder)
 
 
 def part_name(task: str, share: float) -> str:
@@ -361,20 +405,27 @@ def collect(folder: Path) -> dict[str, Any]:
 
     Returns:
         `pretrainings`, by start, and `accuracies`, by part (`finetune-10`) and start: a list of
-        `(seed, accuracy in per cent, seconds)`.
+        `(seed, accuracy in per cent, seconds)`; the seconds of a probe without its features.
     """
     pretrainings = {
         start: pretraining(folder / start) for start in PRETRAININGS if losses(folder / start)
     }
     accuracies: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
-    for task in TASKS:
-        for share in SHARES:
-            file = folder / part_name(task, share) / "comparison.json"
-            runs = json.loads(file.read_text())["runs"] if file.is_file() else []
-            for run in sorted(runs, key=lambda run: run["seed"]):
-                of_part = accuracies.setdefault(part_name(task, share), {})
-                figures = (run["seed"], run["evaluations"][-1]["acc1"], run["seconds"])
-                of_part.setdefault(run["start"], []).append(figures)
+    for share in SHARES:
+        of_part = accuracies.setdefault(part_name(PROBE, share), {})
+        for file in sorted((folder / PROBE).glob("*.json")):
+            for run in json.loads(file.read_text()):
+                if run["share"] == share:
+                    figures = (run["seed"], run["acc1"], run["seconds"])
+                    of_part.setdefault(file.stem.partition("-")[0], []).append(figures)
+    for share in SHARES:
+        file = folder / part_name(FINETUNE, share) / "comparison.json"
+        of_part = accuracies.setdefault(part_name(FINETUNE, share), {})
+        runs = json.loads(file.read_text())["runs"] if file.is_file() else []
+        for run in sorted(runs, key=lambda run: run["seed"]):
+            figures = (run["seed"], run["evaluations"][-1]["acc1"], run["seconds"])
+            of_part.setdefault(run["start"], []).append(figures)
+    accuracies = {part: of_part for part, of_part in accuracies.items() if of_part}
     return {"pretrainings": pretrainings, "accuracies": accuracies}
 
 
