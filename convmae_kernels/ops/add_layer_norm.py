@@ -22,7 +22,8 @@ def _fake(x, branch, branch_bias, weight, bias, eps):
 
 def _fake_grad(grad_normed, grad_total, total, weight, eps, has_branch_bias):
     channels = weight.shape[0]
-    vectors = [weight.new_empty(size) for size in (channels, channels, channels * has_branch_bias)]
+    sizes = (channels, channels, channels if has_branch_bias else 0)
+    vectors = [weight.new_empty(size) for size in sizes]
     return total.new_empty(total.shape), *vectors
 
 

@@ -226,7 +226,17 @@ def _step(entry: Any, size: int, letter: str) -> tuple[int, int]:
     """Step and start of a slice that goes on to the end."""
     if not isinstance(entry, slice):
         raise NotImplementedError(f"it chooses among {NAMES[letter]}, which a mask cannot express")
-    start, stop, step = entry.indices(size)
+    step = 1 if entry.step is None else entry.step
+    start = 0 if entry.start is None else _within(entry.start, size)
+    stop = size if entry.stop is None else _within(entry.stop, size)
     if step < 1 or start >= step or stop != size or (letter == "B" and step != 1):
         raise NotImplementedError(f"it chooses among {NAMES[letter]}, which a mask cannot express")
     return step, start
+
+
+def _within(index: int, size: int) -> int:
+    """An end of a slice, from the beginning of an axis and inside of it.
+
+    `slice.indices` does the same, but torch 2.11 cannot compile it.
+    """
+    return max(0, min(size, index + size if index < 0 else index))

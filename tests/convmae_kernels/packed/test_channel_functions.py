@@ -133,6 +133,8 @@ INDICES = {
     "positions": (slice(None), slice(0, 2), slice(None), slice(0, None)),
     "even": (..., slice(None, None, 2), slice(None, None, 2)),
     "odd": (..., slice(1, None, 2), slice(None, None, 2)),
+    "ends past the axis": (..., slice(-99, 99), slice(-2 * SIDE * 8, 1000, None)),
+    "ends from its end": (..., slice(-H + 1, None, 2), slice(-W, W, 2)),
     "every fourth": (slice(None), slice(2, None), slice(3, None, 4), slice(2, None, 4)),
 }
 
