@@ -320,13 +320,24 @@ def test_only_their_users_need_the_command_line_shards_and_wandb():
     assert lines[-2:] == ["[]", "True True"]
 
 
-def test_import_leaves_triton_and_the_compiler_alone():
+@pytest.fixture(scope="module")
+def imported():
+    """Of a process that imports the kernels and does nothing else: what came with them, and for
+    every op who has the keys of devices."""
     heavy = ["triton", "torch._inductor", "torch.utils.cpp_extension", "torchvision", "convmae"]
-    lines = python(
+    has = "torch._C._dispatch_has_kernel_for_dispatch_key"
+    first, *others = python(
         "import sys, torch\nbefore = set(sys.modules)\nimport convmae_kernels\n"
-        f"print([name for name in {heavy!r} if name in set(sys.modules) - before])"
+        f"print([name for name in {heavy!r} if name in set(sys.modules) - before])\n"
+        f"for name in {OPS!r}:\n"
+        f"    print({has}('convmae::' + name, 'CUDA'), {has}('convmae_triton::' + name, 'CUDA'),\n"
+        f"          {has}('convmae_triton::' + name, 'CPU'))"
     )
-    assert lines[-1] == "[]"
+    return first, others
+
+
+def test_import_leaves_triton_and_the_compiler_alone(imported):
+    assert imported[0] == "[]"
 
 
 ASK_FOR_TRITON = """
@@ -356,17 +367,11 @@ def test_with_triton_and_without_a_gpu():
     assert info.endswith(" is installed, but PyTorch finds no GPU")
 
 
-def test_who_has_the_cuda_key():
+def test_who_has_the_cuda_key(imported):
     """The compiled library if it has CUDA kernels, else Triton; Triton alone in its own library."""
     triton = WHY_NOT_TRITON is None
     compiled = WHY_NOT_COMPILED is None and torch.ops.convmae.cuda_architectures() != ""
-    has = "torch._C._dispatch_has_kernel_for_dispatch_key"
-    lines = python(
-        f"import torch, convmae_kernels\nfor name in {OPS!r}:\n"
-        f"    print({has}('convmae::' + name, 'CUDA'), {has}('convmae_triton::' + name, 'CUDA'),\n"
-        f"          {has}('convmae_triton::' + name, 'CPU'))"
-    )
-    assert lines == [f"{compiled or triton} {triton} False"] * len(OPS)
+    assert imported[1] == [f"{compiled or triton} {triton} False"] * len(OPS)
 
 
 @pytest.mark.thorough
@@ -406,15 +411,14 @@ def copy_without_library(tmp_path):
 
 
 def test_without_the_compiled_library(copy_without_library):
-    file, cpu = python(USE, copy_without_library)[-2:]
-    assert Path(file).is_relative_to(copy_without_library)
-    assert cpu.startswith("no: the compiled library ")
     asked = (
-        "import torch, convmae_kernels as ck\nmask = ck.BlockMask.full(1, (1, 1))\n"
+        "mask = ck.BlockMask.full(1, (1, 1))\n"
         "try: ck.gather_visible(torch.zeros(1, 1, 4, 4), mask, impl='cpu')\n"
         "except RuntimeError as error: print(error)"
     )
-    (message,) = python(asked, copy_without_library)
+    file, cpu, message = python(USE + asked, copy_without_library)[-3:]
+    assert Path(file).is_relative_to(copy_without_library)
+    assert cpu.startswith("no: the compiled library ")
     assert message == f"impl='cpu' cannot run: {cpu.removeprefix('no: ')}"
 
 

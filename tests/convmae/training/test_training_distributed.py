@@ -15,7 +15,15 @@ from convmae import PretrainConfig, pretrain
 from convmae.records import log as logs
 from convmae.weights.checkpoint import read_training_state
 from tests.support.paths import FASHION
-from tests.support.training_processes import children, cmdline, finish, flags, losses, start
+from tests.support.training_processes import (
+    children,
+    cmdline,
+    finish,
+    flags,
+    losses,
+    run_here,
+    start,
+)
 from tests.support.training_runs import DEVICE, folder_of, tensors
 
 Options = dict[str, Any]
@@ -50,7 +58,7 @@ def single(run_options: Options, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """Two epochs in one process."""
     folder = tmp_path_factory.mktemp("single") / "run"
     options = run_options | {"batch_size": 4, "epochs": 2, "output_dir": folder}
-    finish(start(["pretrain", *flags(**options)]))
+    run_here(["pretrain", *flags(**options)])
     return folder
 
 
@@ -63,7 +71,7 @@ def test_two_processes_train_as_one_and_one_goes_on_from_two(
     parallel = run_options | {"batch_size": 2, "strategy": strategy}
     finish(start(["pretrain", *flags(**parallel, output_dir=two)], processes=2))
     alone = run_options | {"batch_size": 4, "epochs": 2, "output_dir": one}
-    finish(start(["pretrain", *flags(**alone, resume=two)]))
+    run_here(["pretrain", *flags(**alone, resume=two)])
     wanted = losses(single)
     found = losses(two) + losses(one)
     assert len(found) == 10 and len(losses(two)) == 5

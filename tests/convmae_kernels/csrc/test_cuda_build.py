@@ -72,6 +72,7 @@ def test_nothing_spills(kernels, arch):
 @needs_cuda_kernels
 @needs_cuobjdump
 @pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.thorough(but_every=5)  # the same sources, by the same compiler
 def test_global_memory_is_read_sixteen_bytes_at_a_time(kernels, arch):
     """Features on their way to shared memory, and whole rows of channels that are moved."""
     code = kernel_report.instructions(sm(arch))

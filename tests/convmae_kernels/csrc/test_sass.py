@@ -84,15 +84,21 @@ def test_what_is_not_known_is_refused():
 @pytest.fixture(scope="module")
 def compiled():
     """The code of a kernel, and the warps of its thread blocks, by its name."""
-    code = sass.functions(kernel_report.cuobjdump("-sass", "-arch", "sm_90"))
-    kernels = [kernel for kernel in kernel_report.kernels() if kernel.arch == "sm_90"]
-    return {kernel.name: (code[kernel.symbol], kernel.threads // 32) for kernel in kernels}
+    kernels = {kernel.name: kernel for kernel in kernel_report.kernels() if kernel.arch == "sm_90"}
+
+    @functools.cache
+    def find(name):
+        symbol = kernels[name].symbol
+        text = kernel_report.cuobjdump("-sass", "-arch", "sm_90", "-fun", symbol)
+        return sass.functions(text)[symbol], kernels[name].threads // 32
+
+    return find
 
 
 @pytest.fixture(scope="module")
 def walk(compiled):
     """The `Walk` of a kernel by its name; each kernel walks once."""
-    return functools.cache(lambda name: tile_walk.Walk(name, *compiled[name]))
+    return functools.cache(lambda name: tile_walk.Walk(name, *compiled(name)))
 
 
 KERNELS = [
@@ -113,7 +119,7 @@ def positions(tiles_first):
 def test_the_machine_code_gives_the_reference(name, compiled):
     """So the walk takes the branches that a GPU takes."""
     shape = tile_walk.Shape.of(name)
-    code, warps = compiled[name]
+    code, warps = compiled(name)
     visible = np.random.default_rng(1).random((9, shape.neighbours)) < 0.5
     problem = tile_walk.Problem(name, visible, warps, reach=9)
     problem.run(code)
@@ -195,7 +201,7 @@ def test_instructions_of_an_expected_tile(name, most, walk):
 @pytest.mark.thorough
 def test_tensor_cores_take_less_than_half_of_the_instructions(compiled):
     names = "masked_conv2d_tiles<bfloat16, 4, 7>", "masked_conv2d_tensor<bfloat16>"
-    walks = (tile_walk.walk(name, *compiled[name]) for name in names)
+    walks = (tile_walk.walk(name, *compiled(name)) for name in names)
     tiles, tensor = (walk.count().expected(0.4) for walk in walks)
     assert tensor < tiles / 2
 

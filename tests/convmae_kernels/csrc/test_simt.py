@@ -1,5 +1,7 @@
 """The emulator of `tests/simt` itself: what it promises, and that it finds what is wrong."""
 
+import math
+
 import numpy as np
 import pytest
 from simt.emulator import EmulatorError, Removed, build, module, translate, why_not, without
@@ -19,7 +21,9 @@ def launch(
 ):  # fmt: skip
     emulator = module("selftest", checker, removed)
     grid, block = ([*size] if isinstance(size, tuple) else [size, 1, 1] for size in (grid, block))
-    return emulator.call("launch", kernel, grid, block, shared, seed, x, [*shape], n)
+    count = math.prod(shape) * x.itemsize
+    out = emulator.call("launch", kernel, grid, block, shared, seed, x, count, n)
+    return np.frombuffer(out, x.dtype).reshape(shape)
 
 
 def check_sum(**options):

@@ -14,12 +14,18 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "interpreted"
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("test_*.py")), ids=lambda file: file.stem)
-def test_interpreted(file, request):
+def pytest_generate_tests(metafunc):
+    """One process for all of them, which starts once; where they take long, one for each file."""
+    thorough = metafunc.config.getoption("--thorough")
+    paths = sorted(FOLDER.glob("test_*.py")) if thorough else [FOLDER]
+    metafunc.parametrize("path", paths, ids=lambda path: path.stem)
+
+
+def test_interpreted(path, request):
     thorough = ["--thorough"] if request.config.getoption("--thorough") else []
     plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *plugins, *thorough, file],
+        [sys.executable, "-m", "pytest", "-q", *plugins, *thorough, path],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
