@@ -189,7 +189,7 @@ def markdown(results: Results) -> str:
     heads = len(others)
     for (case, dtype), group in _groups(results.rows).items():
         for row in group.values():
-            if row.contender.startswith("packed "):
+            if row.contender not in ("packed", BASELINE, compiled):
                 others.append(
                     f"| {case} | {dtype} | {row.contender} | {number(row.median)} {row.unit} | "
                     f"{row.spread:.1%} | {_opponent(row)} | **{times(row.ratio)}** | "
@@ -206,7 +206,8 @@ def markdown(results: Results) -> str:
     if len(others) > heads:
         lines += ["", "The same in other ways, each with the dense one of its own run:", ""]
         lines += others
-    return "\n".join([*lines, "", header(results)])
+    notes = [f"- {note}" for note in dict.fromkeys(results.notes)]
+    return "\n".join([*lines, "", header(results), *(["", *notes] if notes else [])])
 
 
 def _opponent(row: Row) -> str:

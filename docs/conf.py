@@ -89,6 +89,20 @@ def _without_options(app, what, name, obj, options, signature, returned):
     return ("", None) if what == "class" and name.endswith("Config") else None
 
 
+REPORT = "benchmarks-report.html"
+MEASURED = ("full-cpu.json", "cpu.json")  # of benchmarks/results
+
+
+def _write_report(app, exception) -> None:
+    """The figures and charts of a CPU as one page of its own, linked from benchmarks.md."""
+    if exception is None and app.builder.name == "html":
+        from benchmarks.page import page
+
+        files = [ROOT / "benchmarks" / "results" / name for name in MEASURED]
+        (Path(app.outdir) / REPORT).write_text(page(files))
+
+
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", _as_restructured_text)
     app.connect("autodoc-process-signature", _without_options)
+    app.connect("build-finished", _write_report)
