@@ -263,7 +263,8 @@ def _shares(runs: Sequence[Run]) -> str:
         for op, line in lines.items():
             unit = next(row.unit for row in run.rows if row.at.get("op") == op)
             found = [(row.at["visible"], row.median) for row in dense.get(op, ())]
-            fitted = [(share, line.at(share)) for share in (0.0, line.points[-1][0])]
+            begin = 0.0 if line.a >= 0 else -line.a / line.b  # nothing takes less than no time
+            fitted = [(share, line.at(share)) for share in (begin, line.points[-1][0])]
             series = [
                 Series("packed", line.points, 0, line=False),
                 Series(f"fit, R² {line.r2:.4f}", fitted, 0, dots=False, dashed=True),
