@@ -23,6 +23,7 @@ import math
 import sys
 import time
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,11 +78,11 @@ def read_features(file: Path) -> Features:
     Raises:
         ValueError: it is no such file, has maps in place of vectors, or no labels.
     """
-    try:
-        with np.load(file) as content:
-            arrays = {name: content[name] for name in content.files}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: expected a .npz file of convmae embed: {error}") from None
+    if not file.is_file() or not zipfile.is_zipfile(file):
+        what = "is something else" if file.exists() else "does not exist"
+        raise ValueError(f"{file} {what}; expected a .npz file of convmae embed")
+    with np.load(file) as content:
+        arrays = {name: content[name] for name in content.files}
     missing = [name for name in ("features", "label", "error") if name not in arrays]
     if missing:
         raise ValueError(

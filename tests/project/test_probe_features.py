@@ -112,6 +112,6 @@ def test_wrong_options_and_no_file(tmp_path, capsys):
             probe_features.main([file, file, *flags])
         assert said in capsys.readouterr().err
     (tmp_path / "text.npz").write_text("no archive")
-    for name in ("text.npz", "none.npz"):
+    for name, what in (("text.npz", "is something else"), ("none.npz", "does not exist")):
         assert probe_features.main([str(tmp_path / name), file]) == 2
-        assert name in (said := capsys.readouterr().err) and "expected a .npz file" in said
+        assert f"{name} {what}; expected a .npz file" in capsys.readouterr().err
