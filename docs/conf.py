@@ -99,7 +99,7 @@ def _write_report(app, exception) -> None:
         from benchmarks.page import page
 
         files = [ROOT / "benchmarks" / "results" / name for name in MEASURED]
-        (Path(app.outdir) / REPORT).write_text(page(files))
+        (Path(app.outdir) / REPORT).write_text(page(files), encoding="utf-8")
 
 
 def setup(app) -> None:

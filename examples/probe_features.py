@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convmae.data.source import choose_balanced
+from examples.compare_starts import replace_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +77,7 @@ def read_features(file: Path) -> Features:
     """The features and labels of a `.npz` of `convmae embed`; unreadable pictures are left out.
 
     Raises:
-        ValueError: it is no such file, has maps in place of vectors, or no labels.
+        ValueError: it is no such file, has maps in place of vectors, no labels or no pictures.
     """
     if not file.is_file() or not zipfile.is_zipfile(file):
         what = "is something else" if file.exists() else "does not exist"
@@ -96,6 +97,8 @@ def read_features(file: Path) -> Features:
             "convmae embed --features pooled"
         )
     good = arrays["error"] == ""
+    if not good.any():
+        raise ValueError(f"{file} has no picture that could be read")
     return Features(values[good].astype(np.float64), arrays["label"][good])
 
 
@@ -114,7 +117,8 @@ def accuracy(train: Features, test: Features, seed: int) -> tuple[float, float]:
         The accuracy on `test` in per cent, and the `C` that cross-validation has chosen.
 
     Raises:
-        ValueError: a class has fewer than two labelled pictures, or there is one class only.
+        ValueError: a class has fewer than two labelled pictures, or there is one class only; the
+            solver has not converged.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -131,11 +135,18 @@ def accuracy(train: Features, test: Features, seed: int) -> tuple[float, float]:
     folds = StratifiedKFold(min(FOLDS, int(counts.min())), shuffle=True, random_state=seed)
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_STEPS))
     search = GridSearchCV(
-        classifier, {"logisticregression__C": STRENGTHS}, scoring="neg_log_loss", cv=folds
+        classifier,
+        {"logisticregression__C": STRENGTHS},
+        scoring="neg_log_loss",
+        cv=folds,
+        error_score="raise",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
-        search.fit(train.values, train.labels)
+        try:
+            search.fit(train.values, train.labels)
+        except ConvergenceWarning as warning:
+            raise ValueError(f"the classifier has not converged: {warning}") from None
     right = search.predict(test.values) == test.labels
     return 100 * float(right.mean()), search.best_params_["logisticregression__C"]
 
@@ -192,6 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--shares {args.shares}: expected numbers above 0 and up to 1")
     if min(args.seeds) < 0:
         parser.error(f"--seeds {args.seeds}: expected numbers of 0 or more")
+    if args.output is not None and not args.output.parent.is_dir():
+        parser.error(f"--output {args.output}: {args.output.parent} is no folder")
     try:
         train, test = read_features(args.train), read_features(args.test)
         if train.values.shape[1] != test.values.shape[1]:
@@ -212,9 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"(C {run['C']:g}, {run['seconds']:.1f} s)"
         )
     if args.output is not None:
-        fresh = args.output.with_name(f".new.{args.output.name}")
-        fresh.write_text(json.dumps(runs, indent=1) + "\n")
-        fresh.replace(args.output)
+        replace_text(args.output, json.dumps(runs, indent=1) + "\n")
     return 0
 
 

@@ -8,6 +8,7 @@ of packed features `[T, s*s, *channels]`, in the same order.
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -226,7 +227,9 @@ def _step(entry: Any, size: int, letter: str) -> tuple[int, int]:
     """Step and start of a slice that goes on to the end."""
     if not isinstance(entry, slice):
         raise NotImplementedError(f"it chooses among {NAMES[letter]}, which a mask cannot express")
-    step = 1 if entry.step is None else entry.step
+    step = 1 if entry.step is None else operator.index(entry.step)
+    if step == 0:
+        raise ValueError("slice step cannot be zero")
     start = 0 if entry.start is None else _within(entry.start, size)
     stop = size if entry.stop is None else _within(entry.stop, size)
     if step < 1 or start >= step or stop != size or (letter == "B" and step != 1):
@@ -234,9 +237,13 @@ def _step(entry: Any, size: int, letter: str) -> tuple[int, int]:
     return step, start
 
 
-def _within(index: int, size: int) -> int:
+def _within(end: Any, size: int) -> int:
     """An end of a slice, from the beginning of an axis and inside of it.
 
     `slice.indices` does the same, but torch 2.11 cannot compile it.
+
+    Raises:
+        TypeError: it is no integer.
     """
+    index = operator.index(end)
     return max(0, min(size, index + size if index < 0 else index))

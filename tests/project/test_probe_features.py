@@ -93,6 +93,7 @@ def test_the_command_takes_what_embed_writes_and_the_labels_that_finetuning_sees
             "has 5 channels and ",
         ),
         ({"label": np.full(30, "class 0")}, "has the class 'class 1'"),
+        ({"error": np.full(30, "cut off")}, "has no picture that could be read"),
         ({"error": np.array(["cut off"] * 27 + [""] * 3)}, "1 of 'class 0'; expected two classes"),
     ],
 )
@@ -107,7 +108,9 @@ def test_wrong_files(tmp_path, capsys, changed, said):
 
 def test_wrong_options_and_no_file(tmp_path, capsys):
     file = written(tmp_path / "some.npz", pictures_of(0, 30))
-    for flags, said in ((["--shares", "0"], "--shares"), (["--seeds", "-1"], "--seeds")):
+    nowhere = ["--output", str(tmp_path / "none" / "probe.json")]
+    wrong = [["--shares", "0"], ["--seeds", "-1"], nowhere]
+    for flags, said in ((flags, flags[0]) for flags in wrong):
         with pytest.raises(SystemExit):
             probe_features.main([file, file, *flags])
         assert said in capsys.readouterr().err

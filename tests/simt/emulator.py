@@ -23,10 +23,7 @@ BUILD = ROOT / "build" / "simt"
 
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 CHECKERS = {
-    # Without those checks of undefined behaviour that foresee wrong accesses, which are found when
-    # they happen: they take the compiler an eighth of its time.
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    + ["-fno-sanitize=null,object-size,pointer-overflow,vptr"]
     + ["--param", "asan-instrumentation-with-call-threshold=0"],
     "races": ["-fsanitize=thread"],  # hooks.cpp takes the place of its runtime library
 }

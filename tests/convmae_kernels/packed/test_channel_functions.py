@@ -163,6 +163,14 @@ def test_assignments(name):
     check_like_dense(assigned(lambda x: torch.full((1,), 3.0, dtype=torch.float64)), exact=True)
 
 
+@pytest.mark.parametrize("part", [slice(0.5, None), slice(None, 7.5), slice(None, None, 1.0)])
+def test_ends_of_positions_are_integers(part):
+    with pytest.raises(TypeError, match="integer"):
+        pack(make_map())[:, :, part]
+    with pytest.raises(ValueError, match="slice step cannot be zero"):
+        pack(make_map())[:, :, ::0]
+
+
 def test_assignments_write_into_the_features():
     x = pack(make_map())
     part = x[:, 1:3]
