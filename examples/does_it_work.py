@@ -27,10 +27,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import statistics
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +36,10 @@ import torch
 from convmae import create_model, full_name
 from convmae.config import MessageError
 from convmae.data.open import open_source
-from convmae.records.log import read_log
 from convmae.weights.checkpoint import save_weights
 from examples import compare_starts
-from examples.compare_starts import INTERRUPTED, RANDOM, cell, environment, execute, replace_text
+from examples.compare_starts import INTERRUPTED, RANDOM, execute, replace_text
+from examples.does_it_work_results import FINETUNE, PROBE, part_name, plot, report
 
 DATA = ("emoji", "fashion-mnist")
 PRETRAININGS = {  # the module that pretrains, and what comes before the file of options
@@ -51,9 +47,6 @@ PRETRAININGS = {  # the module that pretrains, and what comes before the file of
     "leaky": ("examples.dense_pretrain", "leaky"),
     "zeroed": ("examples.dense_pretrain", "zeroed"),
 }
-PROBE, FINETUNE = "probe", "finetune"
-TASKS = (PROBE, FINETUNE)
-SHARES = (0.01, 0.1, 1.0)
 NEVER = 1_000_000  # epochs: later than the end of a run, whose last step is evaluated and saved
 WARM_UP = 0.1  # of the steps
 SAVES = 20  # of a pretraining
@@ -114,7 +107,8 @@ class Budget:
 
     Attributes:
         pretrain: steps of each pretraining, by network.
-        finetune: steps by share of the labels, each one of `SHARES`; these are probed as well.
+        finetune: steps by share of the labels, each one of `SHARES` of the results; these are probed
+            as well.
         seeds: of probes and finetuning.
     """
 
@@ -361,161 +355,6 @@ def draw(network: Network, seed: int, folder: Path) -> None:
     fresh = folder.with_name(f".new.{folder.name}")
     save_weights(fresh, model, full_name(name))
     fresh.rename(folder)
-
-
-def part_name(task: str, share: float) -> str:
-    """`finetune-10` for a tenth of the labels."""
-    return f"{task}-{round(100 * share)}"
-
-
-def losses(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log that have a loss."""
-    return [entry for entry in read_log(folder) if "event" not in entry and "loss" in entry]
-
-
-# -- results ------------------------------------------------------------------------------------
-
-
-def report(output: Path) -> dict[str, Any]:
-    """Writes the results of all that is done in a folder; returns what `results.json` has."""
-    networks = {name: collect(output / name) for name in NETWORKS if (output / name).is_dir()}
-    content = {
-        "setting": json.loads((output / "setting.json").read_text()),
-        "networks": networks,
-        "environment": environment() | machine(),
-        "command": " ".join(["python -m examples.does_it_work", *sys.argv[1:]]),
-    }
-    replace_text(output / "results.json", json.dumps(content, indent=1) + "\n")
-    replace_text(output / "results.md", tables(content))
-    return content
-
-
-def machine() -> dict[str, str]:
-    """The processor, and how many threads PyTorch was told to take."""
-    name = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-    return {"processor": name, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set")}
-
-
-def collect(folder: Path) -> dict[str, Any]:
-    """What the runs of one network have left.
-
-    Returns:
-        `pretrainings`, by start, and `accuracies`, by part (`finetune-10`) and start: a list of
-        `(seed, accuracy in per cent, seconds)`; the seconds of a probe without its features.
-    """
-    pretrainings = {
-        start: pretraining(folder / start) for start in PRETRAININGS if losses(folder / start)
-    }
-    accuracies: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
-    for share in SHARES:
-        of_part = accuracies.setdefault(part_name(PROBE, share), {})
-        for file in sorted((folder / PROBE).glob("*.json")):
-            for run in json.loads(file.read_text()):
-                if run["share"] == share:
-                    figures = (run["seed"], run["acc1"], run["seconds"])
-                    of_part.setdefault(file.stem.partition("-")[0], []).append(figures)
-    for share in SHARES:
-        file = folder / part_name(FINETUNE, share) / "comparison.json"
-        of_part = accuracies.setdefault(part_name(FINETUNE, share), {})
-        runs = json.loads(file.read_text())["runs"] if file.is_file() else []
-        for run in sorted(runs, key=lambda run: run["seed"]):
-            figures = (run["seed"], run["evaluations"][-1]["acc1"], run["seconds"])
-            of_part.setdefault(run["start"], []).append(figures)
-    accuracies = {part: of_part for part, of_part in accuracies.items() if of_part}
-    return {"pretrainings": pretrainings, "accuracies": accuracies}
-
-
-def pretraining(folder: Path) -> dict[str, Any]:
-    """Steps, losses and times of a pretraining, over all processes that it took."""
-    seconds, before = 0.0, 0.0
-    for entry in losses(folder):
-        if entry["seconds"] < before:  # another process went on
-            seconds += before
-        before = entry["seconds"]
-    entries = losses(folder)
-    return {
-        "steps": entries[-1]["step"],
-        "epochs": entries[-1]["epoch"],
-        "first_loss": entries[0]["loss"],
-        "last_loss": entries[-1]["loss"],
-        "seconds": round(seconds + before, 1),
-        "images_per_s": statistics.median(entry["images_per_s"] for entry in entries),
-    }
-
-
-def tables(content: dict[str, Any]) -> str:
-    """The results as Markdown, a section for each network."""
-    setting = content["setting"]
-    lines = [
-        f"Data: {setting['data']}, {setting['pictures']} pictures to train on. Accuracy in per "
-        "cent of the test pictures: mean ± standard deviation (single runs, by seed).",
-        "",
-    ]
-    for name, network in content["networks"].items():
-        lines += [f"## {name}", ""]
-        if network["pretrainings"]:
-            lines += ["| pretraining | steps | epochs | loss | images/s | minutes |"]
-            lines += ["|---|--:|--:|--:|--:|--:|"]
-        for start, run in network["pretrainings"].items():
-            lines.append(
-                f"| {start} | {run['steps']} | {run['epochs']:.1f} | {run['first_loss']:.3f} to "
-                f"{run['last_loss']:.3f} | {run['images_per_s']:.0f} | {run['seconds'] / 60:.1f} |"
-            )
-        starts = [RANDOM, *setting["pretrainings"]]
-        others = [start for start in starts if start != "masked" and "masked" in starts]
-        heads = [*starts, *(f"masked - {start}" for start in others)]
-        lines += ["", f"| labels | {' | '.join(heads)} |", f"|---|{'--:|' * len(heads)}"]
-        for part, of_part in network["accuracies"].items():
-            task, _, share = part.partition("-")
-            cells = [cell([run[1] for run in of_part.get(start, [])]) for start in starts]
-            cells += [difference(of_part, "masked", other) for other in others]
-            lines.append(f"| {task}, {share} % | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def difference(of_part: dict[str, list[tuple[int, float, float]]], first: str, second: str) -> str:
-    """`+1.2 ± 0.3`: the difference of two starts over the seeds that both have, by seed."""
-    one, other = (dict(run[:2] for run in of_part.get(start, [])) for start in (first, second))
-    found = [one[seed] - other[seed] for seed in one if seed in other]
-    if not found:
-        return "–"
-    deviation = f" ± {statistics.stdev(found):.2g}" if len(found) > 1 else ""
-    return f"{statistics.fmean(found):+.3g}{deviation}"
-
-
-def plot(content: dict[str, Any], file: Path) -> None:
-    """Accuracy by share of the labels, a panel for each network and task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    networks = content["networks"]
-    figure, axes = pyplot.subplots(
-        len(networks), len(TASKS), figsize=(9, 3.4 * len(networks)), squeeze=False
-    )
-    for row, (name, network) in zip(axes, networks.items()):
-        for panel, task in zip(row, TASKS):
-            for start in (RANDOM, *content["setting"]["pretrainings"]):
-                points = {
-                    100 * share: [run[1] for run in of_part[start]]
-                    for share in SHARES
-                    if start in (of_part := network["accuracies"].get(part_name(task, share), {}))
-                }
-                means = [statistics.fmean(values) for values in points.values()]
-                errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in points.values()]
-                panel.errorbar(list(points), means, errors, capsize=3, label=start)
-            panel.set(xscale="log", xlabel="labels, %", ylabel="accuracy, %")
-            panel.set_title(f"{name}, {task}")
-            panel.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from PIL import Image
 
 from convmae import create_model
 from convmae_kernels import BlockMask
-from examples import dense_pretrain, does_it_work, fetch_emoji
+from examples import dense_pretrain, does_it_work, does_it_work_results, fetch_emoji
 from examples.dense_pretrain import LEAKY, ZEROED, unmasked
 
 # -- pretraining without masked convolution -------------------------------------------------------
@@ -189,7 +189,7 @@ def test_times_of_a_pretraining_add_up_over_its_processes(tmp_path):
     ]
     entries.insert(2, {"event": "resumed", "step": 2})
     (tmp_path / "log.txt").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    found = does_it_work.pretraining(tmp_path)
+    found = does_it_work_results.pretraining(tmp_path)
     assert found["seconds"] == 18.0 and found["last_loss"] == 0.25 and found["steps"] == 4
 
 
