@@ -107,8 +107,7 @@ class Budget:
 
     Attributes:
         pretrain: steps of each pretraining, by network.
-        finetune: steps by share of the labels, each one of `SHARES` of the results; these are probed
-            as well.
+        finetune: steps by share of the labels, each one of `SHARES`; these are probed as well.
         seeds: of probes and finetuning.
     """
 
