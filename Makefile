@@ -7,7 +7,7 @@ SOURCES := $(CODE) setup.py
 export CONVMAE_REQUIRE_EXT = 1
 unexport PYTHONDONTWRITEBYTECODE  # tests start hundreds of processes, which would all compile the same modules
 
-.PHONY: demo fashion-mnist stamps emoji test test-thorough coverage compat wheel lint docs bench gpu build clean
+.PHONY: demo fashion-mnist fashion-mnist-small stamps emoji test test-thorough coverage compat wheel lint docs bench gpu build clean
 
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,11 @@ data/fashion-mnist:
 	cd data/package && apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb .
 	mv data/package/usr/share/datasets/fashion-mnist data/fashion-mnist
 	rm -rf data/package
+
+# The first 6,000 pictures of it to train on, and 2,000 to test on.
+fashion-mnist-small: data/fashion-mnist-small
+data/fashion-mnist-small: data/fashion-mnist | .venv/installed
+	$(BIN)/python -m examples.part_of_idx data/fashion-mnist $@ --train 6000 --val 2000
 
 # Cut-outs and photographs to compose pictures of (licences: docs/composed_pictures.md), from packages
 # of Debian, 320 MB; not installed.

@@ -33,15 +33,15 @@ from typing import Any
 
 import torch
 
-from convmae import create_model, full_name
+from convmae import create_model
 from convmae.config import MessageError
 from convmae.data.open import open_source
-from convmae.weights.checkpoint import save_weights
+from convmae.weights.checkpoint import Weights, open_weights, save_weights
 from examples import compare_starts
 from examples.compare_starts import INTERRUPTED, RANDOM, execute, replace_text
 from examples.does_it_work_results import FINETUNE, PROBE, part_name, plot, report
 
-DATA = ("emoji", "fashion-mnist")
+DATA = ("emoji", "fashion-mnist-small", "fashion-mnist")
 PRETRAININGS = {  # the module that pretrains, and what comes before the file of options
     "masked": ("convmae", "pretrain", "--config"),
     "leaky": ("examples.dense_pretrain", "leaky"),
@@ -270,11 +270,12 @@ class Work:
             SystemExit: a program failed or was interrupted.
         """
         seeds = [str(seed) for seed in self.budget.seeds]
+        trained = open_weights(self.folder / self.pretrainings[0])
         starts = {start: (str(self.folder / start), seeds) for start in self.pretrainings}
         for seed in seeds:
             drawn = self.folder / PROBE / f"{RANDOM}-{seed}"
             if not drawn.is_dir():
-                draw(NETWORKS[self.name], int(seed), drawn)
+                draw(trained, int(seed), drawn)
             starts[drawn.name] = (str(drawn), [seed])
         for name, (weights, of_start) in starts.items():
             result = self.folder / PROBE / f"{name}.json"
@@ -345,14 +346,12 @@ class Work:
         return file
 
 
-def draw(network: Network, seed: int, folder: Path) -> None:
-    """Stores the network as its pretraining would begin, with weights that a seed draws."""
-    options = dict(network.pretrain)
-    name = options.pop("model")
+def draw(like: Weights, seed: int, folder: Path) -> None:
+    """Stores the network of these weights as its pretraining would begin with this seed."""
     torch.manual_seed(seed)
-    model = create_model(name, img_size=network.size, **options)
+    model = create_model(like.model, **like.config)
     fresh = folder.with_name(f".new.{folder.name}")
-    save_weights(fresh, model, full_name(name))
+    save_weights(fresh, model, like.model, pictures=like.pictures, reading=like.reading)
     fresh.rename(folder)
 
 

@@ -6,17 +6,22 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 
-from convmae import create_model
+from convmae import create_model, full_name
+from convmae.data import Statistics
+from convmae.data.idx import IdxPhotos
+from convmae.weights.checkpoint import open_weights, save_weights
 from convmae_kernels import BlockMask
-from examples import dense_pretrain, does_it_work, does_it_work_results, fetch_emoji
+from examples import dense_pretrain, does_it_work, does_it_work_results, fetch_emoji, part_of_idx
 from examples.dense_pretrain import LEAKY, ZEROED, unmasked
 
 # -- pretraining without masked convolution -------------------------------------------------------
@@ -80,6 +85,9 @@ def numbers_behind(words, flag):
     return [float(w) for w in itertools.takewhile(lambda w: not w.startswith("--"), following)]
 
 
+GREY = Statistics((0.3,), (0.4,))  # of the pictures; as if they had one channel
+
+
 class Runs:
     """Stands for the programs: writes logs as they do; masked weights are worth 5 per cent."""
 
@@ -92,9 +100,7 @@ class Runs:
             return 1, ""
         flags = dict(zip(words, words[1:]))
         if words[0] == "embed":
-            assert (Path(flags["--checkpoint"]) / "model.safetensors").is_file() or (
-                Path(flags["--checkpoint"]) / "log.txt"
-            ).is_file()
+            assert (Path(flags["--checkpoint"]) / "model.safetensors").is_file()
             return 0, ""
         if module == "examples.probe_features":
             shares, seeds = (numbers_behind(words, flag) for flag in ("--shares", "--seeds"))
@@ -114,6 +120,10 @@ class Runs:
         if "--seed" in flags:
             accuracy = 50.0 + int(flags["--seed"]) + 5 * ("masked" in flags.get("--finetune", ""))
             lines.append({"event": "evaluation", "step": 1, "epoch": 1.0, "acc1": accuracy})
+        else:
+            name, options = config["model"], {"method": config["method"], "decoder_width": 64}
+            model = create_model(name, img_size=config["input_size"], in_chans=1, **options)
+            save_weights(folder, model, full_name(name), pictures=GREY)
         (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return 0, ""
 
@@ -156,6 +166,8 @@ def test_all_starts_are_trained_alike_and_what_is_done_is_skipped(arguments, tmp
     }
     files = [tmp_path / f"out/cnn/probe/random-{seed}/model.safetensors" for seed in (0, 1)]
     assert files[0].read_bytes() != files[1].read_bytes()
+    drawn = open_weights(files[0])
+    assert drawn.config["in_chans"] == 1 and drawn.pictures == GREY
     figures = content["networks"]["cnn"]["accuracies"]["finetune-10"]
     assert [run[1] for run in figures["masked"]] == [55.0, 56.0]
     table = (tmp_path / "out/results.md").read_text()
@@ -194,6 +206,32 @@ def test_times_of_a_pretraining_add_up_over_its_processes(tmp_path):
 
 
 # -- its pictures ---------------------------------------------------------------------------------
+
+
+def test_the_first_pictures_of_idx_files(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    (tmp_path / "whole").mkdir()
+    for prefix, count in (("train", 7), ("t10k", 5)):
+        for what, shape in (("images-idx3", (count, 4, 6)), ("labels-idx1", (count,))):
+            file = tmp_path / "whole" / f"{prefix}-{what}-ubyte.gz"
+            part_of_idx.write_idx(file, generator.integers(0, 10, shape, np.uint8))
+    folders = [str(tmp_path / "whole"), str(tmp_path / "part")]
+    part_of_idx.main([*folders, "--train", "3", "--val", "5"])
+    for split, count in (("train", 3), ("val", 5)):
+        whole, part = (IdxPhotos(Path(folder), split) for folder in folders)
+        np.testing.assert_array_equal(part.images, whole.images[:count])
+        np.testing.assert_array_equal(part.labels, whole.labels[:count])
+    for flags, word in (
+        ([*folders, "--train", "3", "--val", "5"], "is there already"),
+        ([folders[0], f"{folders[1]}2", "--train", "8", "--val", "5"], "--train 8: .*whole has 7"),
+        ([folders[0], f"{folders[1]}2", "--train", "0", "--val", "5"], "expected 1 or more"),
+        ([str(tmp_path), f"{folders[1]}2", "--train", "3", "--val", "5"], "no IDX files"),
+    ):
+        with pytest.raises(SystemExit):
+            part_of_idx.main(flags)
+        assert re.search(word, capsys.readouterr().err)
+    assert not Path(f"{folders[1]}2").exists()
+
 
 EMOJI = {"1F600": "Smileys & Emotion", "1F468-200D-1F373": "People & Body", "1F1E6": "Flags"}
 
