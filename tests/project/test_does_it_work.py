@@ -24,6 +24,8 @@ from convmae_kernels import BlockMask
 from examples import dense_pretrain, does_it_work, does_it_work_results, fetch_emoji, part_of_idx
 from examples.dense_pretrain import LEAKY, ZEROED, unmasked
 
+DOCS = Path(__file__).parents[2] / "docs"
+
 # -- pretraining without masked convolution -------------------------------------------------------
 
 
@@ -203,6 +205,19 @@ def test_times_of_a_pretraining_add_up_over_its_processes(tmp_path):
     (tmp_path / "log.txt").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     found = does_it_work_results.pretraining(tmp_path)
     assert found["seconds"] == 18.0 and found["last_loss"] == 0.25 and found["steps"] == 4
+
+
+def test_the_tables_of_the_page_are_those_of_its_results():
+    page = (DOCS / "does_it_work.md").read_text()
+    files = sorted((DOCS / "generated").glob("does_it_work_*.json"))
+    assert files
+    for file in files:
+        content = json.loads(file.read_text())
+        rows = [line for line in does_it_work_results.tables(content).splitlines() if "|" in line]
+        assert len(rows) > 10
+        for row in rows:
+            assert row in page, f"{file.name}: {row}"
+        assert f"generated/{file.name}" in page
 
 
 # -- its pictures ---------------------------------------------------------------------------------
