@@ -36,7 +36,7 @@ data/fashion-mnist:
 
 # The first 6,000 pictures of it to train on, and 2,000 to test on.
 fashion-mnist-small: data/fashion-mnist-small
-data/fashion-mnist-small: data/fashion-mnist | .venv/installed
+data/fashion-mnist-small: | data/fashion-mnist .venv/installed
 	$(BIN)/python -m examples.part_of_idx data/fashion-mnist $@ --train 6000 --val 2000
 
 # Cut-outs and photographs to compose pictures of (licences: docs/composed_pictures.md), from packages

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def first(folder: Path, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first pictures of a split, `[count, H, W]`, and their labels, `[count]`.
+    """The first pictures of a split, `[count, H, W]`, and their labels, `[count]`, uint8.
 
     Raises:
         DataError: a file is missing or broken, or there are fewer.
@@ -36,7 +36,7 @@ def first(folder: Path, split: str, count: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
-    """Writes bytes as a packed IDX file; the same values make the same file."""
+    """Writes uint8 of any shape as a packed IDX file; the same values make the same file."""
     header = struct.pack(f">HBB{values.ndim}I", 0, UNSIGNED_BYTE, values.ndim, *values.shape)
     path.write_bytes(gzip.compress(header + values.tobytes(), mtime=0))
 
@@ -69,11 +69,14 @@ def main(arguments: list[str] | None = None) -> None:
     except DataError as error:
         parser.error(error.with_flags)
     unfinished = args.output.with_name(f".new.{args.output.name}")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    for split, (images, labels) in parts.items():
-        write_idx(unfinished / f"{PREFIX[split]}-images-idx3-ubyte.gz", images)
-        write_idx(unfinished / f"{PREFIX[split]}-labels-idx1-ubyte.gz", labels)
-    unfinished.rename(args.output)
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        for split, (images, labels) in parts.items():
+            write_idx(unfinished / f"{PREFIX[split]}-images-idx3-ubyte.gz", images)
+            write_idx(unfinished / f"{PREFIX[split]}-labels-idx1-ubyte.gz", labels)
+        unfinished.rename(args.output)
+    except OSError as error:
+        parser.error(f"output: {args.output} cannot be written: {error}")
 
 
 if __name__ == "__main__":
