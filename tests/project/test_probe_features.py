@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from convmae import EmbedConfig, embed
+from convmae import EmbedConfig, create_model, embed
 from convmae.data import open_source
+from convmae.weights.checkpoint import save_weights
 from examples import probe_features
-from examples.does_it_work import Network, draw
 from examples.probe_features import Features, accuracy, choose
 
 
@@ -52,7 +53,8 @@ def test_the_command_takes_what_embed_writes_and_the_labels_that_finetuning_sees
                 pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number:02}.png")
     weights = tmp_path / "random"
-    draw(Network(32, {"model": "convmae_tiny"}, {}), 0, weights)
+    torch.manual_seed(0)
+    save_weights(weights, create_model("convmae_tiny", img_size=32), "convmae_tiny")
     files = {}
     for split in ("train", "val"):
         files[split] = str(tmp_path / f"{split}.npz")
