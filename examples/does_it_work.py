@@ -140,6 +140,13 @@ def options() -> argparse.ArgumentParser:
         help="what is compared with random weights",
     )
     add("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    add(
+        "--pretrain_seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of every pretraining: first weights, crops, masks; another one needs another folder",
+    )
     add("--output_dir", type=Path, required=True)
     return parser
 
@@ -153,6 +160,8 @@ def main(arguments: list[str] | None = None, run: Any = execute) -> dict[str, An
     """
     parser = options()
     args = parser.parse_args(arguments)
+    if args.pretrain_seed < 0:
+        parser.error(f"--pretrain_seed {args.pretrain_seed}: expected a number of 0 or more")
     path = Path(args.data_path or f"data/{args.data}")
     if not path.is_dir():
         parser.error(f"--data_path: {path} is no folder; `make {args.data}` makes data/{args.data}")
@@ -165,6 +174,7 @@ def main(arguments: list[str] | None = None, run: Any = execute) -> dict[str, An
         "data_path": str(path),
         "pictures": pictures,
         "pretrainings": list(args.pretrainings),
+        "pretrain_seed": args.pretrain_seed,
         "budget": asdict(BUDGETS[args.budget]),
     }
     try:
@@ -173,7 +183,10 @@ def main(arguments: list[str] | None = None, run: Any = execute) -> dict[str, An
         parser.error(str(error))
     for name in args.networks:
         budget = BUDGETS[args.budget]
-        work = Work(args.output_dir, name, str(path), pictures, args.pretrainings, budget, run)
+        seed = args.pretrain_seed
+        work = Work(
+            args.output_dir, name, str(path), pictures, args.pretrainings, seed, budget, run
+        )
         for start in work.pretrainings:
             work.pretrain(start)
             report(args.output_dir)
@@ -221,7 +234,8 @@ class Work:
         name: one of `NETWORKS`.
         data_path, pictures: of the training pictures, and how many there are.
         pretrainings: of `PRETRAININGS`.
-        budget: the steps.
+        pretrain_seed: of every one of them.
+        budget: the steps, and the seeds of probes and finetuning.
         run: runs a program, as `compare_starts.execute` does.
     """
 
@@ -230,6 +244,7 @@ class Work:
     data_path: str
     pictures: int
     pretrainings: list[str]
+    pretrain_seed: int
     budget: Budget
     run: Any
 
@@ -256,7 +271,7 @@ class Work:
             "data_path": self.data_path,
             "output_dir": str(folder),
             "resume": "auto",
-            "seed": 0,
+            "seed": self.pretrain_seed,
             "save_every": steps / SAVES / max(1, self.pictures // batch),
         }
         module, *words = [*PRETRAININGS[start], str(self.recipe(start, config))]

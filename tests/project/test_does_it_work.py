@@ -178,10 +178,24 @@ def test_all_starts_are_trained_alike_and_what_is_done_is_skipped(arguments, tmp
     assert table.count("| +5 ± 0 | +5 ± 0 |") == 6 and "| leaky | 4 | 1.0 |" in table
     assert (tmp_path / "out/results.png").stat().st_size > 1000
 
+    assert masked["seed"] == 0
     before = len(runs.calls)
     assert does_it_work.main([*arguments, "smoke"], runs) == content and len(runs.calls) == before
     with pytest.raises(SystemExit):
         does_it_work.main([*arguments, "short"], runs)
+
+
+def test_the_seed_of_a_pretraining_is_that_of_its_folder(arguments, tmp_path, capsys):
+    runs = Runs()
+    does_it_work.main([*arguments, "smoke", "--pretrain_seed", "3"], runs)
+    recipes = {file.stem: read(file) for file in (tmp_path / "out/cnn/recipes").iterdir()}
+    assert recipes["masked"]["seed"] == recipes["leaky"]["seed"] == 3
+    assert "seed" not in recipes["finetune-10"]  # has seeds of its own
+    before = len(runs.calls)
+    with pytest.raises(SystemExit):
+        does_it_work.main([*arguments, "smoke"], runs)
+    assert "another pretrain_seed (3, now 0)" in capsys.readouterr().err
+    assert len(runs.calls) == before
 
 
 def test_pictures_and_options_that_are_not_there(tmp_path, capsys):
@@ -190,6 +204,9 @@ def test_pictures_and_options_that_are_not_there(tmp_path, capsys):
     with pytest.raises(SystemExit):
         does_it_work.main(["emoji", *places], Runs())
     assert "--data_path" in (said := capsys.readouterr().err) and "holds no picture" in said
+    with pytest.raises(SystemExit):
+        does_it_work.main(["emoji", *places, "--pretrain_seed", "-1"], Runs())
+    assert "--pretrain_seed -1: expected a number of 0 or more" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert dense_pretrain.main([LEAKY, str(tmp_path / "none.yaml")]) == 2
     assert f"{tmp_path / 'none.yaml'}" in capsys.readouterr().err
