@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convmae.records.log import read_log
+from convmae.training.machine import pick_device, pick_dtype
 from examples.compare_starts import RANDOM, cell, environment, replace_text
 
 PROBE, FINETUNE = "probe", "finetune"
@@ -45,13 +46,21 @@ def report(output: Path) -> dict[str, Any]:
 
 
 def machine() -> dict[str, str]:
-    """The processor, and how many threads PyTorch was told to take."""
+    """The processor, how many threads PyTorch was told to take, and what trainings compute in.
+
+    Features for probes are computed in float32 everywhere.
+    """
     name = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.is_file():
         models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = models[0].partition(":")[2].strip() if models else name
-    return {"processor": name, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set")}
+    dtype, why = pick_dtype("auto", pick_device("auto"))
+    return {
+        "processor": name,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
+        "arithmetic": f"{str(dtype).removeprefix('torch.')}, {why}",
+    }
 
 
 def collect(folder: Path, pretrainings: list[str]) -> dict[str, Any]:
