@@ -162,6 +162,10 @@ def main(arguments: list[str] | None = None, run: Any = execute) -> dict[str, An
     args = parser.parse_args(arguments)
     if args.pretrain_seed < 0:
         parser.error(f"--pretrain_seed {args.pretrain_seed}: expected a number of 0 or more")
+    for flag in ("pretrainings", "networks"):
+        names = getattr(args, flag)
+        if len(set(names)) != len(names):
+            parser.error(f"--{flag} {' '.join(names)}: expected each name once")
     path = Path(args.data_path or f"data/{args.data}")
     if not path.is_dir():
         parser.error(f"--data_path: {path} is no folder; `make {args.data}` makes data/{args.data}")
@@ -181,6 +185,8 @@ def main(arguments: list[str] | None = None, run: Any = execute) -> dict[str, An
         begin(args.output_dir, setting)
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--output_dir: {args.output_dir} cannot be written: {error}")
     for name in args.networks:
         budget = BUDGETS[args.budget]
         seed = args.pretrain_seed

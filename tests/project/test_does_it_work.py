@@ -142,7 +142,9 @@ def arguments(tmp_path):
     return ["emoji", "--networks", "cnn", *map(str, flags), "--budget"]
 
 
-def test_all_starts_are_trained_alike_and_what_is_done_is_skipped(arguments, tmp_path, monkeypatch):
+def test_all_starts_are_trained_alike_and_what_is_done_is_skipped(
+    arguments, tmp_path, monkeypatch, capsys
+):
     steps = {0.01: 2, 0.1: 2, 1.0: 2}
     small = does_it_work.Budget({"cnn": 4}, steps, (0, 1))
     monkeypatch.setitem(does_it_work.BUDGETS, "smoke", small)
@@ -183,6 +185,10 @@ def test_all_starts_are_trained_alike_and_what_is_done_is_skipped(arguments, tmp
     assert does_it_work.main([*arguments, "smoke"], runs) == content and len(runs.calls) == before
     with pytest.raises(SystemExit):
         does_it_work.main([*arguments, "short"], runs)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        does_it_work.main([*arguments, "smoke", "--output_dir", str(tmp_path / "file")], runs)
+    assert f"--output_dir: {tmp_path / 'file'} cannot be written" in capsys.readouterr().err
 
 
 def test_the_seed_of_a_pretraining_is_that_of_its_folder(arguments, tmp_path, capsys):
@@ -204,9 +210,14 @@ def test_pictures_and_options_that_are_not_there(tmp_path, capsys):
     with pytest.raises(SystemExit):
         does_it_work.main(["emoji", *places], Runs())
     assert "--data_path" in (said := capsys.readouterr().err) and "holds no picture" in said
-    with pytest.raises(SystemExit):
-        does_it_work.main(["emoji", *places, "--pretrain_seed", "-1"], Runs())
-    assert "--pretrain_seed -1: expected a number of 0 or more" in capsys.readouterr().err
+    for flags, said in (
+        (["--pretrain_seed", "-1"], "--pretrain_seed -1: expected a number of 0 or more"),
+        (["--pretrainings", "leaky", "leaky"], "--pretrainings leaky leaky: expected each name"),
+        (["--networks", "cnn", "cnn"], "--networks cnn cnn: expected each name once"),
+    ):
+        with pytest.raises(SystemExit):
+            does_it_work.main(["emoji", *places, *flags], Runs())
+        assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert dense_pretrain.main([LEAKY, str(tmp_path / "none.yaml")]) == 2
     assert f"{tmp_path / 'none.yaml'}" in capsys.readouterr().err
