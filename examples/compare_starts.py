@@ -277,9 +277,11 @@ def main(arguments: list[str] | None = None, run: Any = execute) -> dict[str, An
         check(args, more)
         starts = parse_starts(args.starts)
         content = begin(args, starts, more)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         parser.error(str(error))
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output_dir: {args.output_dir} cannot be written: {error}")
     done = {(one["start"], one["seed"]) for one in content["runs"]}
     for seed in args.seeds:
         for name, weights in starts.items():

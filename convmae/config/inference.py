@@ -43,7 +43,8 @@ class InferenceConfig(DataConfig):
     crop_pct: float = 0.875
     """The shorter side is resized to input_size / crop_pct, and the centre cut."""
     amp: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Arithmetic."""
+    """Arithmetic; auto: bfloat16 where the device multiplies it natively, float16 on older GPUs,
+    else float32."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
     num_workers: int | None = None

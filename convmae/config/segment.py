@@ -160,7 +160,8 @@ class SegmentInferenceConfig(DataConfig):
     batch_size: int = 1
     """Pictures in a batch of one process; more need pictures of one size."""
     amp: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Arithmetic."""
+    """Arithmetic; auto: bfloat16 where the device multiplies it natively, float16 on older GPUs,
+    else float32."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
     num_workers: int | None = None

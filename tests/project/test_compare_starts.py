@@ -101,6 +101,10 @@ def test_what_cannot_be_is_refused(arguments, tmp_path, capsys):
     assert "expected random or NAME=WEIGHTS" in refusal("--starts", "mae")
     assert "used twice" in refusal("--starts", "random", "random")
     assert "different numbers" in refusal("--seeds", "1", "1")
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file/below"):
+        said = refusal("--output_dir", str(place))
+        assert f"--output_dir: {place} cannot be written" in said
     assert "--seed behind --" in refusal("--", "--seed", "3")
     assert "--output-dir behind --" in refusal("--", "--output-dir", "x")
     assert not (tmp_path / "out").exists()
